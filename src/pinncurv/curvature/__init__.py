@@ -1,0 +1,52 @@
+"""Curvature operators of a PINN loss, built from the linearizations of its terms.
+
+``jacobian.py``, ``gauss_newton.py`` and ``kfac.py`` are the operators, each with the recipe that
+an optimizer takes; ``products.py`` has the few matrix products that everything follows from.
+``objective.py`` is the loss on one batch, and ``coverage.py`` reports on every parameter.
+A new operator is a new file that turns linearizations into a linear operator.
+"""
+
+from pinncurv.curvature.coverage import Coverage, ParameterCoverage, coverage
+from pinncurv.curvature.gauss_newton import (
+    BlockDiagonalGaussNewton,
+    DiagonalGaussNewton,
+    GaussNewton,
+    GaussNewtonLinearOperator,
+    gauss_newton_blocks,
+    gauss_newton_diagonal,
+)
+from pinncurv.curvature.jacobian import JacobianLinearOperator
+from pinncurv.curvature.kfac import (
+    KFAC,
+    Expand,
+    KFACLinearOperator,
+    Reduce,
+    WeightSharing,
+    expand,
+    reduce,
+)
+from pinncurv.curvature.objective import LinearizedObjective, Objective
+from pinncurv.curvature.parameters import ParameterSpace
+
+__all__ = [
+    "KFAC",
+    "BlockDiagonalGaussNewton",
+    "Coverage",
+    "DiagonalGaussNewton",
+    "Expand",
+    "GaussNewton",
+    "GaussNewtonLinearOperator",
+    "JacobianLinearOperator",
+    "KFACLinearOperator",
+    "LinearizedObjective",
+    "Objective",
+    "ParameterCoverage",
+    "ParameterSpace",
+    "Reduce",
+    "WeightSharing",
+    "coverage",
+    "expand",
+    "gauss_newton_blocks",
+    "gauss_newton_diagonal",
+    "reduce",
+]

@@ -1,0 +1,185 @@
+"""The exact Gauss-Newton matrix: matrix-free, dense, per layer, and its diagonal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from curvlinops._torch_base import PyTorchLinearOperator
+from jaxtyping import Float
+from torch import Tensor
+
+from pinncurv.curvature.jacobian import JacobianLinearOperator, fill_jacobian_rows
+from pinncurv.curvature.parameters import ParameterSpace
+from pinncurv.curvature.products import joint_jacobian_rows, squared_jacobian_sums
+from pinncurv.linearization import Linearization
+from pinncurv.linops import (
+    CGInverseLinearOperator,
+    DenseBlockDiagonalLinearOperator,
+    DenseLinearOperator,
+    DiagonalLinearOperator,
+    SymmetricLinearOperator,
+)
+
+# Largest number of Jacobian entries that are held at a time while a dense matrix is summed up.
+_ROW_ELEMENTS = 1 << 22
+
+
+class GaussNewtonLinearOperator(SymmetricLinearOperator):
+    """The exact Gauss-Newton matrix of a loss, matrix-free.
+
+    JᵀJ = Σ_t J_tᵀJ_t
+
+    A product costs two products with the Jacobian and no differentiation.
+
+    Args:
+        jacobian: The Jacobian of the scaled residuals.
+    """
+
+    def __init__(self, jacobian: JacobianLinearOperator) -> None:
+        self.jacobian = jacobian
+        space = jacobian.space
+        super().__init__(space.shapes, space.device, space.dtype)
+
+    @classmethod
+    def from_linearizations(
+        cls, linearizations: Sequence[Linearization]
+    ) -> GaussNewtonLinearOperator:
+        """Build the operator.
+
+        Args:
+            linearizations: One per term.
+        """
+        return cls(JacobianLinearOperator.from_linearizations(linearizations))
+
+    def term(self, term: int | str) -> GaussNewtonLinearOperator:
+        """Return the Gauss-Newton matrix of one term alone, on all parameters."""
+        linearizations = self.jacobian.linearizations
+        names = [linearization.term.name for linearization in linearizations]
+        position = names.index(term) if isinstance(term, str) else term
+        return type(self)(JacobianLinearOperator([linearizations[position]], self.jacobian.space))
+
+    def _matmat(self, X: list[Tensor]) -> list[Tensor]:
+        return self.jacobian.adjoint()._matmat(self.jacobian._matmat(X))
+
+    def to_dense(self) -> Float[Tensor, "D D"]:
+        """Return the matrix, summed over blocks of points."""
+        space = self.jacobian.space
+        D = space.dimension
+        matrix = torch.zeros(D, D, dtype=self.dtype, device=self.device)
+        for linearization in self.jacobian.linearizations:
+            for chunk in linearization:
+                n, V = chunk.residual.shape
+                for points in _point_blocks(n, V * D):
+                    rows = matrix.new_empty((points.stop - points.start) * V, D)
+                    fill_jacobian_rows(rows, chunk.layers, space, points)
+                    matrix.addmm_(rows.t(), rows)
+        return matrix
+
+    def diagonal(self) -> Float[Tensor, " D"]:
+        """Return the diagonal, without any row of the Jacobian."""
+        return gauss_newton_diagonal(self.jacobian.linearizations, self.jacobian.space).diagonal()
+
+    def inverse(self, damping: float, dense_limit: int = 2048) -> PyTorchLinearOperator:
+        """Return (JᵀJ + λI)⁻¹.
+
+        By a dense eigendecomposition up to ``dense_limit`` parameters, else by conjugate
+        gradients to a relative residual of 1e-10, preconditioned by the inverse diagonal blocks
+        of JᵀJ's diagonal.
+
+        Args:
+            damping: λ, a finite number >= 0.
+            dense_limit: Largest D that is inverted as a dense matrix.
+        """
+        if self.shape[0] <= dense_limit:
+            return DenseLinearOperator(self.to_dense(), self.shapes).inverse(damping)
+        diagonal = gauss_newton_diagonal(self.jacobian.linearizations, self.jacobian.space)
+        return CGInverseLinearOperator(
+            self, damping=damping, preconditioner=diagonal.inverse(damping)
+        )
+
+
+def _point_blocks(n: int, row_elements: int) -> Iterator[slice]:
+    """Cut n points such that the rows of a block stay small."""
+    step = max(1, _ROW_ELEMENTS // max(1, row_elements))
+    for start in range(0, n, step):
+        yield slice(start, min(n, start + step))
+
+
+def gauss_newton_diagonal(
+    linearizations: Sequence[Linearization], space: ParameterSpace
+) -> DiagonalLinearOperator:
+    """Return the diagonal of the exact Gauss-Newton matrix as an operator."""
+    totals = [torch.zeros_like(parameter) for parameter in space.parameters.values()]
+    for linearization in linearizations:
+        for chunk in linearization:
+            for block in space.blocks:
+                layer = chunk.layers.get(space.weight_name(block))
+                if layer is None:
+                    continue
+                weight, bias = squared_jacobian_sums(layer)
+                totals[block.weight] += weight
+                if block.bias is not None and bias is not None:
+                    totals[block.bias] += bias
+    return DiagonalLinearOperator([total.detach() for total in totals])
+
+
+def gauss_newton_blocks(
+    linearizations: Sequence[Linearization], space: ParameterSpace
+) -> DenseBlockDiagonalLinearOperator:
+    """Return the per-layer diagonal blocks of the exact Gauss-Newton matrix."""
+    matrices = [
+        torch.zeros(block.numel, block.numel, dtype=space.dtype, device=space.device)
+        for block in space.blocks
+    ]
+    for linearization in linearizations:
+        for chunk in linearization:
+            n, V = chunk.residual.shape
+            for block, matrix in zip(space.blocks, matrices, strict=True):
+                layer = chunk.layers.get(space.weight_name(block))
+                if layer is None:
+                    continue
+                for points in _point_blocks(n, V * block.numel):
+                    rows = joint_jacobian_rows(layer, points)
+                    matrix.addmm_(rows.t(), rows)
+    return DenseBlockDiagonalLinearOperator(matrices, space.blocks, space.shapes)
+
+
+@dataclass(frozen=True)
+class GaussNewton:
+    """Recipe: the exact Gauss-Newton matrix as a dense matrix (ENGD's curvature).
+
+    JᵀJ
+    """
+
+    def __call__(self, linearizations: Sequence[Linearization]) -> DenseLinearOperator:
+        """Build the operator."""
+        operator = GaussNewtonLinearOperator.from_linearizations(linearizations)
+        return DenseLinearOperator(operator.to_dense(), operator.shapes)
+
+
+@dataclass(frozen=True)
+class BlockDiagonalGaussNewton:
+    """Recipe: the exact Gauss-Newton matrix restricted to its per-layer diagonal blocks.
+
+    diag_l(J_lᵀJ_l)
+    """
+
+    def __call__(self, linearizations: Sequence[Linearization]) -> DenseBlockDiagonalLinearOperator:
+        """Build the operator."""
+        space = ParameterSpace.from_linearizations(linearizations)
+        return gauss_newton_blocks(linearizations, space)
+
+
+@dataclass(frozen=True)
+class DiagonalGaussNewton:
+    """Recipe: the diagonal of the exact Gauss-Newton matrix.
+
+    diag(JᵀJ)
+    """
+
+    def __call__(self, linearizations: Sequence[Linearization]) -> DiagonalLinearOperator:
+        """Build the operator."""
+        space = ParameterSpace.from_linearizations(linearizations)
+        return gauss_newton_diagonal(linearizations, space)

@@ -1,0 +1,195 @@
+"""KFAC: one Kronecker product per layer and term, with expand or reduce weight sharing."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pinncurv.curvature.parameters import ParameterSpace
+from pinncurv.curvature.products import value_channels
+from pinncurv.linearization import Fisher, LayerLinearization, Linearization, Type2
+from pinncurv.linops import KroneckerFactors, LayerBlock, SumKroneckerLinearOperator
+
+# From this width on, halving the symmetric product saves more than its extra calls cost.
+_SPLIT_WIDTH = 192
+
+
+def gram(X: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
+    """Return XᵀX, computing one of the two equal off-diagonal quarters only."""
+    d = X.shape[1]
+    if d < _SPLIT_WIDTH:
+        return X.t() @ X
+    half = d // 2
+    left, right = X[:, :half], X[:, half:]
+    product = X.new_empty(d, d)
+    torch.mm(left.t(), left, out=product[:half, :half])
+    torch.mm(right.t(), right, out=product[half:, half:])
+    corner = left.t() @ right
+    product[:half, half:] = corner
+    product[half:, :half] = corner.t()
+    return product
+
+
+class WeightSharing(ABC):
+    """How the S channels of a layer enter the two Kronecker factors."""
+
+    @abstractmethod
+    def input_moment(self, layer: LayerLinearization) -> Float[Tensor, "d_joint d_joint"]:
+        """Return N times the factor A of the layer's inputs."""
+
+    @abstractmethod
+    def gradient_moment(self, layer: LayerLinearization) -> Float[Tensor, "d_out d_out"]:
+        """Return the factor B of the layer's output gradients."""
+
+
+@dataclass(frozen=True)
+class Expand(WeightSharing):
+    """Treat the channels as if they were further points.
+
+    A = 1/(N S) Σ_ns z_ns z_nsᵀ,  B = Σ_ns g_ns g_nsᵀ
+
+    Source: Eschenhagen et al. 2023 (KFAC-expand); Dangel, Müller, Zeinhofer 2024, section 3.3.
+    """
+
+    def input_moment(self, layer: LayerLinearization) -> Float[Tensor, "d_joint d_joint"]:
+        """Return 1/S Σ_ns z_ns z_nsᵀ."""
+        S, N, d_in = layer.Z.shape
+        moment = gram(layer.Z.reshape(-1, d_in))
+        if layer.bias is not None:
+            column = value_channels(layer, layer.Z, 0).sum(0)
+            corner = column.new_full((1,), float(len(layer.value_channels) * N))
+            moment = torch.cat([moment, column[None]])
+            moment = torch.cat([moment, torch.cat([column, corner])[:, None]], 1)
+        return moment.div_(S)
+
+    def gradient_moment(self, layer: LayerLinearization) -> Float[Tensor, "d_out d_out"]:
+        """Return Σ_ns g_ns g_nsᵀ, summed over the residual components."""
+        assert layer.G is not None
+        return gram(layer.G.reshape(-1, layer.d_out))
+
+
+@dataclass(frozen=True)
+class Reduce(WeightSharing):
+    """Average the inputs and sum the gradients over the channels first.
+
+    A = 1/N Σ_n (mean_s z_ns)(mean_s z_ns)ᵀ,  B = Σ_n (Σ_s g_ns)(Σ_s g_ns)ᵀ
+
+    Source: Eschenhagen et al. 2023 (KFAC-reduce); Dangel, Müller, Zeinhofer 2024, section 3.3.
+    """
+
+    def input_moment(self, layer: LayerLinearization) -> Float[Tensor, "d_joint d_joint"]:
+        """Return Σ_n (mean_s z_ns)(mean_s z_ns)ᵀ."""
+        mean = layer.Z.mean(0)
+        if layer.bias is not None:
+            share = len(layer.value_channels) / layer.Z.shape[0]
+            mean = torch.cat([mean, mean.new_full((mean.shape[0], 1), share)], 1)
+        return gram(mean)
+
+    def gradient_moment(self, layer: LayerLinearization) -> Float[Tensor, "d_out d_out"]:
+        """Return Σ_n (Σ_s g_ns)(Σ_s g_ns)ᵀ, summed over the residual components."""
+        assert layer.G is not None
+        return gram(layer.G.sum(1).flatten(0, 1))
+
+
+expand = Expand()
+reduce = Reduce()
+
+
+class KFACLinearOperator(SumKroneckerLinearOperator):
+    """KFAC of a loss with any number of terms.
+
+    diag_l Σ_t B_lt ⊗ A_lt
+
+    The channels are part of its definition: standard-basis directions, each once, and collapsed
+    second derivatives.
+    """
+
+    @classmethod
+    def from_linearizations(
+        cls,
+        linearizations: Sequence[Linearization],
+        sharing: WeightSharing = expand,
+        fisher: Fisher | None = None,
+    ) -> KFACLinearOperator:
+        """Build the operator.
+
+        Args:
+            linearizations: One per term.
+            sharing: How the channels enter the factors: ``expand`` or ``reduce``.
+            fisher: Which output gradients to take; the exact ones by default.
+        """
+        space = ParameterSpace.from_linearizations(linearizations)
+        by_term = [
+            _term_factors(linearization, space, sharing, fisher or Type2())
+            for linearization in linearizations
+        ]
+        return cls(
+            list(zip(*by_term, strict=True)),
+            space.blocks,
+            space.shapes,
+            [linearization.term.name for linearization in linearizations],
+        )
+
+
+def _term_factors(
+    linearization: Linearization, space: ParameterSpace, sharing: WeightSharing, fisher: Fisher
+) -> list[KroneckerFactors]:
+    """Sum the factors of every layer over the chunks of one term."""
+    sums: list[tuple[Tensor, Tensor] | None] = [None] * len(space.blocks)
+    for chunk in linearization:
+        chosen = chunk.with_fisher(fisher)
+        for i, block in enumerate(space.blocks):
+            layer = chosen.layers.get(space.weight_name(block))
+            if layer is None:
+                continue
+            A = sharing.input_moment(layer)
+            B = A.new_zeros(()) if layer.G is None else sharing.gradient_moment(layer)
+            known = sums[i]
+            sums[i] = (A, B) if known is None else (known[0].add_(A), known[1].add_(B))
+    return [
+        _factors(total, block, linearization, space)
+        for total, block in zip(sums, space.blocks, strict=True)
+    ]
+
+
+def _factors(
+    total: tuple[Tensor, Tensor] | None,
+    block: LayerBlock,
+    linearization: Linearization,
+    space: ParameterSpace,
+) -> KroneckerFactors:
+    """Normalize the sums; zero factors where the term does not use the layer."""
+    d_out, d_joint = block.shape
+    options = {"dtype": space.dtype, "device": space.device}
+    if total is None:
+        return KroneckerFactors(
+            torch.zeros(d_joint, d_joint, **options), torch.zeros(d_out, d_out, **options)
+        )
+    A, B = total
+    if B.ndim == 0:
+        B = linearization.mean_weight * torch.eye(d_out, **options)
+    return KroneckerFactors(A.div_(len(linearization.x)), B)
+
+
+@dataclass(frozen=True)
+class KFAC:
+    """Recipe: KFAC of the linearized terms.
+
+    diag_l Σ_t B_lt ⊗ A_lt
+
+    Args:
+        sharing: How the channels enter the factors: ``expand`` or ``reduce``.
+        fisher: Which output gradients to take.
+    """
+
+    sharing: WeightSharing = expand
+    fisher: Fisher = field(default_factory=Type2)
+
+    def __call__(self, linearizations: Sequence[Linearization]) -> KFACLinearOperator:
+        """Build the operator."""
+        return KFACLinearOperator.from_linearizations(linearizations, self.sharing, self.fisher)

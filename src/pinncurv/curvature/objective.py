@@ -1,0 +1,229 @@
+"""The loss on one frozen batch, and its linearization: what an optimizer steps on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import Module
+
+from pinncurv.curvature.jacobian import JacobianLinearOperator
+from pinncurv.curvature.parameters import ParameterSpace
+from pinncurv.curvature.products import jacobian_adjoint_product
+from pinncurv.linearization import Chunk, Linearization, check_compatible
+from pinncurv.problems import LossTerm
+
+
+@dataclass(frozen=True, eq=False)
+class TermSums:
+    """What is summed up over the points of one term.
+
+    Args:
+        residual: The scaled residual r̃, ``[N, V]``.
+        gradient: The gradient of ½‖r̃‖² by the name of the parameter.
+    """
+
+    residual: Float[Tensor, "N V"]
+    gradient: dict[str, Tensor]
+
+
+class SummingLinearization(Linearization):
+    """A linearization that sums up the gradient while it is iterated over for the first time.
+
+    ∇L_t = J_tᵀ r̃_t
+
+    A curvature built from recomputed chunks and the gradient then cost one pass, not two.
+    """
+
+    _sums: TermSums | None = None
+
+    def __iter__(self) -> Iterator[Chunk]:
+        """Yield the chunks."""
+        if self._sums is not None:
+            yield from super().__iter__()
+            return
+        residuals: list[Tensor] = []
+        gradient: dict[str, Tensor] = {}
+        for chunk in super().__iter__():
+            residuals.append(chunk.residual)
+            _add_gradient(gradient, chunk)
+            yield chunk
+        self._sums = TermSums(torch.cat(residuals), gradient)
+
+    def sums(self) -> TermSums:
+        """Return the sums, from one more pass if there has been none yet."""
+        if self._sums is None:
+            for _ in self:
+                pass
+        assert self._sums is not None
+        return self._sums
+
+
+def _add_gradient(gradient: dict[str, Tensor], chunk: Chunk) -> None:
+    """Add Jᵀ r̃ of one chunk."""
+    vector = chunk.residual.t()[None]
+    for layer in chunk.layers.values():
+        weight, bias = jacobian_adjoint_product(layer, vector)
+        for name, part in ((layer.weight, weight), (layer.bias, bias)):
+            if name is not None and part is not None:
+                gradient[name] = gradient[name].add_(part[0]) if name in gradient else part[0]
+
+
+class LinearizedObjective:
+    """All terms of an objective, linearized at the current parameters.
+
+    L(θ + v) ≈ ½‖r̃ + J v‖²,  ∇L = Jᵀ r̃
+
+    Args:
+        linearizations: One per term.
+    """
+
+    def __init__(self, linearizations: Sequence[SummingLinearization]) -> None:
+        self.linearizations = tuple(linearizations)
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The trainable parameters, in the network's order."""
+        return list(self.linearizations[0].parameters.values())
+
+    @cached_property
+    def jacobian(self) -> JacobianLinearOperator:
+        """J, from the list of parameters to one tensor ``[N_t, V_t]`` per term."""
+        return JacobianLinearOperator.from_linearizations(self.linearizations)
+
+    @property
+    def residual(self) -> list[Float[Tensor, "N V"]]:
+        """The scaled residuals r̃_t, one per term."""
+        return [linearization.sums().residual for linearization in self.linearizations]
+
+    @cached_property
+    def term_losses(self) -> dict[str, float]:
+        """The losses L_t by the name of the term."""
+        return {
+            linearization.term.name: 0.5 * linearization.sums().residual.square().sum().item()
+            for linearization in self.linearizations
+        }
+
+    def gradient(self) -> list[Tensor]:
+        """Return ∇L = Jᵀ r̃, one tensor per parameter."""
+        totals = []
+        for name, parameter in self.linearizations[0].parameters.items():
+            total = torch.zeros_like(parameter)
+            for linearization in self.linearizations:
+                part = linearization.sums().gradient.get(name)
+                if part is not None:
+                    total.add_(part)
+            totals.append(total)
+        return totals
+
+
+class Objective:
+    """A loss on one frozen batch.
+
+    L(θ) = Σ_t w_t / (2 N_t) Σ_n ‖r_t(x_n; θ)‖²
+
+    Args:
+        model: The network.
+        terms: The loss terms.
+        points: The points of each term, ``[N_t, d]``.
+        chunk_size: How many points to process at a time; None for all. It changes the memory that
+            is needed, not the results.
+
+    Raises:
+        ValueError: If terms and points do not match, points are empty, not finite or of another
+            dtype or device than the network, names of terms repeat, or a parameter of the network
+            is not finite.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        terms: Sequence[LossTerm],
+        points: Sequence[Tensor],
+        chunk_size: int | None = None,
+    ) -> None:
+        self.model = model
+        self.terms = tuple(terms)
+        self.points = tuple(points)
+        self.chunk_size = chunk_size
+        names = [term.name for term in self.terms]
+        if not names or len(names) != len(self.points):
+            raise ValueError(
+                "There must be one or more terms and one tensor of points for each, got "
+                f"{len(names)} terms and {len(self.points)} tensors."
+            )
+        if len(set(names)) != len(names):
+            raise ValueError(f"The names of the terms must differ, got {names}. Rename them.")
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1 or None, got {chunk_size}.")
+        for term, x in zip(self.terms, self.points, strict=True):
+            check_compatible(term, model, x)
+        check_finite_parameters(model)
+        self._scales = [term.scale(x) for term, x in zip(self.terms, self.points, strict=True)]
+
+    def term_losses(self) -> dict[str, Tensor]:
+        """Return L_t by the name of the term, with a graph unless torch.no_grad is on."""
+        losses = {}
+        for term, x, scale in zip(self.terms, self.points, self._scales, strict=True):
+            parts = [part for part in self._chunk_losses(term, x, scale)]
+            losses[term.name] = torch.stack(parts).sum() if len(parts) > 1 else parts[0]
+        return losses
+
+    def loss(self) -> Tensor:
+        """Return L, with a graph unless torch.no_grad is on."""
+        losses = list(self.term_losses().values())
+        total = losses[0]
+        for part in losses[1:]:
+            total = total + part
+        return total
+
+    def backward(self) -> dict[str, Tensor]:
+        """Add the gradient to the parameters' ``.grad``, chunk by chunk.
+
+        Returns:
+            L_t by the name of the term, detached.
+        """
+        losses: dict[str, Tensor] = {}
+        for term, x, scale in zip(self.terms, self.points, self._scales, strict=True):
+            total = x.new_zeros(())
+            for part in self._chunk_losses(term, x, scale):
+                part.backward()
+                total = total + part.detach()
+            losses[term.name] = total
+        return losses
+
+    def linearize(self) -> LinearizedObjective:
+        """Linearize all terms at the current parameters."""
+        return LinearizedObjective(
+            [
+                SummingLinearization(term, self.model, x, chunk_size=self.chunk_size)
+                for term, x in zip(self.terms, self.points, strict=True)
+            ]
+        )
+
+    def _chunk_losses(self, term: LossTerm, x: Tensor, scale: Tensor | float) -> Iterator[Tensor]:
+        """Yield the loss of each chunk of one term."""
+        step = self.chunk_size or len(x)
+        for start in range(0, len(x), step):
+            part = slice(start, start + step)
+            residual = term.evaluate(self.model, x[part])
+            scaled = residual * (scale if isinstance(scale, float) else scale[part])
+            yield 0.5 * scaled.square().sum()
+
+
+def check_finite_parameters(model: Module) -> None:
+    """Check that no parameter is NaN or infinite.
+
+    Raises:
+        FloatingPointError: If one is; names it.
+    """
+    bad = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
+    if bad:
+        raise FloatingPointError(
+            f"The parameters must be finite, but {', '.join(bad)} contains NaN or infinity. "
+            "Initialize the network again, or load a checkpoint from before it diverged."
+        )

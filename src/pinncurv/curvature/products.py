@@ -1,0 +1,133 @@
+"""Products with the Jacobian of one layer, from its inputs Z and output gradients G alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pinncurv.linearization import LayerLinearization
+
+# Temporaries of about this many elements stay in the cache and are recycled by the allocator.
+_BLOCK_ELEMENTS = 1 << 20
+
+
+def output_gradients(layer: LayerLinearization) -> Float[Tensor, "V S N d_out"]:
+    """Return G.
+
+    Raises:
+        ValueError: If the linearization is the forward-only one, which has no Jacobian.
+    """
+    if layer.G is None:
+        raise ValueError(
+            f"The Jacobian of layer {layer.weight} needs output gradients, but the linearization "
+            "is forward-only. Linearize with fisher=Type2()."
+        )
+    return layer.G
+
+
+def _channel_blocks(layer: LayerLinearization, width: int) -> Iterator[slice]:
+    """Cut the channels such that a temporary ``[s, N, width]`` stays small."""
+    S, N = layer.Z.shape[:2]
+    step = max(1, _BLOCK_ELEMENTS // max(1, N * width))
+    for start in range(0, S, step):
+        yield slice(start, start + step)
+
+
+def value_channels(layer: LayerLinearization, channels: Tensor, dim: int) -> Tensor:
+    """Sum over the channels that carry a value, on which the bias acts."""
+    if layer.value_channels == (0,):
+        return channels.select(dim, 0)
+    index = torch.tensor(layer.value_channels, device=channels.device)
+    return channels.index_select(dim, index).sum(dim)
+
+
+def jacobian_product(
+    layer: LayerLinearization,
+    weight: Float[Tensor, "K d_out d_in"],
+    bias: Float[Tensor, "K d_out"] | None,
+) -> Float[Tensor, "K V N"]:
+    """Multiply the layer's Jacobian onto K directions.
+
+    (J v)_n = Σ_s g_nsᵀ (W z_ns + b [s is a value channel])
+    """
+    G, Z = output_gradients(layer), layer.Z
+    V, S, N, d_out = G.shape
+    K = weight.shape[0]
+    product = G.new_zeros(K, V, N)
+    if bias is not None:
+        product += torch.einsum("vno,ko->kvn", value_channels(layer, G, 1), bias)
+    flat = weight.reshape(K * d_out, -1).t()
+    for block in _channel_blocks(layer, K * d_out):
+        outputs = (Z[block].reshape(-1, Z.shape[-1]) @ flat).reshape(-1, N, K, d_out)
+        for v in range(V):
+            product[:, v] += (G[v, block, :, None] * outputs).sum((0, 3)).t()
+    return product
+
+
+def jacobian_adjoint_product(
+    layer: LayerLinearization, vectors: Float[Tensor, "K V N"]
+) -> tuple[Float[Tensor, "K d_out d_in"], Float[Tensor, "K d_out"] | None]:
+    """Multiply the transpose of the layer's Jacobian onto K vectors.
+
+    Jᵀu = Σ_nv u_nv Σ_s g_nvs z_nsᵀ, for the bias the sum over the value channels
+    """
+    G, Z = output_gradients(layer), layer.Z
+    V, _, _, d_out = G.shape
+    K = vectors.shape[0]
+    weight = Z.new_zeros(K, d_out, Z.shape[-1])
+    for k in range(K):
+        for v in range(V):
+            for block in _channel_blocks(layer, d_out):
+                scaled = G[v, block] * vectors[k, v, :, None]
+                rows = Z[block].reshape(-1, Z.shape[-1])
+                weight[k].addmm_(scaled.reshape(-1, d_out).t(), rows)
+    if layer.bias is None:
+        return weight, None
+    return weight, torch.einsum("kvn,vno->ko", vectors, value_channels(layer, G, 1))
+
+
+def jacobian_rows(
+    layer: LayerLinearization, points: slice
+) -> tuple[Float[Tensor, "V n d_out d_in"], Float[Tensor, "V n d_out"] | None]:
+    """Return the rows of the layer's Jacobian that belong to some points.
+
+    J_n = Σ_s g_ns ⊗ z_ns
+    """
+    G, Z = output_gradients(layer)[:, :, points], layer.Z[:, points]
+    inputs = Z.permute(1, 0, 2)
+    weight = torch.stack([component.permute(1, 2, 0).matmul(inputs) for component in G])
+    return weight, None if layer.bias is None else value_channels(layer, G, 1)
+
+
+def joint_jacobian_rows(
+    layer: LayerLinearization, points: slice
+) -> Float[Tensor, "rows d_out*d_joint"]:
+    """Return the same rows on the joint matrix [W, b], flattened."""
+    weight, bias = jacobian_rows(layer, points)
+    joint = weight if bias is None else torch.cat([weight, bias[..., None]], -1)
+    return joint.flatten(0, 1).flatten(1)
+
+
+def squared_jacobian_sums(
+    layer: LayerLinearization,
+) -> tuple[Float[Tensor, "d_out d_in"], Float[Tensor, " d_out"] | None]:
+    """Sum the squared entries of the layer's Jacobian over points and components.
+
+    Σ_n (Σ_s g_nso z_nsi)² = Σ_st Σ_n (g_nso g_nto) (z_nsi z_nti)
+
+    The right side needs S (S + 1) / 2 matrix products and no N x d_out x d_in tensor.
+    """
+    G, Z = output_gradients(layer), layer.Z
+    V, S, _, d_out = G.shape
+    weight = Z.new_zeros(d_out, Z.shape[-1])
+    for s in range(S):
+        for t in range(s + 1):
+            inputs = Z[s] * Z[t]
+            for v in range(V):
+                weight.addmm_((G[v, s] * G[v, t]).t(), inputs, alpha=1.0 if s == t else 2.0)
+    if layer.bias is None:
+        return weight, None
+    return weight, value_channels(layer, G, 1).square().sum((0, 1))

@@ -1,0 +1,71 @@
+"""Where the value's axes are in a jet's stored channels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from pinncurv.jets.jet import Jet
+from pinncurv.jets.location import calling_module
+from pinncurv.jets.recording import active_tape
+
+
+def channel_dim(jet: Jet, dim: int, new_axes: int = 0) -> int:
+    """Return where an axis of the value is in the stored channels.
+
+    Args:
+        jet: The jet.
+        dim: The axis, counted as torch counts, possibly from the end.
+        new_axes: How many axes the function is about to insert (1 for stack and unsqueeze).
+
+    Raises:
+        IndexError: If the value has no such axis.
+    """
+    ndim = jet.ndim + new_axes
+    if not -ndim <= dim < max(ndim, 1):
+        raise IndexError(
+            f"The axis must be between {-ndim} and {ndim - 1} for a value of shape "
+            f"{tuple(jet.shape)}, got {dim} (in {calling_module()})."
+        )
+    return dim % max(ndim, 1) + 1
+
+
+def channel_dims(jet: Jet, dims: Sequence[int]) -> list[int]:
+    """Return where several axes of the value are in the stored channels."""
+    return [channel_dim(jet, dim) for dim in dims]
+
+
+def trailing_view(jet: Jet, ndim: int) -> Tensor:
+    """View the channels so that the value's axes align from the right with ``ndim`` axes."""
+    data = jet.data
+    missing = ndim - jet.ndim
+    if missing <= 0:
+        return data
+    return data.reshape(data.shape[0], *(1,) * missing, *data.shape[1:])
+
+
+def broadcast_together(first: Jet, second: Jet) -> tuple[Tensor, Tensor]:
+    """View the channels of two jets so that their values align from the right."""
+    if first.layout is not second.layout:
+        raise ValueError(
+            "Jets must come from the same pass to be combined, but their layouts differ "
+            f"(in {calling_module()}). Seed one jet and derive both from it."
+        )
+    return trailing_view(first, second.ndim), trailing_view(second, first.ndim)
+
+
+def point_axis_mixed(jet: Jet, name: str) -> None:
+    """Refuse to mix or move the points where what follows relies on their axis.
+
+    Per-point coefficients belong to the first axis, and a linearization takes the network apart
+    point by point, which a function that couples the points would silently break.
+
+    Raises:
+        ValueError: If the jet has per-point coefficients or is being recorded.
+    """
+    if jet.layout.per_point or active_tape() is not None:
+        raise ValueError(
+            f"The first axis must stay the axis of the points, but torch.{name} mixes or moves it "
+            f"(called in {calling_module()}). Act on the other axes only."
+        )

@@ -1,0 +1,136 @@
+"""Rules for bilinear functions of two jets: the product rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pinncurv.jets.axes import broadcast_together, channel_dim, point_axis_mixed, trailing_view
+from pinncurv.jets.jet import Jet, register_rule
+from pinncurv.jets.linear import scale
+
+
+def product_rule(
+    bilinear: Callable[[Tensor, Tensor], Tensor], first: Tensor, second: Tensor, jet: Jet
+) -> Jet:
+    """Push two jets through a bilinear function.
+
+    (ab)' = a b' + a' b,    Σ Q_rs ∂_r∂_s(ab) = a b_c + a_c b + 2 Σ_rs Q_rs a_r b_s
+
+    Args:
+        bilinear: The function, for arguments with a leading channel axis that it broadcasts.
+        first: Channels of a, ``[S, ...]``.
+        second: Channels of b, ``[S, ...]``.
+        jet: A jet with the layout of both.
+    """
+    layout = jet.layout
+    value = bilinear(first[:1], second[:1])
+    derivatives = bilinear(first[:1], second[1:]) + bilinear(first[1:], second[:1])
+    parts = [value, derivatives[: layout.R]]
+    a, b = layout.first(first), layout.first(second)
+    for collapsed, contraction in zip(derivatives[layout.R :], layout.contractions, strict=True):
+        mixed = bilinear(contraction.select(a), contraction.multiply(b)).sum(0)
+        parts.append((collapsed + 2 * mixed)[None])
+    return jet.like(torch.cat(parts))
+
+
+@register_rule(torch.mul, torch.multiply, Tensor.__mul__, Tensor.__rmul__)
+def mul(input: Any, other: Any) -> Jet:
+    """Multiply two jets elementwise, or a jet by a constant."""
+    if not isinstance(other, Jet):
+        return scale(input, other)
+    if not isinstance(input, Jet):
+        return scale(other, input)
+    return product_rule(torch.mul, *broadcast_together(input, other), jet=input)
+
+
+@register_rule(torch.div, torch.divide, torch.true_divide, Tensor.__truediv__)
+def div(input: Any, other: Any) -> Jet:
+    """Divide two jets elementwise, or a jet and a constant."""
+    return mul(input, torch.reciprocal(other) if isinstance(other, Jet) else 1 / other)
+
+
+@register_rule(Tensor.__rtruediv__, Tensor.__rdiv__)
+def rdiv(input: Jet, other: Any) -> Jet:
+    """Return other / input."""
+    return mul(torch.reciprocal(input), other)
+
+
+@register_rule(torch.matmul, torch.bmm, Tensor.__matmul__)
+def matmul(input: Any, other: Any) -> Jet:
+    """Multiply matrices: two jets, or a jet and a constant on either side."""
+    if isinstance(input, Jet) and isinstance(other, Jet):
+        if min(input.ndim, other.ndim) < 3:
+            raise ValueError(
+                "A matmul of two jets must act on the axes after the points, [N, ..., m, k] times "
+                f"[N, ..., k, n], got shapes {tuple(input.shape)} and {tuple(other.shape)}. "
+                "Insert an axis with unsqueeze, or use torch.einsum."
+            )
+        return product_rule(torch.matmul, *broadcast_together(input, other), jet=input)
+    if isinstance(input, Jet):
+        if input.ndim == 1:
+            point_axis_mixed(input, "matmul")
+        return input.like(trailing_view(input, getattr(other, "ndim", 0)).matmul(other))
+    if other.ndim <= 2:
+        point_axis_mixed(other, "matmul")
+        if other.ndim == 1:
+            return other.like(other.data.matmul(input.mT if input.ndim > 1 else input))
+    return other.like(torch.matmul(input, trailing_view(other, input.ndim)))
+
+
+@register_rule(torch.mm, torch.mv)
+def mm(input: Any, other: Any) -> Jet:
+    """Multiply a jet and a constant as matrices."""
+    return matmul(input, other)
+
+
+@register_rule(torch.prod)
+def prod(input: Jet, dim: int, keepdim: bool = False) -> Jet:
+    """Multiply along one axis, slice by slice."""
+    axis = channel_dim(input, dim)
+    if axis == 1:
+        point_axis_mixed(input, "prod")
+    slices = [input.like(part) for part in input.data.split(1, axis)]
+    total = slices[0]
+    for part in slices[1:]:
+        total = mul(total, part)
+    return total if keepdim else total.like(total.data.squeeze(axis))
+
+
+@register_rule(torch.einsum)
+def einsum(equation: str, *operands: Any) -> Jet:
+    """Contract constants and at most two jets.
+
+    Raises:
+        NotImplementedError: With more than two jets, or an equation without an arrow.
+    """
+    if len(operands) == 1 and isinstance(operands[0], list | tuple):
+        operands = tuple(operands[0])
+    positions = [i for i, operand in enumerate(operands) if isinstance(operand, Jet)]
+    if len(positions) > 2 or "->" not in equation:
+        raise NotImplementedError(
+            f"torch.einsum on jets takes an explicit output and at most two jets, got {equation!r} "
+            f"with {len(positions)} jets. Contract pairwise, and write the arrow."
+        )
+    channel = next(c for c in "zyxwvutsrqponmlkjihgfedcbaZYXWVUTSRQ" if c not in equation)
+    inputs, output = equation.replace(" ", "").split("->")
+    terms = inputs.split(",")
+    for i in positions:
+        if not output.startswith(terms[i][0]):
+            point_axis_mixed(operands[i], "einsum")
+        terms[i] = channel + terms[i]
+    with_channels = f"{','.join(terms)}->{channel}{output}"
+
+    def contract(*channels: Tensor) -> Tensor:
+        filled: list[Any] = list(operands)
+        for i, data in zip(positions, channels, strict=True):
+            filled[i] = data
+        return torch.einsum(with_channels, *filled)
+
+    jets = [operands[i] for i in positions]
+    if len(jets) == 1:
+        return jets[0].like(contract(jets[0].data))
+    return product_rule(contract, jets[0].data, jets[1].data, jet=jets[0])

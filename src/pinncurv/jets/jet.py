@@ -1,0 +1,225 @@
+"""The jet: a function value with its derivatives, pushed through unmodified torch code."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pinncurv.jets.layout import Layout
+from pinncurv.jets.location import calling_module
+
+Rule = Callable[..., Any]
+_RULES: dict[Any, Rule] = {}
+
+
+def register_rule(*functions: Callable) -> Callable[[Rule], Rule]:
+    """Register how torch functions act on jets.
+
+    The rule receives the arguments of the function, at least one of them a ``Jet`` (or a sequence
+    that contains one), and returns what the function returns, with jets in place of tensors. The
+    tensor method of the same name is registered along (``torch.sin`` and ``Tensor.sin``).
+
+    Args:
+        functions: The torch functions that the rule is for.
+
+    Returns:
+        A decorator that registers the rule and returns it unchanged.
+    """
+
+    def register(rule: Rule) -> Rule:
+        for function in functions:
+            _RULES[function] = rule
+            method = getattr(Tensor, getattr(function, "__name__", ""), None)
+            if method is not None:
+                _RULES[method] = rule
+        return rule
+
+    return register
+
+
+def apply_rule(function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Apply a torch function to jets by its rule.
+
+    Raises:
+        NotImplementedError: If the function works in place or has no rule; names the function,
+            the module it was called in, and the remedy.
+    """
+    rule = _RULES.get(function)
+    if rule is None:
+        name = getattr(function, "__name__", repr(function))
+        raise NotImplementedError(_missing_rule(name))
+    return rule(*args, **kwargs)
+
+
+def _missing_rule(name: str) -> str:
+    """Say which function has no rule, where it was called, and what to do."""
+    where = f" (called in {calling_module()})"
+    if name.endswith("_") and not name.startswith("__"):
+        return in_place_error(name)
+    return f"No jet rule for torch.{name}{where}. Register one with @register_rule(torch.{name})."
+
+
+def in_place_error(name: str) -> str:
+    """Say that a function works in place, where it was called, and what to do."""
+    plain = name.rstrip("_")
+    return (
+        f"Jets are immutable, but torch.{name} works in place (called in {calling_module()}). "
+        f"Use torch.{plain} without inplace=True instead."
+    )
+
+
+class Jet:
+    """A value and its derivatives, one channel each, in one contiguous tensor.
+
+    data[s] = s-th derivative of the value, as the layout says
+
+    To the code it is pushed through, a jet looks like its value: it has the value's shape, dtype
+    and device, and torch functions accept it by ``__torch_function__``. It is deliberately not a
+    Tensor, so that a function without a rule raises instead of acting on the wrong axes.
+
+    Args:
+        data: ``[S, N, ...]``, the channels first, then the points.
+        layout: What the channels mean.
+    """
+
+    __slots__ = ("data", "layout")
+
+    def __init__(self, data: Float[Tensor, "S *value"], layout: Layout) -> None:
+        self.data = data
+        self.layout = layout
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        """Route a torch function to its rule."""
+        return apply_rule(func, args, kwargs or {})
+
+    def like(self, data: Tensor) -> Jet:
+        """Return a jet with other channels in the same layout."""
+        return Jet(data, self.layout)
+
+    @property
+    def value(self) -> Tensor:
+        """The value channel."""
+        return self.data[0]
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the value."""
+        return self.data.shape[1:]
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the value."""
+        return self.data.ndim - 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Data type of the value."""
+        return self.data.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the value."""
+        return self.data.device
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether autograd tracks the channels."""
+        return self.data.requires_grad
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        """Return the value's shape, or its size along one axis."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        """Return the value's number of axes."""
+        return self.ndim
+
+    def numel(self) -> int:
+        """Return the value's number of elements."""
+        return self.shape.numel()
+
+    def __len__(self) -> int:
+        """Return the number of points."""
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        """Show shape and channels."""
+        layout = self.layout
+        return f"Jet(shape={tuple(self.shape)}, R={layout.R}, C={layout.C}, dtype={self.dtype})"
+
+    def __bool__(self) -> bool:
+        """Refuse to be a condition, as a tensor with several elements does."""
+        raise RuntimeError(
+            f"The truth value of a jet is not defined (used in {calling_module()}). Compare with "
+            "torch.where, or branch on something that does not depend on the points."
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        """Offer the methods of a tensor, each routed to its rule."""
+        method = getattr(Tensor, name, None)
+        if name.startswith("__") or not callable(method):
+            raise AttributeError(
+                f"A jet has no attribute {name!r} (asked for in {calling_module()})."
+            )
+        return functools.partial(_call_method, method, self)
+
+
+def _call_method(method: Callable, jet: Jet, *args: Any, **kwargs: Any) -> Any:
+    """Call a tensor method on a jet."""
+    return apply_rule(method, (jet, *args), kwargs)
+
+
+def _add_operator(name: str, function: Callable, reflected: bool = False) -> None:
+    """Give jets a Python operator, routed to the rule of its torch function."""
+
+    def operator(self: Jet, *args: Any) -> Any:
+        ordered = (*args, self) if reflected else (self, *args)
+        return apply_rule(function, ordered, {})
+
+    operator.__name__ = name
+    setattr(Jet, name, operator)
+
+
+for _name, _function in {
+    "add": torch.add,
+    "sub": torch.sub,
+    "mul": torch.mul,
+    "truediv": torch.div,
+    "pow": torch.pow,
+    "matmul": torch.matmul,
+}.items():
+    _add_operator(f"__{_name}__", _function)
+    _add_operator(f"__r{_name}__", _function, reflected=True)
+for _name in ("neg", "getitem", "abs", "gt", "lt", "ge", "le"):
+    _add_operator(f"__{_name}__", getattr(Tensor, f"__{_name}__"))
+
+
+def seed(x: Float[Tensor, "N d"], layout: Layout) -> Jet:
+    """Return the jet of the identity at x, the input of every jet computation.
+
+    data = [x,  v_1, ..., v_R,  0, ..., 0]
+
+    Args:
+        x: The points, ``[N, d]``.
+        layout: The channels to carry.
+    """
+    data = x.new_zeros(layout.S, *x.shape)
+    data[0] = x
+    directions = layout.directions
+    data[1 : 1 + layout.R] = directions if directions.ndim == 3 else directions[:, None, :]
+    return Jet(data, layout)
+
+
+def lift(constant: Tensor, like: Jet) -> Jet:
+    """Return the jet of a constant: its value, and zero in every other channel."""
+    data = constant.new_zeros(like.layout.S, *constant.shape, dtype=like.dtype)
+    data[0] = constant
+    return Jet(data, like.layout)

@@ -1,0 +1,316 @@
+"""Rules for functions that only rearrange: the same operation on every channel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pinncurv.jets.axes import channel_dim, channel_dims, point_axis_mixed, trailing_view
+from pinncurv.jets.jet import Jet, lift, register_rule
+
+
+def _as_sizes(sizes: tuple) -> tuple[int, ...]:
+    """Accept sizes as separate arguments or as one sequence."""
+    return tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
+
+
+@register_rule(torch.reshape, Tensor.view)
+def reshape(input: Jet, *shape: Any) -> Jet:
+    """Reshape the value; the first axis stays the axis of the points."""
+    data = input.data.reshape(input.layout.S, *_as_sizes(shape))
+    if data.ndim < 2 or data.shape[1] != input.shape[0]:
+        point_axis_mixed(input, "reshape")
+    return input.like(data)
+
+
+@register_rule(torch.flatten)
+def flatten(input: Jet, start_dim: int = 0, end_dim: int = -1) -> Jet:
+    """Flatten axes of the value."""
+    start, end = channel_dims(input, [start_dim, end_dim])
+    if start == 1 and end > 1:
+        point_axis_mixed(input, "flatten")
+    return input.like(input.data.flatten(start, end))
+
+
+@register_rule(torch.unflatten)
+def unflatten(input: Jet, dim: int, sizes: Sequence[int]) -> Jet:
+    """Split one axis of the value into several."""
+    axis = channel_dim(input, dim)
+    if axis == 1:
+        point_axis_mixed(input, "unflatten")
+    return input.like(input.data.unflatten(axis, sizes))
+
+
+@register_rule(torch.squeeze)
+def squeeze(input: Jet, dim: int | tuple[int, ...] | None = None) -> Jet:
+    """Drop axes of size one."""
+    dims = range(input.ndim) if dim is None else ([dim] if isinstance(dim, int) else dim)
+    dropped = [d for d in channel_dims(input, list(dims)) if input.data.shape[d] == 1]
+    if 1 in dropped:
+        if dim is None:
+            dropped.remove(1)
+        else:
+            point_axis_mixed(input, "squeeze")
+    return input.like(input.data.squeeze(dropped))
+
+
+@register_rule(torch.unsqueeze)
+def unsqueeze(input: Jet, dim: int) -> Jet:
+    """Insert an axis of size one."""
+    axis = channel_dim(input, dim, new_axes=1)
+    if axis == 1:
+        point_axis_mixed(input, "unsqueeze")
+    return input.like(input.data.unsqueeze(axis))
+
+
+@register_rule(torch.transpose, torch.swapaxes, torch.swapdims)
+def transpose(input: Jet, dim0: int, dim1: int) -> Jet:
+    """Exchange two axes of the value."""
+    first, second = channel_dims(input, [dim0, dim1])
+    if 1 in (first, second) and first != second:
+        point_axis_mixed(input, "transpose")
+    return input.like(input.data.transpose(first, second))
+
+
+@register_rule(torch.t)
+def t(input: Jet) -> Jet:
+    """Transpose a matrix."""
+    return transpose(input, 0, 1) if input.ndim > 1 else input
+
+
+@register_rule(torch.permute)
+def permute(input: Jet, *dims: Any) -> Jet:
+    """Reorder the axes of the value."""
+    order = channel_dims(input, _as_sizes(dims))
+    if order[0] != 1:
+        point_axis_mixed(input, "permute")
+    return input.like(input.data.permute(0, *order))
+
+
+@register_rule(torch.movedim, torch.moveaxis)
+def movedim(input: Jet, source: int, destination: int) -> Jet:
+    """Move one axis of the value."""
+    start, end = channel_dims(input, [source, destination])
+    if 1 in (start, end) and start != end:
+        point_axis_mixed(input, "movedim")
+    return input.like(input.data.movedim(start, end))
+
+
+@register_rule(Tensor.expand)
+def expand(input: Jet, *sizes: Any) -> Jet:
+    """Expand axes of size one."""
+    shape = _as_sizes(sizes)
+    if len(shape) != input.ndim:
+        point_axis_mixed(input, "expand")
+    return input.like(trailing_view(input, len(shape)).expand(-1, *shape))
+
+
+@register_rule(Tensor.repeat)
+def repeat(input: Jet, *sizes: Any) -> Jet:
+    """Tile the value."""
+    counts = _as_sizes(sizes)
+    if len(counts) != input.ndim or counts[0] != 1:
+        point_axis_mixed(input, "repeat")
+    return input.like(trailing_view(input, len(counts)).repeat(1, *counts))
+
+
+@register_rule(torch.flip)
+def flip(input: Jet, *dims: Any) -> Jet:
+    """Reverse axes of the value."""
+    axes = channel_dims(input, _as_sizes(dims))
+    if 1 in axes:
+        point_axis_mixed(input, "flip")
+    return input.like(input.data.flip(axes))
+
+
+@register_rule(Tensor.__getitem__)
+def getitem(input: Jet, index: Any) -> Jet:
+    """Index the value as a tensor is indexed."""
+    indices = index if isinstance(index, tuple) else (index,)
+    first = indices[0] if indices else None
+    keeps_points = first is Ellipsis or (isinstance(first, slice) and first == slice(None))
+    if not keeps_points or (first is Ellipsis and len(indices) > input.ndim):
+        point_axis_mixed(input, "Tensor.__getitem__")
+    advanced = [i for i, part in enumerate(indices) if isinstance(part, Tensor | list)]
+    if advanced and advanced[-1] - advanced[0] >= len(advanced):
+        raise NotImplementedError(
+            "Index tensors must be next to each other when they index a jet, got them at "
+            f"positions {advanced}. Index in two steps."
+        )
+    return input.like(input.data[(slice(None), *indices)])
+
+
+@register_rule(torch.narrow)
+def narrow(input: Jet, dim: int, start: int, length: int) -> Jet:
+    """Cut a range out of one axis."""
+    axis = channel_dim(input, dim)
+    if axis == 1:
+        point_axis_mixed(input, "narrow")
+    return input.like(input.data.narrow(axis, start, length))
+
+
+@register_rule(torch.select)
+def select(input: Jet, dim: int, index: int) -> Jet:
+    """Take one slice of one axis."""
+    axis = channel_dim(input, dim)
+    if axis == 1:
+        point_axis_mixed(input, "select")
+    return input.like(input.data.select(axis, index))
+
+
+@register_rule(torch.index_select)
+def index_select(input: Jet, dim: int, index: Tensor) -> Jet:
+    """Take slices of one axis."""
+    axis = channel_dim(input, dim)
+    if axis == 1:
+        point_axis_mixed(input, "index_select")
+    return input.like(input.data.index_select(axis, index))
+
+
+@register_rule(torch.split, torch.functional.split)
+def split(input: Jet, split_size: int | list[int], dim: int = 0) -> tuple[Jet, ...]:
+    """Split along one axis into pieces of given sizes."""
+    axis = channel_dim(input, dim)
+    if axis == 1:
+        point_axis_mixed(input, "split")
+    return tuple(input.like(part) for part in input.data.split(split_size, axis))
+
+
+@register_rule(torch.chunk)
+def chunk(input: Jet, chunks: int, dim: int = 0) -> tuple[Jet, ...]:
+    """Split along one axis into a number of pieces."""
+    axis = channel_dim(input, dim)
+    if axis == 1:
+        point_axis_mixed(input, "chunk")
+    return tuple(input.like(part) for part in input.data.chunk(chunks, axis))
+
+
+@register_rule(torch.unbind)
+def unbind(input: Jet, dim: int = 0) -> tuple[Jet, ...]:
+    """Take all slices of one axis."""
+    axis = channel_dim(input, dim)
+    if axis == 1:
+        point_axis_mixed(input, "unbind")
+    return tuple(input.like(part) for part in input.data.unbind(axis))
+
+
+def _lift_all(tensors: Sequence[Any]) -> list[Jet]:
+    """Turn the constants among jets into jets."""
+    reference = next(tensor for tensor in tensors if isinstance(tensor, Jet))
+    return [
+        tensor if isinstance(tensor, Jet) else lift(tensor, like=reference) for tensor in tensors
+    ]
+
+
+@register_rule(torch.cat, torch.concat, torch.concatenate)
+def cat(tensors: Sequence[Any], dim: int = 0) -> Jet:
+    """Concatenate jets and constants."""
+    jets = _lift_all(tensors)
+    axis = channel_dim(jets[0], dim)
+    if axis == 1:
+        point_axis_mixed(jets[0], "cat")
+    return jets[0].like(torch.cat([jet.data for jet in jets], axis))
+
+
+@register_rule(torch.stack)
+def stack(tensors: Sequence[Any], dim: int = 0) -> Jet:
+    """Stack jets and constants along a new axis."""
+    jets = _lift_all(tensors)
+    axis = channel_dim(jets[0], dim, new_axes=1)
+    if axis == 1:
+        point_axis_mixed(jets[0], "stack")
+    return jets[0].like(torch.stack([jet.data for jet in jets], axis))
+
+
+@register_rule(torch.hstack)
+def hstack(tensors: Sequence[Any]) -> Jet:
+    """Concatenate along the second axis."""
+    return cat(tensors, dim=1)
+
+
+@register_rule(torch.where)
+def where(condition: Tensor, input: Any, other: Any) -> Jet:
+    """Choose between two jets; the condition is constant almost everywhere."""
+    reference = input if isinstance(input, Jet) else other
+    first, second = (
+        branch if isinstance(branch, Jet) else lift(torch.as_tensor(branch), like=reference)
+        for branch in (input, other)
+    )
+    ndim = max(condition.ndim, first.ndim, second.ndim)
+    return reference.like(
+        torch.where(condition, trailing_view(first, ndim), trailing_view(second, ndim))
+    )
+
+
+@register_rule(torch.clone, Tensor.contiguous)
+def clone(input: Jet, *, memory_format: Any = None) -> Jet:
+    """Return the jet itself, since jets are immutable."""
+    return input
+
+
+@register_rule(Tensor.detach)
+def detach(input: Jet) -> Jet:
+    """Cut every channel from the autograd graph."""
+    return input.like(input.data.detach())
+
+
+@register_rule(Tensor.to)
+def to(input: Jet, *args: Any, **kwargs: Any) -> Jet:
+    """Convert dtype or device of every channel."""
+    return input.like(input.data.to(*args, **kwargs))
+
+
+@register_rule(functional.dropout)
+def dropout(input: Jet, p: float = 0.5, training: bool = True, inplace: bool = False) -> Jet:
+    """Pass through in evaluation; a random mask has no place in a deterministic loss.
+
+    Raises:
+        NotImplementedError: In training with p > 0.
+    """
+    if training and p > 0:
+        raise NotImplementedError(
+            "Dropout draws a new mask in every pass, which a loss with curvature can't have; got "
+            f"p = {p} in training mode. Call model.eval() or remove the layer."
+        )
+    return input
+
+
+def _comparison(function: Any) -> Any:
+    """Make the rule of a comparison, which is constant almost everywhere: a plain tensor."""
+
+    def rule(input: Any, other: Any) -> Tensor:
+        first, second = (x.value if isinstance(x, Jet) else x for x in (input, other))
+        return function(first, second)
+
+    return rule
+
+
+for _name in ("gt", "lt", "ge", "le", "eq", "ne"):
+    _function = getattr(torch, _name)
+    register_rule(_function, getattr(Tensor, f"__{_name}__"))(_comparison(_function))
+
+
+def _constant_like(function: Any) -> Any:
+    """Make the rule of a factory that takes shape, dtype and device only: a plain tensor."""
+
+    def rule(input: Jet, *args: Any, **kwargs: Any) -> Tensor:
+        return function(input.value.detach(), *args, **kwargs)
+
+    return rule
+
+
+for _function in (
+    torch.zeros_like,
+    torch.ones_like,
+    torch.full_like,
+    torch.empty_like,
+    Tensor.new_zeros,
+    Tensor.new_ones,
+    Tensor.new_full,
+    Tensor.new_tensor,
+):
+    register_rule(_function)(_constant_like(_function))

@@ -1,0 +1,105 @@
+"""Structured linear operators on parameter space, and their inverses.
+
+All operators are ``SymmetricLinearOperator``s, that is curvlinops ``PyTorchLinearOperator``s with a
+left product, ``to_dense``, ``diagonal``, ``trace`` and ``inverse(damping)``.
+
+- ``operator``: the base class, the protocol of operators that can be averaged, damping's check.
+- ``blocks``, ``layerwise``: layers as blocks of the parameter space, block-diagonal operators.
+- ``factors``, ``kronecker``: Kronecker factors, and operators that are sums of Kronecker products.
+- ``eigenform``: operators that are diagonal in a Kronecker-factored basis (EKFAC, inverses).
+- ``dense``: dense, dense block-diagonal and diagonal operators.
+- ``inverses``, ``kronecker_inverse``: the inverse (C + λ I)⁻¹.
+- ``factor_damping``, ``simultaneous``: the inverse with damping in every Kronecker factor.
+- ``cg``: preconditioned conjugate gradients.
+- ``psd``: the one path for factorizations of positive semidefinite matrices.
+"""
+
+from pinncurv.linops.blocks import LayerBlock, check_blocks, flat_positions, from_joint, to_joint
+from pinncurv.linops.cg import (
+    CGInverseLinearOperator,
+    CGNotConverged,
+    CGRecord,
+    CGResult,
+    conjugate_gradients,
+)
+from pinncurv.linops.dense import (
+    DenseBlockDiagonalLinearOperator,
+    DenseLinearOperator,
+    DiagonalLinearOperator,
+)
+from pinncurv.linops.eigenform import (
+    KroneckerBasis,
+    KroneckerCongruenceLinearOperator,
+    KroneckerEigenLinearOperator,
+)
+from pinncurv.linops.factor_damping import (
+    FactorDamping,
+    FactorDampings,
+    factor_damped_inverse,
+    same,
+    trace_norm,
+)
+from pinncurv.linops.factors import KroneckerFactors, merge
+from pinncurv.linops.inverses import (
+    BlockFactorizedInverseLinearOperator,
+    Damped,
+    FactorizedInverseLinearOperator,
+)
+from pinncurv.linops.kronecker import SumKroneckerLinearOperator
+from pinncurv.linops.layerwise import LayerwiseLinearOperator
+from pinncurv.linops.operator import Averageable, SymmetricLinearOperator, check_damping
+from pinncurv.linops.psd import (
+    CholeskyFactorization,
+    EigenFactorization,
+    Factorization,
+    FactorizationError,
+    FactorizationReport,
+    eigh,
+    factorize,
+    symmetrize,
+)
+from pinncurv.linops.simultaneous import SimultaneousDiagonalization, diagonalize
+
+__all__ = [
+    "Averageable",
+    "BlockFactorizedInverseLinearOperator",
+    "CGInverseLinearOperator",
+    "CGNotConverged",
+    "CGRecord",
+    "CGResult",
+    "CholeskyFactorization",
+    "Damped",
+    "DenseBlockDiagonalLinearOperator",
+    "DenseLinearOperator",
+    "DiagonalLinearOperator",
+    "EigenFactorization",
+    "FactorDamping",
+    "FactorDampings",
+    "Factorization",
+    "FactorizationError",
+    "FactorizationReport",
+    "FactorizedInverseLinearOperator",
+    "KroneckerBasis",
+    "KroneckerCongruenceLinearOperator",
+    "KroneckerEigenLinearOperator",
+    "KroneckerFactors",
+    "LayerBlock",
+    "LayerwiseLinearOperator",
+    "SimultaneousDiagonalization",
+    "SumKroneckerLinearOperator",
+    "SymmetricLinearOperator",
+    "check_blocks",
+    "check_damping",
+    "conjugate_gradients",
+    "diagonalize",
+    "eigh",
+    "factor_damped_inverse",
+    "factorize",
+    "flat_positions",
+    "from_joint",
+    "merge",
+    "same",
+    "symmetrize",
+    "to_joint",
+    "trace_norm",
+]

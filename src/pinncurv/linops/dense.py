@@ -1,0 +1,273 @@
+"""Operators that are given by their entries: dense, block diagonal, diagonal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pinncurv.linops.blocks import LayerBlock
+from pinncurv.linops.inverses import (
+    BlockFactorizedInverseLinearOperator,
+    FactorizedInverseLinearOperator,
+)
+from pinncurv.linops.layerwise import LayerwiseLinearOperator
+from pinncurv.linops.operator import SymmetricLinearOperator, check_damping
+from pinncurv.linops.psd import EigenFactorization, FactorizationError, eigh, symmetrize
+
+
+class DenseLinearOperator(SymmetricLinearOperator):
+    """A symmetric matrix on the concatenated parameters.
+
+    C ∈ ℝᴰˣᴰ
+    """
+
+    def __init__(self, matrix: Float[Tensor, "D D"], shapes: Sequence[Sequence[int]]) -> None:
+        """Store the matrix.
+
+        Args:
+            matrix: The symmetric matrix.
+            shapes: The shapes of all parameters.
+
+        Raises:
+            ValueError: If the matrix does not fit the shapes.
+        """
+        super().__init__(shapes, matrix.device, matrix.dtype)
+        if matrix.shape != self.shape:
+            raise ValueError(
+                f"The matrix must have shape {self.shape} to act on the shapes "
+                f"{[tuple(shape) for shape in self._in_shape]}, received {tuple(matrix.shape)}. "
+                "Pass the matrix on the concatenation of all parameters."
+            )
+        self.matrix = matrix
+
+    def _matmat(self, X: list[Tensor]) -> list[Tensor]:
+        flat = self.matrix @ torch.cat([x.flatten(end_dim=-2) for x in X])
+        return [y.reshape(x.shape) for y, x in zip(flat.split(self._in_shape_flat), X, strict=True)]
+
+    def to_dense(self) -> Float[Tensor, "D D"]:
+        """Return a copy of the matrix.
+
+        C
+
+        Returns:
+            The matrix.
+        """
+        return self.matrix.clone()
+
+    def diagonal(self) -> Float[Tensor, " D"]:
+        """Return the diagonal.
+
+        C_ii
+
+        Returns:
+            The diagonal.
+        """
+        return self.matrix.diagonal().clone()
+
+    @cached_property
+    def eigh(self) -> EigenFactorization:
+        """The eigendecomposition C = V diag(max(m, 0)) Vᵀ, computed once, in float64."""
+        name = "the dense matrix"
+        return eigh(symmetrize(self.matrix, name), name)
+
+    def inverse(self, damping: float) -> FactorizedInverseLinearOperator:
+        """Return the damped inverse.
+
+        (C + λ I)⁻¹ = V diag(1 / (max(m, 0) + λ)) Vᵀ
+
+        Args:
+            damping: The damping λ, a finite number >= 0.
+
+        Returns:
+            The inverse.
+
+        Raises:
+            FactorizationError: If the damping is zero and the matrix is numerically singular.
+        """
+        damped = self.eigh.damped(check_damping(damping))
+        return FactorizedInverseLinearOperator(damped, self._in_shape, self.dtype)
+
+    def tensors(self) -> list[Tensor]:
+        """The matrix."""
+        return [self.matrix]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> DenseLinearOperator:
+        """The operator of another matrix."""
+        (matrix,) = tensors
+        return type(self)(matrix, self._in_shape)
+
+    def identity(self) -> DenseLinearOperator:
+        """The identity."""
+        return self.with_tensors([torch.eye(len(self.matrix)).to(self.matrix)])
+
+
+class DenseBlockDiagonalLinearOperator(LayerwiseLinearOperator):
+    """Block diagonal over layers, with one dense matrix per layer.
+
+    C = diag(C_1, …, C_L)
+    """
+
+    def __init__(
+        self,
+        matrices: Sequence[Float[Tensor, "_ _"]],
+        blocks: Sequence[LayerBlock],
+        shapes: Sequence[Sequence[int]],
+    ) -> None:
+        """Store the matrices.
+
+        Args:
+            matrices: One symmetric matrix per layer on the row-major flattened joint matrix,
+                ``n = d_out (d_in + 1)``.
+            blocks: The layers, which cover each parameter exactly once.
+            shapes: The shapes of all parameters.
+
+        Raises:
+            ValueError: If the matrices do not fit the layers.
+        """
+        super().__init__(blocks, shapes, matrices[0].device, matrices[0].dtype)
+        self.matrices = tuple(matrices)
+        received = [tuple(matrix.shape) for matrix in self.matrices]
+        expected = [(block.numel, block.numel) for block in self.blocks]
+        if received != expected:
+            raise ValueError(
+                f"The matrices must have shapes {expected}, received {received}. "
+                "Pass one matrix per layer, on its weight and bias together."
+            )
+
+    def _apply(
+        self, layer: int, X: Float[Tensor, "*K d_out d_joint"]
+    ) -> Float[Tensor, "*K d_out d_joint"]:
+        return (X.flatten(start_dim=-2) @ self.matrices[layer].mT).reshape(X.shape)
+
+    def block_to_dense(self, layer: int) -> Float[Tensor, "n n"]:
+        """One layer's block as a matrix on the row-major flattened joint matrix.
+
+        C_l
+
+        Args:
+            layer: Position of the layer in ``blocks``.
+
+        Returns:
+            The block as a matrix, ``n = d_out (d_in + 1)``.
+        """
+        return self.matrices[layer].clone()
+
+    def _block_diagonal(self, layer: int) -> Float[Tensor, "d_out d_joint"]:
+        return self.matrices[layer].diagonal().reshape(self.blocks[layer].shape)
+
+    @cached_property
+    def eigh(self) -> tuple[EigenFactorization, ...]:
+        """The eigendecomposition of each block, computed once, in float64."""
+        names = [f"layer {block.name}, dense block" for block in self.blocks]
+        pairs = zip(self.matrices, names, strict=True)
+        return tuple(eigh(symmetrize(matrix, name), name) for matrix, name in pairs)
+
+    def inverse(self, damping: float) -> BlockFactorizedInverseLinearOperator:
+        """Return the damped inverse.
+
+        (C_l + λ I)⁻¹ = V_l diag(1 / (max(m_l, 0) + λ)) V_lᵀ
+
+        Args:
+            damping: The damping λ, a finite number >= 0.
+
+        Returns:
+            The inverse.
+
+        Raises:
+            FactorizationError: If the damping is zero and a block is numerically singular.
+        """
+        damping = check_damping(damping)
+        damped = [factorization.damped(damping) for factorization in self.eigh]
+        return BlockFactorizedInverseLinearOperator(damped, self.blocks, self._in_shape, self.dtype)
+
+    def tensors(self) -> list[Tensor]:
+        """The matrices of all layers."""
+        return list(self.matrices)
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> DenseBlockDiagonalLinearOperator:
+        """The operator of other matrices."""
+        return type(self)(tensors, self.blocks, self._in_shape)
+
+    def identity(self) -> DenseBlockDiagonalLinearOperator:
+        """The identity."""
+        return self.with_tensors([torch.eye(len(M)).to(M) for M in self.matrices])
+
+
+class DiagonalLinearOperator(SymmetricLinearOperator):
+    """A diagonal matrix.
+
+    C = diag(c)
+    """
+
+    def __init__(self, diagonals: Sequence[Tensor]) -> None:
+        """Store the diagonal.
+
+        Args:
+            diagonals: The diagonal, as one tensor per parameter of the parameter's shape.
+        """
+        first = diagonals[0]
+        super().__init__([d.shape for d in diagonals], first.device, first.dtype)
+        self.diagonals = tuple(diagonals)
+
+    def _matmat(self, X: list[Tensor]) -> list[Tensor]:
+        return [d.unsqueeze(-1) * x for d, x in zip(self.diagonals, X, strict=True)]
+
+    def to_dense(self) -> Float[Tensor, "D D"]:
+        """Return the operator as a matrix.
+
+        diag(c)
+
+        Returns:
+            The matrix.
+        """
+        return self.diagonal().diag()
+
+    def diagonal(self) -> Float[Tensor, " D"]:
+        """Return the diagonal.
+
+        c
+
+        Returns:
+            The diagonal.
+        """
+        return torch.cat([d.flatten() for d in self.diagonals])
+
+    def inverse(self, damping: float) -> DiagonalLinearOperator:
+        """Return the damped inverse.
+
+        diag(1 / (max(c, 0) + λ))
+
+        Args:
+            damping: The damping λ, a finite number >= 0.
+
+        Returns:
+            The inverse.
+
+        Raises:
+            FactorizationError: If an entry is not finite, or zero and the damping is zero.
+        """
+        damping = check_damping(damping)
+        c = self.diagonal()
+        if not bool(c.isfinite().all()) or (damping == 0 and not c.min().item() > 0):
+            raise FactorizationError(
+                "The diagonal must be finite, and positive to be inverted without damping, "
+                f"received entries in [{c.min().item():.1e}, {c.max().item():.1e}]. "
+                "Pass damping > 0, or look for a diverged loss."
+            )
+        return DiagonalLinearOperator([1 / (d.clamp(min=0) + damping) for d in self.diagonals])
+
+    def tensors(self) -> list[Tensor]:
+        """The diagonal, one tensor per parameter."""
+        return list(self.diagonals)
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> DiagonalLinearOperator:
+        """The operator of another diagonal."""
+        return type(self)(tensors)
+
+    def identity(self) -> DiagonalLinearOperator:
+        """The identity."""
+        return self.with_tensors([torch.ones_like(d) for d in self.diagonals])

@@ -1,0 +1,49 @@
+"""Kronecker factors of one layer, and how several pairs are merged into one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class KroneckerFactors:
+    """The two factors of one layer's block of one term.
+
+    B ⊗ A on row-major flattened joint matrices, that is X ↦ B X A
+
+    Attributes:
+        A: The symmetric factor of the layer's inputs (and bias) ``[d_in + 1, d_in + 1]``.
+        B: The symmetric factor of the layer's output gradients ``[d_out, d_out]``.
+    """
+
+    A: Float[Tensor, "d_joint d_joint"]
+    B: Float[Tensor, "d_out d_out"]
+
+
+def merge(pairs: Sequence[KroneckerFactors]) -> KroneckerFactors:
+    """Approximate a sum of Kronecker products by one.
+
+    Σ_t B_t ⊗ A_t ≈ (Σ_t B_t) ⊗ (Σ_t tr(B_t) A_t / Σ_t tr(B_t))
+
+    The trace is preserved, and the result is exact if all A_t agree.
+
+    Args:
+        pairs: The positive semidefinite factors to merge.
+
+    Returns:
+        The merged factors.
+    """
+    if len(pairs) == 1:
+        return pairs[0]
+    A = torch.stack([pair.A for pair in pairs])
+    B = torch.stack([pair.B for pair in pairs])
+    traces = B.diagonal(dim1=-2, dim2=-1).sum(-1)
+    total = traces.sum()
+    # if all B_t are zero the product is zero, whatever the weights
+    weights = torch.where(total > 0, traces / total, torch.full_like(traces, 1 / len(pairs)))
+    return KroneckerFactors(torch.einsum("t,tij->ij", weights, A), B.sum(0))

@@ -1,0 +1,120 @@
+"""Inverses by factorized blocks, and the damped inverse as a function of the operator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pinncurv.linops.blocks import LayerBlock
+from pinncurv.linops.layerwise import LayerwiseLinearOperator
+from pinncurv.linops.operator import SymmetricLinearOperator, check_damping
+from pinncurv.linops.psd import Factorization, FactorizationReport
+
+
+@dataclass(frozen=True)
+class Damped:
+    """The damped inverse as a function of the operator.
+
+    C ↦ (C + λ I)⁻¹
+
+    Not the same as ``FactorDamping``, which adds λ to every Kronecker factor.
+
+    Attributes:
+        damping: The damping λ, a finite number >= 0.
+    """
+
+    damping: float
+
+    def __post_init__(self) -> None:
+        """Check the damping."""
+        check_damping(self.damping)
+
+    def __call__(self, operator: SymmetricLinearOperator) -> SymmetricLinearOperator:
+        """Return the damped inverse of an operator.
+
+        Args:
+            operator: An operator with a method ``inverse``.
+
+        Returns:
+            ``operator.inverse(damping)``.
+        """
+        return operator.inverse(self.damping)
+
+
+class FactorizedInverseLinearOperator(SymmetricLinearOperator):
+    """The inverse of a factorized matrix.
+
+    M⁻¹ = R⁻ᵀ R⁻¹
+    """
+
+    def __init__(
+        self, factorization: Factorization, shapes: Sequence[Sequence[int]], dtype: torch.dtype
+    ) -> None:
+        """Store the factorization.
+
+        Args:
+            factorization: The factorization of M on the concatenated parameters.
+            shapes: The shapes of all parameters.
+            dtype: Data type of the vectors.
+        """
+        super().__init__(shapes, factorization.device, dtype)
+        self.factorization = factorization
+        self.reports = (factorization.report,)
+
+    def _matmat(self, X: list[Tensor]) -> list[Tensor]:
+        flat = torch.cat([x.flatten(end_dim=-2) for x in X]).to(self.factorization.dtype)
+        pieces = self.factorization.solve(flat).to(self.dtype).split(self._in_shape_flat)
+        return [y.reshape(x.shape) for y, x in zip(pieces, X, strict=True)]
+
+
+class BlockFactorizedInverseLinearOperator(LayerwiseLinearOperator):
+    """The inverse of an operator with one factorized matrix per layer.
+
+    diag(M_1⁻¹, …, M_L⁻¹)
+    """
+
+    def __init__(
+        self,
+        factorizations: Sequence[Factorization],
+        blocks: Sequence[LayerBlock],
+        shapes: Sequence[Sequence[int]],
+        dtype: torch.dtype,
+    ) -> None:
+        """Store the factorizations.
+
+        Args:
+            factorizations: One per layer, on row-major flattened joint matrices.
+            blocks: The layers, which cover each parameter exactly once.
+            shapes: The shapes of all parameters.
+            dtype: Data type of the vectors.
+        """
+        super().__init__(blocks, shapes, factorizations[0].device, dtype)
+        self.factorizations = tuple(factorizations)
+        self.reports: tuple[FactorizationReport, ...] = tuple(f.report for f in factorizations)
+
+    def _apply(
+        self, layer: int, X: Float[Tensor, "*K d_out d_joint"]
+    ) -> Float[Tensor, "*K d_out d_joint"]:
+        factorization = self.factorizations[layer]
+        columns = X.reshape(-1, self.blocks[layer].numel).to(factorization.dtype).mT
+        return factorization.solve(columns).mT.reshape(X.shape)
+
+    def block_to_dense(self, layer: int) -> Float[Tensor, "n n"]:
+        """One layer's block as a matrix on the row-major flattened joint matrix.
+
+        M_l⁻¹
+
+        Args:
+            layer: Position of the layer in ``blocks``.
+
+        Returns:
+            The block as a matrix, ``n = d_out (d_in + 1)``.
+        """
+        return self.factorizations[layer].inverse()
+
+    def _block_diagonal(self, layer: int) -> Float[Tensor, "d_out d_joint"]:
+        return self.block_to_dense(layer).diagonal().reshape(self.blocks[layer].shape)

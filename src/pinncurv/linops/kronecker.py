@@ -1,0 +1,217 @@
+"""Sums of Kronecker products, one sum per layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pinncurv.linops.blocks import LayerBlock
+from pinncurv.linops.eigenform import KroneckerBasis, KroneckerEigenLinearOperator
+from pinncurv.linops.factors import KroneckerFactors
+from pinncurv.linops.kronecker_inverse import cg_inverse, dense_inverse
+from pinncurv.linops.layerwise import LayerwiseLinearOperator
+from pinncurv.linops.operator import SymmetricLinearOperator, check_damping
+from pinncurv.linops.psd import EigenFactorization, eigh, symmetrize
+
+
+class SumKroneckerLinearOperator(LayerwiseLinearOperator):
+    """Block diagonal over layers, each block a sum of Kronecker products over terms.
+
+    C_l = Σ_t B_lt ⊗ A_lt, that is X_l ↦ Σ_t B_lt X_l A_lt
+
+    KFAC for a loss with T terms has this form (Dangel, Müller, Zeinhofer 2024, section 3.3).
+    """
+
+    def __init__(
+        self,
+        factors: Sequence[Sequence[KroneckerFactors]],
+        blocks: Sequence[LayerBlock],
+        shapes: Sequence[Sequence[int]],
+        terms: Sequence[str] | None = None,
+    ) -> None:
+        """Store the factors.
+
+        Args:
+            factors: ``factors[l][t]`` are the factors of layer l and term t.
+            blocks: The layers, which cover each parameter exactly once.
+            shapes: The shapes of all parameters.
+            terms: Names of the terms, by default ``"0"``, ``"1"``, ….
+
+        Raises:
+            ValueError: If the factors do not fit the layers and terms.
+        """
+        first = factors[0][0].A
+        super().__init__(blocks, shapes, first.device, first.dtype)
+        self.factors = tuple(tuple(layer) for layer in factors)
+        self.terms = tuple(map(str, range(len(factors[0]))) if terms is None else terms)
+        self._check_factors()
+
+    def _check_factors(self) -> None:
+        if len(self.factors) != len(self.blocks):
+            raise ValueError(
+                f"There must be factors for each of the {len(self.blocks)} layers, "
+                f"received {len(self.factors)}. Pass factors[layer][term]."
+            )
+        for block, layer in zip(self.blocks, self.factors, strict=True):
+            if len(layer) != len(self.terms):
+                raise ValueError(
+                    f"Layer {block.name} must have factors for the terms {self.terms}, "
+                    f"received {len(layer)} pairs. Pass factors[layer][term]."
+                )
+            d_out, d_joint = block.shape
+            for term, pair in zip(self.terms, layer, strict=True):
+                if pair.A.shape != (d_joint, d_joint) or pair.B.shape != (d_out, d_out):
+                    raise ValueError(
+                        f"The factors of layer {block.name}, term {term} must have shapes "
+                        f"{(d_joint, d_joint)} and {(d_out, d_out)}, received "
+                        f"{tuple(pair.A.shape)} and {tuple(pair.B.shape)}. "
+                        "A acts on the inputs (and bias), B on the outputs."
+                    )
+
+    def factor_name(self, layer: int, term: int, factor: str) -> str:
+        """Name one factor for error messages and reports.
+
+        Args:
+            layer: Position of the layer.
+            term: Position of the term.
+            factor: ``"A"`` or ``"B"``.
+
+        Returns:
+            The name.
+        """
+        return f"layer {self.blocks[layer].name}, term {self.terms[term]}, factor {factor}"
+
+    def term(self, term: int | str) -> SumKroneckerLinearOperator:
+        """Return the operator of one term alone.
+
+        diag_l(B_lt ⊗ A_lt)
+
+        Args:
+            term: Position or name of the term.
+
+        Returns:
+            An operator with one term.
+
+        Raises:
+            KeyError: If there is no such term.
+        """
+        if term not in self.terms and term not in range(len(self.terms)):
+            raise KeyError(f"term must be one of {self.terms} or a position, received {term!r}.")
+        t = self.terms.index(term) if isinstance(term, str) else term
+        return SumKroneckerLinearOperator(
+            [[layer[t]] for layer in self.factors], self.blocks, self._in_shape, [self.terms[t]]
+        )
+
+    def _apply(
+        self, layer: int, X: Float[Tensor, "*K d_out d_joint"]
+    ) -> Float[Tensor, "*K d_out d_joint"]:
+        first, *others = self.factors[layer]
+        Y = first.B @ X @ first.A
+        for pair in others:
+            Y = Y + pair.B @ X @ pair.A
+        return Y
+
+    def block_to_dense(self, layer: int) -> Float[Tensor, "n n"]:
+        """One layer's block as a matrix on the row-major flattened joint matrix.
+
+        Σ_t B_lt ⊗ A_lt
+
+        Args:
+            layer: Position of the layer in ``blocks``.
+
+        Returns:
+            The block as a matrix, ``n = d_out (d_in + 1)``.
+        """
+        dense = torch.kron(self.factors[layer][0].B, self.factors[layer][0].A)
+        for pair in self.factors[layer][1:]:
+            dense += torch.kron(pair.B, pair.A)
+        return dense
+
+    def _block_diagonal(self, layer: int) -> Float[Tensor, "d_out d_joint"]:
+        diagonals = [(pair.B.diagonal(), pair.A.diagonal()) for pair in self.factors[layer]]
+        return torch.stack([torch.outer(b, a) for b, a in diagonals]).sum(0)
+
+    def trace(self) -> Float[Tensor, ""]:
+        """Return the trace.
+
+        Σ_lt tr(B_lt) tr(A_lt)
+
+        Returns:
+            The trace.
+        """
+        pairs = [pair for layer in self.factors for pair in layer]
+        return torch.stack([pair.B.trace() * pair.A.trace() for pair in pairs]).sum()
+
+    def tensors(self) -> list[Tensor]:
+        """The factors, in the order layer, term, (A, B)."""
+        return [M for layer in self.factors for pair in layer for M in (pair.A, pair.B)]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> SumKroneckerLinearOperator:
+        """The operator with other factors, in the order of ``tensors``."""
+        pairs = [KroneckerFactors(*pair) for pair in zip(tensors[::2], tensors[1::2], strict=True)]
+        T = len(self.terms)
+        factors = [pairs[i : i + T] for i in range(0, len(pairs), T)]
+        return type(self)(factors, self.blocks, self._in_shape, self.terms)
+
+    def identity(self) -> SumKroneckerLinearOperator:
+        """The operator whose factors are all the identity, KFAC's start value of averages."""
+        return self.with_tensors([torch.eye(len(M)).to(M) for M in self.tensors()])
+
+    @cached_property
+    def eigendecompositions(self) -> tuple[tuple[EigenFactorization, EigenFactorization], ...]:
+        """Eigendecompositions of the factors A and B of each layer of a one-term operator.
+
+        A = U_A diag(a) U_Aᵀ, B = U_B diag(b) U_Bᵀ
+        """
+        return tuple(
+            (self._eigh(pair.A, i, "A"), self._eigh(pair.B, i, "B"))
+            for i, (pair,) in enumerate(self.factors)
+        )
+
+    def _eigh(self, matrix: Tensor, layer: int, factor: str) -> EigenFactorization:
+        name = self.factor_name(layer, 0, factor)
+        return eigh(symmetrize(matrix, name), name)
+
+    def inverse(
+        self, damping: float, dense_limit: int = 1024, tolerance: float = 1e-10
+    ) -> SymmetricLinearOperator:
+        """Return the damped inverse.
+
+        (C + λ I)⁻¹
+
+        With one term this is exact from the eigendecompositions of the factors,
+        X ↦ U_B [(U_Bᵀ X U_A) / (b aᵀ + λ)] U_Aᵀ. With more terms there is no closed form: blocks
+        are factorized as dense matrices if none is larger than ``dense_limit``, otherwise each
+        product solves with preconditioned conjugate gradients to the relative ``tolerance``.
+
+        Args:
+            damping: The damping λ, a finite number >= 0.
+            dense_limit: Largest dimension of a block that is factorized as a dense matrix.
+            tolerance: Relative residual of conjugate gradients.
+
+        Returns:
+            The inverse: with one term a ``KroneckerEigenLinearOperator``, otherwise a
+            ``BlockFactorizedInverseLinearOperator`` or a ``CGInverseLinearOperator``.
+        """
+        damping = check_damping(damping)
+        if len(self.terms) == 1:
+            return self._eigenform().inverse(damping)
+        if max(block.numel for block in self.blocks) <= dense_limit:
+            return dense_inverse(self, damping)
+        return cg_inverse(self, damping, tolerance)
+
+    def _eigenform(self) -> KroneckerEigenLinearOperator:
+        """A one-term operator in the eigenbases of its factors."""
+        pairs = self.eigendecompositions
+        return KroneckerEigenLinearOperator(
+            [KroneckerBasis(A.eigenvectors, B.eigenvectors) for A, B in pairs],
+            [torch.outer(B.eigenvalues, A.eigenvalues) for A, B in pairs],
+            self.blocks,
+            self._in_shape,
+            self.dtype,
+            [factorization.report for pair in pairs for factorization in pair],
+        )

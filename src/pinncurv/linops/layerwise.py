@@ -1,0 +1,101 @@
+"""Operators that are block diagonal over the layers, in terms of one layer's block."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pinncurv.linops.blocks import LayerBlock, check_blocks, flat_positions, from_joint, to_joint
+from pinncurv.linops.operator import SymmetricLinearOperator
+
+
+class LayerwiseLinearOperator(SymmetricLinearOperator, ABC):
+    """A symmetric operator that is block diagonal over layers.
+
+    C = diag(C_1, …, C_L), C_l acting on joint matrices X_l = [W_l, b_l]
+
+    Subclasses implement the four methods of one block: apply, dense, diagonal, trace.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[LayerBlock],
+        shapes: Sequence[Sequence[int]],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        """Store the layers.
+
+        Args:
+            blocks: The layers, which cover each parameter exactly once.
+            shapes: The shapes of all parameters.
+            device: Device of the operator.
+            dtype: Data type of the vectors that the operator takes and returns.
+
+        Raises:
+            ValueError: If the blocks do not partition the parameters.
+        """
+        super().__init__(shapes, device, dtype)
+        self.blocks = tuple(blocks)
+        check_blocks(self.blocks, self._in_shape)
+
+    @abstractmethod
+    def _apply(
+        self, layer: int, X: Float[Tensor, "*K d_out d_joint"]
+    ) -> Float[Tensor, "*K d_out d_joint"]:
+        """Multiply one layer's block onto joint matrices."""
+
+    @abstractmethod
+    def block_to_dense(self, layer: int) -> Float[Tensor, "n n"]:
+        """One layer's block as a matrix on the row-major flattened joint matrix.
+
+        C_l
+
+        Args:
+            layer: Position of the layer in ``blocks``.
+
+        Returns:
+            The block as a matrix, ``n = d_out (d_in + 1)``.
+        """
+
+    @abstractmethod
+    def _block_diagonal(self, layer: int) -> Float[Tensor, "d_out d_joint"]:
+        """The diagonal of one layer's block as a joint matrix."""
+
+    def _matmat(self, X: list[Tensor]) -> list[Tensor]:
+        # one column, the optimizer's case, is worth plain instead of batched matrix products
+        is_vector = X[0].shape[-1] == 1
+        joints = to_joint([x.squeeze(-1) for x in X] if is_vector else X, self.blocks)
+        products = [self._apply(i, joint).to(self.dtype) for i, joint in enumerate(joints)]
+        Y = from_joint(products, self.blocks)
+        return [y.unsqueeze(-1) for y in Y] if is_vector else Y
+
+    def to_dense(self) -> Float[Tensor, "D D"]:
+        """Return the operator as a matrix.
+
+        diag(C_1, …, C_L), permuted to the order of the concatenated parameters
+
+        Returns:
+            The matrix.
+        """
+        dense = torch.zeros(self.shape, device=self.device, dtype=self.dtype)
+        for i, position in enumerate(flat_positions(self.blocks, self._in_shape)):
+            block = self.block_to_dense(i).to(self.dtype)
+            dense[position.unsqueeze(1), position] = block
+        return dense
+
+    def diagonal(self) -> Float[Tensor, " D"]:
+        """Return the diagonal.
+
+        C_ii
+
+        Returns:
+            The diagonal.
+        """
+        joints = [self._block_diagonal(i) for i in range(len(self.blocks))]
+        diagonals = from_joint(joints, self.blocks)
+        return torch.cat([d.flatten() for d in diagonals]).to(self.dtype)

@@ -1,0 +1,271 @@
+"""The one path for factorizations of symmetric positive semidefinite matrices.
+
+Symmetrize, check that all entries are finite, factorize in float64, escalate where that fails
+(Cholesky, then an eigendecomposition, then an eigendecomposition of a matrix that is shifted by a
+few units of rounding), and report what was done.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from math import isfinite, sqrt
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+FACTORIZATION_DTYPE = torch.float64
+
+
+class FactorizationError(ValueError):
+    """A matrix that should be symmetric positive (semi)definite could not be factorized."""
+
+
+@dataclass(frozen=True)
+class FactorizationReport:
+    """What was done to factorize one matrix.
+
+    Attributes:
+        name: What the matrix is.
+        method: ``"cholesky"``, ``"eigh"``, or ``"shifted eigh"``.
+        floor: The lower bound that eigenvalues were clipped to.
+        eigenvalues: The eigenvalues before clipping, ``None`` after a Cholesky factorization.
+    """
+
+    name: str
+    method: str
+    floor: float
+    eigenvalues: Float[Tensor, " n"] | None = None
+
+    @property
+    def smallest_eigenvalue(self) -> float | None:
+        """The smallest eigenvalue before clipping, ``None`` if it was not computed."""
+        return None if self.eigenvalues is None else float(self.eigenvalues[0])
+
+    @property
+    def clipped(self) -> int:
+        """The number of eigenvalues that were below the floor."""
+        return 0 if self.eigenvalues is None else int((self.eigenvalues < self.floor).sum())
+
+
+class Factorization(ABC):
+    """A factorization of a symmetric positive definite matrix.
+
+    M = R Rᵀ
+    """
+
+    report: FactorizationReport
+
+    @property
+    @abstractmethod
+    def root(self) -> Float[Tensor, "n n"]:
+        """A square matrix of the factorization, from which size, device and dtype follow."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the factorization."""
+        return self.root.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the factorization."""
+        return self.root.dtype
+
+    @abstractmethod
+    def whiten(self, X: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+        """Return R⁻¹ X."""
+
+    @abstractmethod
+    def whiten_adjoint(self, X: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+        """Return R⁻ᵀ X."""
+
+    def solve(self, X: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+        """Return M⁻¹ X = R⁻ᵀ R⁻¹ X."""
+        return self.whiten_adjoint(self.whiten(X))
+
+    def inverse(self) -> Float[Tensor, "n n"]:
+        """Return M⁻¹ = Wᵀ W with W = R⁻¹, exactly symmetric."""
+        W = self.whiten(torch.eye(len(self.root)).to(self.root))
+        return W.mT @ W
+
+
+@dataclass(frozen=True)
+class CholeskyFactorization(Factorization):
+    """M = L Lᵀ with lower triangular L."""
+
+    L: Float[Tensor, "n n"]
+    report: FactorizationReport
+
+    @property
+    def root(self) -> Float[Tensor, "n n"]:
+        """The Cholesky factor."""
+        return self.L
+
+    def whiten(self, X: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+        """Return L⁻¹ X."""
+        return torch.linalg.solve_triangular(self.L, X, upper=False)
+
+    def whiten_adjoint(self, X: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+        """Return L⁻ᵀ X."""
+        return torch.linalg.solve_triangular(self.L.mT, X, upper=True)
+
+
+@dataclass(frozen=True)
+class EigenFactorization(Factorization):
+    """M = V diag(m) Vᵀ with positive m, and R = V diag(√m)."""
+
+    eigenvalues: Float[Tensor, " n"]
+    eigenvectors: Float[Tensor, "n n"]
+    report: FactorizationReport
+
+    @property
+    def root(self) -> Float[Tensor, "n n"]:
+        """The eigenvectors."""
+        return self.eigenvectors
+
+    def whiten(self, X: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+        """Return diag(m)^(-1/2) Vᵀ X."""
+        return (self.eigenvectors.mT @ X) / self.eigenvalues.sqrt().unsqueeze(-1)
+
+    def whiten_adjoint(self, X: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+        """Return V diag(m)^(-1/2) X."""
+        return self.eigenvectors @ (X / self.eigenvalues.sqrt().unsqueeze(-1))
+
+    def solve(self, X: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+        """Return V diag(m)⁻¹ Vᵀ X."""
+        V, m = self.eigenvectors, self.eigenvalues
+        return V @ ((V.mT @ X) / m.unsqueeze(-1))
+
+    def damped(self, damping: float) -> EigenFactorization:
+        """Return the eigendecomposition of M + λ I, after checking that this is nonsingular."""
+        report = replace(self.report, floor=self.report.floor + damping)
+        damped = EigenFactorization(self.eigenvalues + damping, self.eigenvectors, report)
+        check_nonsingular(damped)
+        return damped
+
+
+def symmetrize(
+    matrix: Float[Tensor, "n n"], name: str, dtype: torch.dtype = FACTORIZATION_DTYPE
+) -> Float[Tensor, "n n"]:
+    """Check that a matrix is finite, and return its symmetric part.
+
+    (M + Mᵀ) / 2
+
+    Args:
+        matrix: The matrix.
+        name: What the matrix is, for error messages.
+        dtype: Data type of the result.
+
+    Returns:
+        A new symmetric matrix.
+
+    Raises:
+        FactorizationError: If an entry is not finite.
+    """
+    M = matrix.to(dtype)
+    # a finite sum proves finite entries in one reduction; the converse fails on overflow
+    if not isfinite(M.sum().item()) and not bool(M.isfinite().all()):
+        count = int((~M.isfinite()).sum())
+        raise FactorizationError(
+            f"The entries of {name} must be finite, received {count} of {M.numel()} that are not. "
+            "Look for a diverged loss (smaller steps, more damping) or an overflow in the model."
+        )
+    half = 0.5 * M
+    return half + half.mT
+
+
+def eigh(matrix: Float[Tensor, "n n"], name: str, floor: float = 0.0) -> EigenFactorization:
+    """Eigendecomposition of a symmetric positive semidefinite matrix.
+
+    M = V diag(max(m, floor)) Vᵀ
+
+    Args:
+        matrix: Symmetric, finite matrix, as ``symmetrize`` returns it.
+        name: What the matrix is, for error messages and the report.
+        floor: Lower bound on the eigenvalues that is known to hold in exact arithmetic.
+
+    Returns:
+        The eigendecomposition. Its eigenvalues (ascending) are positive if the floor is.
+
+    Raises:
+        FactorizationError: If the eigendecomposition fails.
+    """
+    method = "eigh"
+    try:
+        m, V = torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        method = "shifted eigh"
+        m, V = _shifted_eigh(matrix, name)
+    report = FactorizationReport(name, method, floor, m)
+    return EigenFactorization(m.clamp(min=floor), V, report)
+
+
+def _shifted_eigh(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Eigendecomposition by way of M + δ I with δ of the size of a few rounding errors."""
+    n = matrix.shape[-1]
+    shift = n * torch.finfo(matrix.dtype).eps * float(torch.linalg.matrix_norm(matrix))
+    try:
+        m, V = torch.linalg.eigh(matrix + shift * torch.eye(n).to(matrix))
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise FactorizationError(
+            f"The eigendecomposition of {name} ({n}x{n}) failed twice: {error} "
+            "Look for entries of very different magnitude, or raise the damping."
+        ) from error
+    return m - shift, V
+
+
+def factorize(matrix: Float[Tensor, "n n"], name: str, floor: float = 0.0) -> Factorization:
+    """Factorize a symmetric positive definite matrix by Cholesky, or else by eigh.
+
+    M = R Rᵀ
+
+    Args:
+        matrix: Symmetric, finite matrix, as ``symmetrize`` returns it.
+        name: What the matrix is, for error messages and the report.
+        floor: Lower bound on the eigenvalues that is known to hold in exact arithmetic. The
+            eigenvalues of numerically singular matrices are clipped to it.
+
+    Returns:
+        The factorization.
+
+    Raises:
+        FactorizationError: If the matrix is numerically singular and there is no positive floor.
+    """
+    L, info = torch.linalg.cholesky_ex(matrix)
+    if info.item() == 0 and _pivots_are_credible(L, floor):
+        return CholeskyFactorization(L, FactorizationReport(name, "cholesky", floor))
+    factorization = eigh(matrix, name, floor)
+    check_nonsingular(factorization)
+    return factorization
+
+
+def _pivots_are_credible(L: Tensor, floor: float) -> bool:
+    """Whether all pivots are at least the smallest eigenvalue, as in exact arithmetic."""
+    pivots = L.diagonal()
+    if floor == 0:
+        relative = sqrt(len(L) * torch.finfo(L.dtype).eps)
+        return pivots.min().item() > relative * pivots.max().item()
+    return pivots.min().item() >= sqrt(floor)
+
+
+def check_nonsingular(factorization: EigenFactorization) -> None:
+    """Check that all eigenvalues are positive, and not only so by rounding.
+
+    m_min > n ε m_max if there is no positive floor
+
+    Args:
+        factorization: The eigendecomposition.
+
+    Raises:
+        FactorizationError: If the matrix is numerically singular.
+    """
+    report, m = factorization.report, factorization.eigenvalues
+    if report.floor > 0:
+        return
+    smallest, largest = m[0].item(), m[-1].item()
+    if not smallest > len(m) * torch.finfo(m.dtype).eps * largest:
+        raise FactorizationError(
+            f"{report.name} must be nonsingular to be inverted without damping, received "
+            f"eigenvalues in [{smallest:.1e}, {largest:.1e}]. Pass damping > 0."
+        )

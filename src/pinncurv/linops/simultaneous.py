@@ -1,0 +1,83 @@
+"""Simultaneous diagonalization of two symmetric positive definite matrices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pinncurv.linops.psd import FactorizationReport, eigh, factorize
+
+
+@dataclass(frozen=True)
+class SimultaneousDiagonalization:
+    """A basis in which two matrices are diagonal.
+
+    Eᵀ P_1 E = s_1 diag(a_1), Eᵀ P_2 E = s_2 diag(a_2), a_1 + a_2 = 1
+
+    Attributes:
+        E: The basis, one vector per column ``[n, n]``.
+        a1: The first matrix in that basis, up to ``s1`` ``[n]``.
+        a2: The second matrix in that basis, up to ``s2`` ``[n]``.
+        s1: The mean eigenvalue of the first matrix.
+        s2: The mean eigenvalue of the second matrix.
+        reports: What was done to factorize P_1 / s_1 + P_2 / s_2 and the whitened P_1.
+    """
+
+    E: Float[Tensor, "n n"]
+    a1: Float[Tensor, " n"]
+    a2: Float[Tensor, " n"]
+    s1: float
+    s2: float
+    reports: tuple[FactorizationReport, ...]
+
+
+def diagonalize(
+    P1: Float[Tensor, "n n"],
+    P2: Float[Tensor, "n n"],
+    floor1: float,
+    floor2: float,
+    name: str,
+) -> SimultaneousDiagonalization:
+    """Diagonalize two positive definite matrices by a congruence.
+
+    M = P_1 / s_1 + P_2 / s_2 = R Rᵀ,  R⁻¹ (P_1 / s_1) R⁻ᵀ = U diag(a) Uᵀ,  E = R⁻ᵀ U
+
+    with s_i the mean eigenvalue of P_i. Whitening by the sum is better conditioned than whitening
+    by one of the two, and treats both alike. The eigenvalues obey a ∈ [0, 1], and more exactly
+    a ≥ λ_1 / (s_1 m_max) and 1 − a ≥ λ_2 / (s_2 m_max) for P_i ≥ λ_i I and M ≤ m_max I; they are
+    clipped to these bounds (with m_max the Frobenius norm of M), which rounding violates if the
+    P_i are numerically singular.
+
+    Args:
+        P1: First matrix, symmetric and finite.
+        P2: Second matrix, symmetric and finite.
+        floor1: λ_1, a lower bound on the first matrix' eigenvalues in exact arithmetic.
+        floor2: λ_2, a lower bound on the second matrix' eigenvalues in exact arithmetic.
+        name: What the matrices are, for error messages and the report.
+
+    Returns:
+        The basis and the eigenvalues.
+
+    Raises:
+        FactorizationError: If M is numerically singular and both floors are zero.
+    """
+    n = len(P1)
+    s1, s2 = (P1.trace().item() / n or 1.0), (P2.trace().item() / n or 1.0)
+    scaled = P1 / s1
+    M = torch.add(scaled, P2, alpha=1 / s2)
+    factorization = factorize(M, name, floor1 / s1 + floor2 / s2)
+    whitened = factorization.whiten(factorization.whiten(scaled).mT)
+    largest = torch.linalg.matrix_norm(M).item()
+    eigen = eigh(whitened, f"{name}, whitened", floor1 / (s1 * largest))
+    a1 = eigen.eigenvalues.clamp(max=1)
+    return SimultaneousDiagonalization(
+        factorization.whiten_adjoint(eigen.eigenvectors),
+        a1,
+        (1 - a1).clamp_(min=floor2 / (s2 * largest)),
+        s1,
+        s2,
+        (factorization.report, eigen.report),
+    )

@@ -1,0 +1,49 @@
+"""Optimization with any curvature operator, on any objective that is a sum of squares.
+
+``optimizer.py`` composes a curvature, its inverse, a step size (``step_sizes.py``), a momentum and
+an average (``averaging.py``); ``protocols.py`` says what it asks of them, so that none needs to
+come from this package; ``first_order.py`` steps optimizers of torch the same way.
+"""
+
+from pinncurv.optim.averaging import ExponentialAverage, from_first, from_identity, from_zero
+from pinncurv.optim.first_order import FirstOrder
+from pinncurv.optim.optimizer import CurvatureOptimizer, HeavyBall, Intervals
+from pinncurv.optim.protocols import (
+    Curvature,
+    Differentiable,
+    Inverse,
+    LeastSquares,
+    LinearizedLoss,
+    StepRecord,
+)
+from pinncurv.optim.step_sizes import (
+    FixedStep,
+    GridLineSearch,
+    Proposal,
+    QuadraticModel,
+    Situation,
+    StepSize,
+)
+
+__all__ = [
+    "Curvature",
+    "CurvatureOptimizer",
+    "Differentiable",
+    "ExponentialAverage",
+    "FirstOrder",
+    "FixedStep",
+    "GridLineSearch",
+    "HeavyBall",
+    "Intervals",
+    "Inverse",
+    "LeastSquares",
+    "LinearizedLoss",
+    "Proposal",
+    "QuadraticModel",
+    "Situation",
+    "StepRecord",
+    "StepSize",
+    "from_first",
+    "from_identity",
+    "from_zero",
+]

@@ -1,0 +1,69 @@
+"""Exponential moving averages of curvature operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pinncurv.linops import Averageable
+
+Start = Callable[[Averageable], list[Tensor]]
+
+
+def from_identity(operator: Averageable) -> list[Tensor]:
+    """Start from the identity: for KFAC, from identity factors."""
+    return operator.identity().tensors()
+
+
+def from_zero(operator: Averageable) -> list[Tensor]:
+    """Start from zero."""
+    return [torch.zeros_like(tensor) for tensor in operator.tensors()]
+
+
+def from_first(operator: Averageable) -> list[Tensor]:
+    """Start from the first estimate."""
+    return operator.tensors()
+
+
+@dataclass(frozen=True)
+class ExponentialAverage:
+    """Average the tensors that define an operator over the steps.
+
+    T̄_k = β T̄_{k-1} + (1 - β) T_k
+
+    For KFAC these are the factors A and B, for dense operators the matrix.
+
+    Args:
+        decay: β, in [0, 1).
+        start: T̄_0 as a function of the first operator: ``from_identity``, ``from_zero`` or
+            ``from_first``.
+
+    Raises:
+        ValueError: If the decay is not in [0, 1).
+    """
+
+    decay: float
+    start: Start = from_zero
+
+    def __post_init__(self) -> None:
+        """Check the decay."""
+        if not 0 <= self.decay < 1:
+            raise ValueError(
+                f"The decay of an average must be in [0, 1), got {self.decay}. 0 keeps no history."
+            )
+
+    def update(self, operator: Averageable, average: list[Tensor] | None) -> list[Tensor]:
+        """Return the average after one more operator.
+
+        Args:
+            operator: The new estimate.
+            average: The average so far; None at the start.
+        """
+        previous = self.start(operator) if average is None else average
+        return [
+            torch.lerp(tensor, old.to(tensor), self.decay)
+            for tensor, old in zip(operator.tensors(), previous, strict=True)
+        ]

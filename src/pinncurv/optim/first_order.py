@@ -1,0 +1,61 @@
+"""Optimizers of torch, stepped like ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from pinncurv.optim.protocols import Differentiable, StepRecord, finite_loss
+
+
+class FirstOrder:
+    """Steps any optimizer of torch (SGD, Adam, L-BFGS, ...) on an objective.
+
+    Args:
+        optimizer: The optimizer.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def step(self, objective: Differentiable) -> StepRecord:
+        """Take one step on one batch.
+
+        Args:
+            objective: The loss on this batch.
+
+        Returns:
+            What happened; the loss is that of the first evaluation.
+
+        Raises:
+            FloatingPointError: If the loss is not finite; names the terms.
+        """
+        evaluations: list[dict[str, float]] = []
+
+        def closure() -> Tensor:
+            self.optimizer.zero_grad()
+            with torch.enable_grad():
+                losses = objective.backward()
+            evaluations.append({name: float(loss) for name, loss in losses.items()})
+            return torch.stack(list(losses.values())).sum()
+
+        self.optimizer.step(closure)
+        first = evaluations[0]
+        finite_loss(first)
+        return StepRecord(
+            loss=sum(first.values()),
+            term_losses=first,
+            step_size=float(self.optimizer.param_groups[0]["lr"]),
+            solver={"evaluations": len(evaluations)},
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the optimizer."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state of the optimizer."""
+        self.optimizer.load_state_dict(state_dict)

@@ -1,0 +1,123 @@
+"""What the optimizer asks of an objective, of a curvature and of an inverse."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from curvlinops._torch_base import PyTorchLinearOperator
+from torch import Tensor
+
+
+class LinearizedLoss(Protocol):
+    """A sum of squares, linearized at the current parameters.
+
+    L(θ + v) ≈ ½‖r̃ + J v‖²,  ∇L = Jᵀ r̃
+    """
+
+    @property
+    def linearizations(self) -> Sequence[Any]:
+        """What the curvature is built from."""
+        ...
+
+    @property
+    def parameters(self) -> Sequence[Tensor]:
+        """The parameters, in the order of the gradient and of the operators."""
+        ...
+
+    @property
+    def jacobian(self) -> PyTorchLinearOperator:
+        """J, on the list of parameters."""
+        ...
+
+    @property
+    def term_losses(self) -> Mapping[str, float]:
+        """The terms of the loss by name."""
+        ...
+
+    def gradient(self) -> list[Tensor]:
+        """∇L, one tensor per parameter."""
+        ...
+
+
+class LeastSquares(Protocol):
+    """A loss on one frozen batch."""
+
+    def loss(self) -> Tensor:
+        """Return L."""
+        ...
+
+    def linearize(self) -> LinearizedLoss:
+        """Linearize at the current parameters."""
+        ...
+
+
+class Differentiable(Protocol):
+    """A loss on one frozen batch with a plain gradient."""
+
+    def backward(self) -> Mapping[str, Tensor]:
+        """Add the gradient to ``.grad``; return the terms of the loss by name."""
+        ...
+
+
+Curvature = Callable[[Sequence[Any]], PyTorchLinearOperator]
+
+
+class Inverse(Protocol):
+    """A damped inverse, as a function of the operator."""
+
+    @property
+    def damping(self) -> float:
+        """λ."""
+        ...
+
+    def __call__(self, operator: Any) -> PyTorchLinearOperator:
+        """Return the inverse of an operator."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What happened in one step.
+
+    Args:
+        loss: L before the step.
+        term_losses: Its terms by name.
+        new_loss: L after the step on the same batch; equal to ``loss`` if the step was rejected.
+            NaN where it was not evaluated.
+        step_size: α, the multiple of the direction that was taken, without the group's ``lr``.
+        momentum: μ, the multiple of the previous update that was taken.
+        damping: λ of the inverse; NaN for optimizers without.
+        predicted_decrease: What the exact quadratic model promised; NaN without a model.
+        accepted: Whether the parameters were changed.
+        reason: Why the step was shortened or rejected; empty if it was taken as proposed.
+        solver: What the inverse reports, if anything.
+    """
+
+    loss: float
+    term_losses: Mapping[str, float]
+    new_loss: float = float("nan")
+    step_size: float = float("nan")
+    momentum: float = 0.0
+    damping: float = float("nan")
+    predicted_decrease: float = float("nan")
+    accepted: bool = True
+    reason: str = ""
+    solver: Mapping[str, Any] = field(default_factory=dict)
+
+
+def finite_loss(term_losses: Mapping[str, float]) -> float:
+    """Return the sum of the terms after checking that each is finite.
+
+    Raises:
+        FloatingPointError: If one is not; names it.
+    """
+    bad = [f"{name} ({loss})" for name, loss in term_losses.items() if not math.isfinite(loss)]
+    if bad:
+        raise FloatingPointError(
+            f"The loss must be finite before a step, but these terms are not: {', '.join(bad)}. "
+            "Check that the residual is defined at all points, and the parameters' initialization."
+        )
+    return sum(term_losses.values())

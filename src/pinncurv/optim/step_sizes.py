@@ -1,0 +1,177 @@
+"""How far to go along a direction."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pinncurv.optim.protocols import LinearizedLoss
+
+
+@dataclass(frozen=True, eq=False)
+class Situation:
+    """All that a step size may look at.
+
+    Args:
+        loss: L at the current parameters.
+        linearized: The linearization at the current parameters.
+        gradient: ∇L.
+        direction: Δ, one tensor per parameter.
+        previous: δ, the previous update, or None.
+        damping: λ.
+        try_update: Evaluates L on the same batch with an update added, and restores.
+    """
+
+    loss: float
+    linearized: LinearizedLoss
+    gradient: Sequence[Tensor]
+    direction: Sequence[Tensor]
+    previous: Sequence[Tensor] | None
+    damping: float
+    try_update: Callable[[Sequence[Tensor], float], float]
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """An update α Δ + μ δ.
+
+    Args:
+        step_size: α.
+        momentum: μ.
+        predicted_decrease: What a model promises; NaN without one.
+        new_loss: L after the update if it was evaluated; NaN otherwise.
+    """
+
+    step_size: float
+    momentum: float = 0.0
+    predicted_decrease: float = math.nan
+    new_loss: float = math.nan
+
+
+class StepSize(ABC):
+    """A rule for the step size."""
+
+    @abstractmethod
+    def propose(self, situation: Situation) -> Proposal:
+        """Propose an update."""
+
+
+@dataclass(frozen=True)
+class FixedStep(StepSize):
+    """Always the same step size; the group's ``lr`` multiplies it.
+
+    Args:
+        step_size: α > 0.
+    """
+
+    step_size: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the step size."""
+        if not (math.isfinite(self.step_size) and self.step_size > 0):
+            raise ValueError(f"step_size must be finite and positive, got {self.step_size}.")
+
+    def propose(self, situation: Situation) -> Proposal:
+        """Propose the step."""
+        return Proposal(self.step_size)
+
+
+@dataclass(frozen=True)
+class GridLineSearch(StepSize):
+    """The best step size of a grid, by evaluating the loss without a graph.
+
+    α = argmin_{k = first, ..., last} L(θ + 2^k Δ)
+
+    Args:
+        first: Smallest exponent.
+        last: Largest exponent.
+
+    Source: Müller and Zeinhofer 2023 (ENGD); Dangel, Müller, Zeinhofer 2024, section 3.3.
+    """
+
+    first: int = -30
+    last: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the grid."""
+        if self.first > self.last:
+            raise ValueError(f"first must be at most last, got {self.first} and {self.last}.")
+
+    def propose(self, situation: Situation) -> Proposal:
+        """Evaluate the grid; NaN and infinity never win."""
+        losses = {
+            2.0**k: situation.try_update(situation.direction, 2.0**k)
+            for k in range(self.last, self.first - 1, -1)
+        }
+        finite = {step: loss for step, loss in losses.items() if math.isfinite(loss)}
+        if not finite:
+            return Proposal(2.0**self.first, new_loss=math.nan)
+        best = min(finite, key=finite.__getitem__)
+        return Proposal(best, new_loss=finite[best])
+
+
+@dataclass(frozen=True)
+class QuadraticModel(StepSize):
+    """Step size and momentum that minimize the exact quadratic model of the damped loss.
+
+    min_{α, μ}  m(αΔ + μδ),  m(v) = ½‖r̃ + J v‖² + ½ λ‖v‖²
+
+    Two products with the Jacobian, no further pass. The first step has no previous update and
+    chooses α alone.
+
+    Args:
+        use_momentum: Whether to take part of the previous update at all.
+
+    Source: Martens and Grosse 2015, section 7.
+    """
+
+    use_momentum: bool = True
+
+    def propose(self, situation: Situation) -> Proposal:
+        """Minimize the model over the span of direction and previous update."""
+        directions = [situation.direction]
+        if self.use_momentum and situation.previous is not None:
+            directions.append(situation.previous)
+        stacked = [torch.stack(parts, -1) for parts in zip(*directions, strict=True)]
+        images = situation.linearized.jacobian @ stacked
+        M = _gram(images) + situation.damping * _gram(stacked)
+        b = sum(
+            (g.flatten() @ v.flatten(0, -2))
+            for g, v in zip(situation.gradient, stacked, strict=True)
+        )
+        coefficients, decrease = minimize_quadratic(M, b)
+        momentum = coefficients[1] if len(coefficients) > 1 else 0.0
+        return Proposal(coefficients[0], momentum, decrease)
+
+
+def _gram(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the inner products of the columns ``[..., K]`` of a list of tensors, ``[K, K]``."""
+    flat = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
+    return torch.stack([part.t() @ part for part in flat]).sum(0)
+
+
+def minimize_quadratic(M: Tensor, b: Tensor) -> tuple[list[float], float]:
+    """Minimize ½ cᵀ M c + bᵀ c for a small positive semidefinite M.
+
+    Directions are scaled to one first, and what is numerically dependent is dropped, so that a
+    previous update parallel to the direction does no harm.
+
+    Returns:
+        The coefficients c and the decrease, -(½ cᵀ M c + bᵀ c) >= 0.
+    """
+    table = torch.cat([M, b[None]]).double().cpu()
+    M, b = table[:-1], table[-1]
+    if not bool(table.isfinite().all()):
+        return [math.nan] * len(b), math.nan
+    scale = M.diagonal().sqrt()
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    eigenvalues, Q = torch.linalg.eigh(M / torch.outer(scale, scale))
+    inverse = torch.where(eigenvalues > 1e-14, 1 / eigenvalues, 0.0)
+    scaled = Q.t() @ (b / scale)
+    coefficients = -(Q @ (inverse * scaled)) / scale
+    return coefficients.tolist(), 0.5 * float(scaled @ (inverse * scaled))

@@ -1,0 +1,84 @@
+"""The heat equation, and the instances of arXiv 2405.15603 with known solutions."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pinncurv.diffops import Laplacian, Partial
+from pinncurv.problems.conditions import dirichlet
+from pinncurv.problems.domains import SpaceTimeBox
+from pinncurv.problems.loss_term import LossTerm
+from pinncurv.problems.problem import Problem, TensorOrJet
+
+
+def heat(
+    domain: SpaceTimeBox,
+    conductivity: float,
+    boundary: Callable[[Tensor], Tensor],
+    n_interior: int,
+    n_boundary: int,
+    solution: Callable[[Tensor], Tensor] | None = None,
+    name: str = "heat",
+) -> Problem:
+    """The heat equation with Dirichlet data on the faces of a box, and initial values.
+
+    u_t = κ Δu in the domain,    u = g on the spatial faces and at the start
+
+    Args:
+        domain: The box in space and the interval in time; a point is (t, x).
+        conductivity: The number κ.
+        boundary: The boundary and initial values g, [N, 1 + d] -> [N, 1].
+        n_interior: Number of points in the domain.
+        n_boundary: Number of points of the condition: half of them on the spatial faces at random
+            times, half at the start.
+        solution: The solution, if it is known.
+        name: The name of the problem.
+
+    Returns:
+        The problem with the terms 'interior' (residual u_t - κ Δu) and 'boundary' (u - g).
+    """
+    interior = LossTerm(
+        operators={"u_t": Partial(0), "lap_u": Laplacian(dims=tuple(range(1, domain.dim)))},
+        residual=lambda x, u_t, lap_u: u_t - conductivity * lap_u,
+        points=domain.interior(n_interior),
+        name="interior",
+    )
+    return Problem(
+        name=name,
+        terms=(interior, dirichlet(boundary, domain.lateral_and_initial(n_boundary))),
+        d_in=domain.dim,
+        evaluation=domain.interior(10 * n_interior),
+        solution=solution,
+    )
+
+
+def heat1d(n_interior: int = 900, n_boundary: int = 120) -> Problem:
+    """A decaying sine on the unit interval.
+
+    u_t = u_xx / 4,    u = exp(-π² t / 4) sin(πx)
+
+    Source: arXiv 2405.15603 (the problem definitions of its experiments).
+    """
+
+    def solution(x: TensorOrJet) -> TensorOrJet:
+        return torch.exp(-(math.pi**2) / 4 * x[:, :1]) * torch.sin(math.pi * x[:, 1:])
+
+    domain = SpaceTimeBox.unit(1)
+    return heat(domain, 0.25, solution, n_interior, n_boundary, solution, "heat1d")
+
+
+def heat4d(n_interior: int = 3000, n_boundary: int = 500) -> Problem:
+    """A decaying sum of sines on the unit cube of dimension 4.
+
+    u_t = Δu / 4,    u = exp(-t) Σ_i sin(2 x_i)
+
+    Source: arXiv 2405.15603 (the problem definitions of its experiments).
+    """
+
+    def solution(x: TensorOrJet) -> TensorOrJet:
+        return torch.exp(-x[:, :1]) * torch.sin(2 * x[:, 1:]).sum(dim=-1, keepdim=True)
+
+    domain = SpaceTimeBox.unit(4)
+    return heat(domain, 0.25, solution, n_interior, n_boundary, solution, "heat4d")

@@ -1,0 +1,113 @@
+"""A PDE problem: the terms of its loss, its solution, and the error of a network."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from pinncurv.problems.loss_term import LossTerm
+from pinncurv.problems.samplers import Sampler
+
+# A tensor, or a jet: known solutions are made of torch functions, which run on both.
+TensorOrJet = Any
+
+
+@dataclass(frozen=True)
+class Errors:
+    """How far a network is from the solution.
+
+    rmse = sqrt(1/N sum_n |u(x_n) - u*(x_n)|^2),    relative = rmse / sqrt(1/N sum_n |u*(x_n)|^2)
+
+    Args:
+        rmse: The root mean square error, not divided by the norm of the solution.
+        relative: The same, divided by the root mean square of the solution.
+    """
+
+    rmse: float
+    relative: float
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A PDE with its conditions, as the terms of a loss.
+
+    L = sum_t w_t / (2 N_t) sum_n |r_t(x_n)|^2
+
+    Args:
+        name: What records and figures call the problem.
+        terms: The terms of the loss, with distinct names.
+        d_in: Dimension of a point (with time, where there is one).
+        evaluation: Where errors are measured.
+        d_out: Number of components of the unknown u.
+        solution: The known solution u*, [N, d_in] -> [N, d_out], if there is one.
+
+    Raises:
+        ValueError: If there is no term, two share a name, or dimensions disagree.
+    """
+
+    name: str
+    terms: tuple[LossTerm, ...]
+    d_in: int
+    evaluation: Sampler
+    d_out: int = 1
+    solution: Callable[[Tensor], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        """Check that the parts fit together."""
+        object.__setattr__(self, "terms", tuple(self.terms))
+        names = [term.name for term in self.terms]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(
+                f"Problem '{self.name}' must have at least one term and their names must differ, "
+                f"got {names}. Pass LossTerm(..., name=...)."
+            )
+        samplers = {term.name: term.points for term in self.terms}
+        for name, sampler in {**samplers, "evaluation": self.evaluation}.items():
+            if sampler.dim != self.d_in:
+                raise ValueError(
+                    f"Problem '{self.name}': points of '{name}' must have dimension d_in = "
+                    f"{self.d_in}, got {sampler.dim}. Use a domain of that dimension (time counts)."
+                )
+
+    def sample(
+        self, generator: Generator, dtype: torch.dtype, device: torch.device | str
+    ) -> tuple[Tensor, ...]:
+        """Draw one batch of points [N_t, d_in] per term, in the order of the terms."""
+        return tuple(term.points.sample(generator, dtype, device) for term in self.terms)
+
+    @torch.no_grad()
+    def errors(self, model: Callable[[Tensor], Tensor], x: Tensor) -> Errors:
+        """Measure the error of a network against the known solution.
+
+        rmse = sqrt(1/N sum_n |u(x_n) - u*(x_n)|^2)
+
+        Args:
+            model: The network u, [N, d_in] -> [N, d_out].
+            x: The points, [N, d_in], e.g. from `evaluation`.
+
+        Returns:
+            The root mean square error, plain and relative to the solution.
+
+        Raises:
+            ValueError: If the solution is not known or the network's shape differs from its.
+        """
+        if self.solution is None:
+            raise ValueError(
+                f"The errors of problem '{self.name}' need its solution, got solution=None. "
+                "Pass Problem(..., solution=...), e.g. an interpolated numerical reference."
+            )
+        u, expected = model(x), self.solution(x)
+        if u.shape != (x.shape[0], self.d_out) or expected.shape != u.shape:
+            raise ValueError(
+                f"Problem '{self.name}': network and solution must return shape "
+                f"[{x.shape[0]}, {self.d_out}], got {list(u.shape)} from the network and "
+                f"{list(expected.shape)} from the solution. Return one column per component."
+            )
+        rmse = _root_mean_square(u - expected)
+        return Errors(float(rmse), float(rmse / _root_mean_square(expected)))
+
+
+def _root_mean_square(u: Tensor) -> Tensor:
+    return u.square().sum(dim=1).mean().sqrt()

@@ -1,0 +1,22 @@
+"""What every test may use: seeded randomness, and cores shared fairly with the other workers.
+
+There is no global default dtype: a test names the dtype of its tensors, float64 unless float32 is
+what it is about.
+"""
+
+import os
+
+import pytest
+import torch
+
+
+def pytest_configure() -> None:
+    """Divide the cores among pytest-xdist's workers instead of oversubscribing them."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """Return a generator of random numbers with a fixed seed, a new one for each test."""
+    return torch.Generator().manual_seed(0)

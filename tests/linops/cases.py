@@ -1,0 +1,91 @@
+"""Small operators of every structure, for the tests of linops."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Generator, Tensor
+
+from pinncurv.linops import KroneckerFactors, LayerBlock, SumKroneckerLinearOperator
+
+
+def psd(n: int, generator: Generator, rank: int | None = None, scale: float = 1.0) -> Tensor:
+    """A random positive semidefinite matrix, well conditioned unless a rank is given."""
+    rank = 2 * n if rank is None else rank
+    X = torch.randn(n, rank, generator=generator, dtype=torch.float64)
+    return scale * X @ X.mT / max(rank, 1)
+
+
+def layers(
+    widths: Sequence[int], bias: Sequence[bool] | bool = True
+) -> tuple[list[LayerBlock], list[tuple[int, ...]]]:
+    """Blocks and shapes of a multilayer perceptron, with or without biases."""
+    biases = [bias] * (len(widths) - 1) if isinstance(bias, bool) else bias
+    blocks: list[LayerBlock] = []
+    shapes: list[tuple[int, ...]] = []
+    for i, (d_in, d_out, has_bias) in enumerate(zip(widths[:-1], widths[1:], biases, strict=True)):
+        weight = len(shapes)
+        shapes += [(d_out, d_in), (d_out,)] if has_bias else [(d_out, d_in)]
+        position = weight + 1 if has_bias else None
+        blocks.append(LayerBlock(f"net.{2 * i}", weight, position, d_out, d_in))
+    return blocks, shapes
+
+
+def kronecker(
+    widths: Sequence[int],
+    T: int,
+    generator: Generator,
+    bias: Sequence[bool] | bool = True,
+    factor: Callable[[int, Generator], Tensor] = psd,
+    dtype: torch.dtype = torch.float64,
+) -> SumKroneckerLinearOperator:
+    """A sum of Kronecker products with random factors."""
+    blocks, shapes = layers(widths, bias)
+    factors = [
+        [
+            KroneckerFactors(
+                factor(block.shape[1], generator).to(dtype),
+                factor(block.d_out, generator).to(dtype),
+            )
+            for _ in range(T)
+        ]
+        for block in blocks
+    ]
+    terms = ["interior", "boundary", "initial", "data"][:T]
+    return SumKroneckerLinearOperator(factors, blocks, shapes, terms)
+
+
+def kronecker_oracle(operator: SumKroneckerLinearOperator) -> Tensor:
+    """The matrix, entry by entry from the definition: column p is the image of unit vector p."""
+    sizes = [shape.numel() for shape in operator.shapes]
+    D = sum(sizes)
+    columns = []
+    for p in range(D):
+        unit = torch.zeros(D, dtype=torch.float64)
+        unit[p] = 1
+        parameters = [
+            piece.reshape(shape)
+            for piece, shape in zip(unit.split(sizes), operator.shapes, strict=True)
+        ]
+        images = [torch.zeros_like(parameter) for parameter in parameters]
+        for block, factors in zip(operator.blocks, operator.factors, strict=True):
+            X = parameters[block.weight]
+            if block.bias is not None:
+                X = torch.hstack([X, parameters[block.bias][:, None]])
+            Y = sum(
+                torch.einsum("ij,jk,kl->il", pair.B.double(), X, pair.A.double())
+                for pair in factors
+            )
+            images[block.weight] = Y[:, : block.d_in]
+            if block.bias is not None:
+                images[block.bias] = Y[:, -1]
+        columns.append(torch.hstack([image.flatten() for image in images]))
+    return torch.stack(columns, 1)
+
+
+STRUCTURES = [
+    ([2, 3, 1], True),
+    ([2, 3, 1], False),
+    ([3, 2, 4, 1], [True, False, True]),
+    ([1, 1], True),
+    ([1, 1], False),
+]

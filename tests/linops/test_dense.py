@@ -1,0 +1,135 @@
+"""Operators that are given by their entries."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from pinncurv.linops import (
+    Averageable,
+    Damped,
+    DenseBlockDiagonalLinearOperator,
+    DenseLinearOperator,
+    DiagonalLinearOperator,
+    FactorizationError,
+    KroneckerBasis,
+    KroneckerEigenLinearOperator,
+    flat_positions,
+)
+from tests.conformance import check_operator
+from tests.linops.cases import STRUCTURES, layers, psd
+
+
+def dense(widths, bias, generator, rank=None):
+    _, shapes = layers(widths, bias)
+    D = sum(torch.Size(shape).numel() for shape in shapes)
+    return DenseLinearOperator(psd(D, generator, rank), shapes)
+
+
+def block_diagonal(widths, bias, generator, rank=None):
+    blocks, shapes = layers(widths, bias)
+    matrices = [psd(block.numel, generator, rank) for block in blocks]
+    return DenseBlockDiagonalLinearOperator(matrices, blocks, shapes)
+
+
+def diagonal(widths, bias, generator, rank=None):
+    _, shapes = layers(widths, bias)
+    entries = [torch.rand(s, generator=generator, dtype=torch.float64) for s in shapes]
+    return DiagonalLinearOperator(entries if rank is None else [0 * entry for entry in entries])
+
+
+def eigenform(widths, bias, generator, rank=None):
+    blocks, shapes = layers(widths, bias)
+    bases, scales = [], []
+    for block in blocks:
+        (QA, _), (QB, _) = (torch.linalg.qr(psd(n, generator)) for n in reversed(block.shape))
+        bases.append(KroneckerBasis(QA, QB))
+        scale = torch.rand(block.shape, generator=generator, dtype=torch.float64)
+        scales.append(scale if rank is None else 0 * scale)
+    return KroneckerEigenLinearOperator(bases, scales, blocks, shapes)
+
+
+EVERY = [dense, block_diagonal, diagonal, eigenform]
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("build", EVERY)
+def test_conformance(build, structure, generator):
+    check_operator(build(*structure, generator))
+
+
+@pytest.mark.parametrize("build", EVERY)
+def test_conformance_of_singular_operators(build, generator):
+    check_operator(build([2, 3, 1], True, generator, rank=1))
+
+
+@pytest.mark.parametrize("build", [dense, block_diagonal, diagonal])
+def test_conformance_in_float32(build, generator):
+    operator = build([2, 3, 1], True, generator)
+    check_operator(operator.with_tensors([tensor.float() for tensor in operator.tensors()]))
+
+
+@pytest.mark.parametrize("build", EVERY)
+def test_inverse_without_damping(build, generator):
+    operator = build([2, 3, 1], True, generator)
+    x = torch.randn(operator.shape[0], generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(Damped(0.0)(operator) @ (operator @ x), x, rtol=1e-6, atol=1e-6)
+    with pytest.raises(FactorizationError, match="Pass damping > 0"):
+        build([2, 3, 1], True, generator, rank=1).inverse(0.0)
+
+
+@pytest.mark.parametrize("build", [dense, block_diagonal, diagonal])
+def test_averaging_protocol(build, generator):
+    operator = build([2, 3, 1], True, generator)
+    assert isinstance(operator, Averageable)
+    identity = torch.eye(operator.shape[0], dtype=torch.float64)
+    assert torch.equal(operator.identity().to_dense(), identity)
+    same = operator.with_tensors(operator.tensors())
+    assert torch.equal(same.to_dense(), operator.to_dense())
+    doubled = operator.with_tensors([2 * tensor for tensor in operator.tensors()])
+    torch.testing.assert_close(doubled.to_dense(), 2 * operator.to_dense())
+
+
+def test_one_eigendecomposition_serves_all_dampings(generator, monkeypatch):
+    calls = []
+    original = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda *a: calls.append(1) or original(*a))
+    operator = dense([2, 3, 1], True, generator)
+    for damping in (1e-3, 1e-2):
+        operator.inverse(damping)
+    assert len(calls) == 1
+    m, V = operator.eigh.eigenvalues, operator.eigh.eigenvectors
+    torch.testing.assert_close(V * m @ V.mT, operator.matrix)
+
+
+def test_blocks_of_dense_in_joint_order(generator):
+    operator = block_diagonal([2, 3, 1], True, generator)
+    full = operator.to_dense()
+    for position, matrix in zip(
+        flat_positions(operator.blocks, operator.shapes), operator.matrices, strict=True
+    ):
+        assert torch.equal(full[position][:, position], matrix)
+    kept = sum(int(matrix.numel()) for matrix in operator.matrices)
+    assert int((full != 0).sum()) <= kept
+
+
+def test_shapes_must_fit(generator):
+    with pytest.raises(ValueError, match=r"matrix must have shape \(6, 6\).*received \(5, 5\)"):
+        DenseLinearOperator(psd(5, generator), [(2, 3)])
+    blocks, shapes = layers([2, 3])
+    with pytest.raises(ValueError, match=r"shapes \[\(9, 9\)\], received \[\(6, 6\)\]"):
+        DenseBlockDiagonalLinearOperator([psd(6, generator)], blocks, shapes)
+
+
+@pytest.mark.parametrize("build", [dense, block_diagonal, diagonal])
+def test_nonfinite_entries(build, generator):
+    operator = build([2, 3, 1], True, generator)
+    operator.tensors()[-1].view(-1)[0] = float("nan")
+    with pytest.raises(FactorizationError, match="must be finite"):
+        operator.inverse(1e-3)
+
+
+def test_inverse_decreases_with_damping(generator):
+    operator = dense([2, 3, 1], True, generator, rank=3)
+    traces = [operator.inverse(damping).trace() for damping in (1e-12, 1e-6, 1.0)]
+    assert all(first > second for first, second in pairwise(traces))

@@ -1,0 +1,92 @@
+"""The one path for factorizations, and its escalation."""
+
+import pytest
+import torch
+
+from pinncurv.linops import FactorizationError, eigh, factorize, symmetrize
+from pinncurv.linops.simultaneous import diagonalize
+from tests.linops.cases import psd
+
+
+def test_cholesky_first(generator):
+    M = psd(5, generator)
+    factorization = factorize(M, "M")
+    X = torch.randn(5, 2, generator=generator, dtype=torch.float64)
+    assert factorization.report.method == "cholesky"
+    assert factorization.report.smallest_eigenvalue is None
+    torch.testing.assert_close(M @ factorization.solve(X), X)
+    torch.testing.assert_close(factorization.inverse(), torch.linalg.inv(M))
+
+
+def test_escalates_to_eigh_and_clips(generator):
+    M = psd(5, generator, rank=2) - 1e-15 * torch.eye(5, dtype=torch.float64)
+    factorization = factorize(M, "M", floor=1e-10)
+    assert factorization.report.method == "eigh"
+    assert factorization.report.clipped == 3
+    assert factorization.report.smallest_eigenvalue < 1e-14
+    W = factorization.whiten(torch.eye(5, dtype=torch.float64))
+    torch.testing.assert_close(
+        factorization.whiten_adjoint(torch.eye(5, dtype=torch.float64)), W.mT
+    )
+    largest = torch.linalg.eigvalsh(factorization.inverse())[-1].item()
+    assert largest <= 1e10 * (1 + 1e-6)
+
+
+def test_escalates_to_a_shifted_matrix(generator, monkeypatch):
+    M = psd(5, generator)
+    original, calls = torch.linalg.eigh, []
+
+    def fail_once(matrix):
+        calls.append(matrix)
+        if len(calls) == 1:
+            raise torch.linalg.LinAlgError("did not converge")
+        return original(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", fail_once)
+    factorization = eigh(M, "M")
+    assert factorization.report.method == "shifted eigh"
+    V, m = factorization.eigenvectors, factorization.eigenvalues
+    torch.testing.assert_close(V * m @ V.mT, M)
+
+
+def test_failure_names_the_matrix(generator, monkeypatch):
+    def fail(matrix):
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    with pytest.raises(FactorizationError, match=r"of layer net\.0 \(5x5\) failed twice: did not"):
+        eigh(psd(5, generator), "layer net.0")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_symmetrize(dtype, generator):
+    M = torch.randn(4, 4, generator=generator).to(dtype)
+    S = symmetrize(M, "M")
+    assert S.dtype == torch.float64
+    torch.testing.assert_close(S, (M.double() + M.double().mT) / 2)
+    M[2, 1] = float("inf")
+    M[1, 2] = -float("inf")
+    with pytest.raises(FactorizationError, match="entries of M must be finite, received 2 of 16"):
+        symmetrize(M, "M")
+
+
+def test_large_finite_entries_are_finite():
+    M = torch.full((2, 2), 1e308, dtype=torch.float64)
+    assert torch.equal(symmetrize(M, "M"), M)
+
+
+def test_numerically_singular_matrix_needs_a_floor(generator):
+    M = psd(5, generator, rank=4)
+    with pytest.raises(FactorizationError, match="M must be nonsingular to be inverted without"):
+        factorize(M, "M")
+    assert factorize(M, "M", floor=1e-12).solve(torch.eye(5, dtype=torch.float64)).isfinite().all()
+
+
+def test_simultaneous_diagonalization(generator):
+    P1, P2 = psd(5, generator), psd(5, generator, scale=1e-6)
+    result = diagonalize(P1, P2, 0.0, 0.0, "pair")
+    torch.testing.assert_close(result.E.mT @ P1 @ result.E, result.s1 * result.a1.diag())
+    torch.testing.assert_close(
+        result.E.mT @ P2 @ result.E / result.s2, result.a2.diag(), rtol=1e-9, atol=1e-12
+    )
+    torch.testing.assert_close(result.a1 + result.a2, torch.ones(5, dtype=torch.float64))
