@@ -21,6 +21,7 @@ from pinncurv.optim import (
     ExponentialAverage,
     GridLineSearch,
     HeavyBall,
+    LevenbergMarquardt,
     QuadraticModel,
     StepSize,
     from_identity,
@@ -149,3 +150,28 @@ def engd_diagonal(
 ) -> CurvatureOptimizer:
     """Return the same with the diagonal. Arguments as ``engd``."""
     return _engd(params, DiagonalGaussNewton(), damping, decay, start, step_size)
+
+
+def gauss_newton(
+    params: Iterable[Any],
+    damping: float = 1e-3,
+    use_momentum: bool = True,
+    rule: LevenbergMarquardt | None = None,
+) -> CurvatureOptimizer:
+    """Return the exact Gauss-Newton method with the quadratic model and adaptive damping.
+
+    Args:
+        params: Parameters or parameter groups.
+        damping: λ of the first step.
+        use_momentum: Whether the quadratic model may take part of the previous update.
+        rule: How λ adapts; Levenberg-Marquardt's rule by default.
+
+    Source: Martens and Grosse 2015, sections 6.5 and 7, with the exact matrix.
+    """
+    return CurvatureOptimizer(
+        params,
+        curvature=GaussNewton(),
+        inverse=Damped(damping),
+        step_size=QuadraticModel(use_momentum),
+        damping=LevenbergMarquardt() if rule is None else rule,
+    )

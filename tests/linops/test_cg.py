@@ -6,6 +6,7 @@ from curvlinops._torch_base import PyTorchLinearOperator
 
 from pinncurv.linops import (
     CGInverseLinearOperator,
+    Damped,
     DenseLinearOperator,
     DiagonalLinearOperator,
     conjugate_gradients,
@@ -44,6 +45,7 @@ def test_operators_of_curvlinops(generator):
     expected = torch.linalg.inv(dense + 2 * diagonal.diag() + 0.1 * torch.eye(8))
     inverse = CGInverseLinearOperator(operator, 0.1)
     check_operator(inverse, expected, dampings=(), tolerance=1e-8)
+    assert isinstance(Damped(0.1)(operator), CGInverseLinearOperator)
 
 
 def test_zero_right_hand_side(generator):

@@ -90,3 +90,8 @@ def test_simultaneous_diagonalization(generator):
         result.E.mT @ P2 @ result.E / result.s2, result.a2.diag(), rtol=1e-9, atol=1e-12
     )
     torch.testing.assert_close(result.a1 + result.a2, torch.ones(5, dtype=torch.float64))
+
+
+def test_simultaneous_diagonalization_of_a_negative_matrix(generator):
+    with pytest.raises(FactorizationError, match="pair must be positive semidefinite, received a"):
+        diagonalize(-psd(5, generator), psd(5, generator), 0.0, 0.0, "pair")

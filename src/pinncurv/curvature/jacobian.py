@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pinncurv.curvature.parameters import ParameterSpace
 from pinncurv.curvature.products import jacobian_adjoint_product, jacobian_product, jacobian_rows
-from pinncurv.linearization import Linearization
+from pinncurv.linearization import Linearization, Type2
 from pinncurv.linops import LayerBlock
 
 
@@ -24,10 +24,20 @@ class JacobianLinearOperator(PyTorchLinearOperator):
     Args:
         linearizations: One per term.
         space: The parameters.
+
+    Raises:
+        ValueError: If a linearization has other output gradients than the exact ones.
     """
 
     def __init__(self, linearizations: Sequence[Linearization], space: ParameterSpace) -> None:
         self.linearizations = tuple(linearizations)
+        for linearization in self.linearizations:
+            if linearization.fisher != Type2():
+                raise ValueError(
+                    f"The Jacobian needs the exact output gradients, but term "
+                    f"'{linearization.term.name}' was linearized with {linearization.fisher}. "
+                    "Linearize with fisher=Type2(), the default."
+                )
         self.space = space
         out_shapes = [(len(lin.x), lin.num_components) for lin in self.linearizations]
         super().__init__([tuple(shape) for shape in space.shapes], out_shapes)

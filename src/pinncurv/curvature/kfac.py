@@ -15,24 +15,10 @@ from pinncurv.curvature.products import value_channels
 from pinncurv.linearization import Fisher, LayerLinearization, Linearization, Type2
 from pinncurv.linops import KroneckerFactors, LayerBlock, SumKroneckerLinearOperator
 
-# From this width on, halving the symmetric product saves more than its extra calls cost.
-_SPLIT_WIDTH = 192
-
 
 def gram(X: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
-    """Return XᵀX, computing one of the two equal off-diagonal quarters only."""
-    d = X.shape[1]
-    if d < _SPLIT_WIDTH:
-        return X.t() @ X
-    half = d // 2
-    left, right = X[:, :half], X[:, half:]
-    product = X.new_empty(d, d)
-    torch.mm(left.t(), left, out=product[:half, :half])
-    torch.mm(right.t(), right, out=product[half:, half:])
-    corner = left.t() @ right
-    product[:half, half:] = corner
-    product[half:, :half] = corner.t()
-    return product
+    """Return XᵀX."""
+    return X.t() @ X
 
 
 class WeightSharing(ABC):
@@ -142,7 +128,8 @@ def _term_factors(
     """Sum the factors of every layer over the chunks of one term."""
     sums: list[tuple[Tensor, Tensor] | None] = [None] * len(space.blocks)
     for chunk in linearization:
-        chosen = chunk.with_fisher(fisher)
+        # a choice that was made when linearizing is not made twice
+        chosen = chunk if linearization.fisher != Type2() else chunk.with_fisher(fisher)
         for i, block in enumerate(space.blocks):
             layer = chosen.layers.get(space.weight_name(block))
             if layer is None:

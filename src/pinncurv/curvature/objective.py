@@ -12,9 +12,15 @@ from torch import Tensor
 from torch.nn import Module
 
 from pinncurv.curvature.jacobian import JacobianLinearOperator
-from pinncurv.curvature.parameters import ParameterSpace
 from pinncurv.curvature.products import jacobian_adjoint_product
-from pinncurv.linearization import Chunk, Linearization, check_compatible
+from pinncurv.linearization import (
+    Chunk,
+    Forward,
+    Linearization,
+    check_compatible,
+    record_forward,
+    trainable_parameters,
+)
 from pinncurv.problems import LossTerm
 
 
@@ -121,6 +127,34 @@ class LinearizedObjective:
         return totals
 
 
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """An objective, evaluated at the parameters of that moment.
+
+    Args:
+        objective: The objective.
+        loss: L.
+        forwards: The recorded forward pass of each term, or None where it was not kept.
+    """
+
+    objective: Objective
+    loss: Tensor
+    forwards: Sequence[Forward | None]
+
+    def linearize(self) -> LinearizedObjective:
+        """Linearize at the parameters of the evaluation, which must not have changed; call once."""
+        objective = self.objective
+        terms = zip(objective.terms, objective.points, self.forwards, strict=True)
+        return LinearizedObjective(
+            [
+                SummingLinearization(
+                    term, objective.model, x, chunk_size=objective.chunk_size, forward=forward
+                )
+                for term, x, forward in terms
+            ]
+        )
+
+
 class Objective:
     """A loss on one frozen batch.
 
@@ -169,7 +203,7 @@ class Objective:
         """Return L_t by the name of the term, with a graph unless torch.no_grad is on."""
         losses = {}
         for term, x, scale in zip(self.terms, self.points, self._scales, strict=True):
-            parts = [part for part in self._chunk_losses(term, x, scale)]
+            parts = list(self._chunk_losses(term, x, scale))
             losses[term.name] = torch.stack(parts).sum() if len(parts) > 1 else parts[0]
         return losses
 
@@ -196,14 +230,26 @@ class Objective:
             losses[term.name] = total
         return losses
 
+    def evaluate(self) -> Evaluation:
+        """Evaluate L and keep the forward pass, so that linearizing costs no further one.
+
+        With a chunk size nothing is kept.
+        """
+        if self.chunk_size is not None:
+            with torch.no_grad():
+                return Evaluation(self, self.loss(), [None] * len(self.terms))
+        parameters = trainable_parameters(self.model)
+        forwards = [
+            record_forward(term, self.model, x, parameters, scale)
+            for term, x, scale in zip(self.terms, self.points, self._scales, strict=True)
+        ]
+        return Evaluation(self, torch.stack([forward.loss for forward in forwards]).sum(), forwards)
+
     def linearize(self) -> LinearizedObjective:
         """Linearize all terms at the current parameters."""
-        return LinearizedObjective(
-            [
-                SummingLinearization(term, self.model, x, chunk_size=self.chunk_size)
-                for term, x in zip(self.terms, self.points, strict=True)
-            ]
-        )
+        if self.chunk_size is not None:
+            return Evaluation(self, torch.tensor(torch.nan), [None] * len(self.terms)).linearize()
+        return self.evaluate().linearize()
 
     def _chunk_losses(self, term: LossTerm, x: Tensor, scale: Tensor | float) -> Iterator[Tensor]:
         """Yield the loss of each chunk of one term."""

@@ -28,10 +28,9 @@ def output_gradients(layer: LayerLinearization) -> Float[Tensor, "V S N d_out"]:
     return layer.G
 
 
-def _channel_blocks(layer: LayerLinearization, width: int) -> Iterator[slice]:
-    """Cut the channels such that a temporary ``[s, N, width]`` stays small."""
-    S, N = layer.Z.shape[:2]
-    step = max(1, _BLOCK_ELEMENTS // max(1, N * width))
+def _channel_blocks(S: int, elements: int) -> Iterator[slice]:
+    """Cut S channels such that a temporary with so many elements per channel stays small."""
+    step = max(1, _BLOCK_ELEMENTS // max(1, elements))
     for start in range(0, S, step):
         yield slice(start, start + step)
 
@@ -51,20 +50,37 @@ def jacobian_product(
 ) -> Float[Tensor, "K V N"]:
     """Multiply the layer's Jacobian onto K directions.
 
-    (J v)_n = Σ_s g_nsᵀ (W z_ns + b [s is a value channel])
+    (J v)_n = Σ_s g_nsᵀ (W z_ns + b [s is a value channel]) = Σ_s (Wᵀ g_ns)ᵀ z_ns + ...
+
+    The narrower side of the layer is where the matrix product ends and the sum is taken.
     """
     G, Z = output_gradients(layer), layer.Z
-    V, S, N, d_out = G.shape
-    K = weight.shape[0]
-    product = G.new_zeros(K, V, N)
+    V, d_out, d_in = G.shape[0], G.shape[-1], Z.shape[-1]
+    products = [
+        _transported_inner_product(Z, G[v], weight)
+        if d_out <= d_in
+        else _transported_inner_product(G[v], Z, weight.mT)
+        for v in range(V)
+    ]
+    product = torch.stack(products, 1)
     if bias is not None:
-        product += torch.einsum("vno,ko->kvn", value_channels(layer, G, 1), bias)
-    flat = weight.reshape(K * d_out, -1).t()
-    for block in _channel_blocks(layer, K * d_out):
-        outputs = (Z[block].reshape(-1, Z.shape[-1]) @ flat).reshape(-1, N, K, d_out)
-        for v in range(V):
-            product[:, v] += (G[v, block, :, None] * outputs).sum((0, 3)).t()
+        product += (value_channels(layer, G, 1) @ bias.t()).permute(2, 0, 1)
     return product
+
+
+def _transported_inner_product(
+    left: Float[Tensor, "S N a"], right: Float[Tensor, "S N b"], maps: Float[Tensor, "K b a"]
+) -> Float[Tensor, "K N"]:
+    """Return Σ_s (M_k left_ns) · right_ns for K matrices M_k."""
+    S, N, b = right.shape
+    K = maps.shape[0]
+    stacked = maps.reshape(K * b, -1).t()
+    total = right.new_zeros(N, K)
+    for block in _channel_blocks(S, N * K * b):
+        images = (left[block].reshape(-1, left.shape[-1]) @ stacked).view(-1, N, K, b)
+        images.mul_(right[block].unsqueeze(2))
+        total += images.sum(-1).sum(0)
+    return total.t()
 
 
 def jacobian_adjoint_product(
@@ -75,12 +91,12 @@ def jacobian_adjoint_product(
     Jᵀu = Σ_nv u_nv Σ_s g_nvs z_nsᵀ, for the bias the sum over the value channels
     """
     G, Z = output_gradients(layer), layer.Z
-    V, _, _, d_out = G.shape
+    V, S, N, d_out = G.shape
     K = vectors.shape[0]
     weight = Z.new_zeros(K, d_out, Z.shape[-1])
     for k in range(K):
         for v in range(V):
-            for block in _channel_blocks(layer, d_out):
+            for block in _channel_blocks(S, N * d_out):
                 scaled = G[v, block] * vectors[k, v, :, None]
                 rows = Z[block].reshape(-1, Z.shape[-1])
                 weight[k].addmm_(scaled.reshape(-1, d_out).t(), rows)
@@ -102,9 +118,7 @@ def jacobian_rows(
     return weight, None if layer.bias is None else value_channels(layer, G, 1)
 
 
-def joint_jacobian_rows(
-    layer: LayerLinearization, points: slice
-) -> Float[Tensor, "rows d_out*d_joint"]:
+def joint_jacobian_rows(layer: LayerLinearization, points: slice) -> Float[Tensor, "rows block"]:
     """Return the same rows on the joint matrix [W, b], flattened."""
     weight, bias = jacobian_rows(layer, points)
     joint = weight if bias is None else torch.cat([weight, bias[..., None]], -1)

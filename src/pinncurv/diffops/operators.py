@@ -20,6 +20,7 @@ def _standard_basis(x: Tensor, dims: Sequence[int] | None) -> tuple[Tensor, ...]
 
     Raises:
         IndexError: If a coordinate does not exist.
+        ValueError: If two of them are the same, counted from the front and from the end.
     """
     d = x.shape[-1]
     chosen = range(d) if dims is None else dims
@@ -29,6 +30,11 @@ def _standard_basis(x: Tensor, dims: Sequence[int] | None) -> tuple[Tensor, ...]
                 f"A coordinate must be between {-d} and {d - 1} for points with {d} coordinates, "
                 f"got {dim}. Coordinates count from 0."
             )
+    if len({dim % d for dim in chosen}) != len(chosen):
+        raise ValueError(
+            f"dims must name different coordinates, got {list(chosen)} for points with {d} "
+            "coordinates. Name each once."
+        )
     identity = torch.eye(d, dtype=x.dtype, device=x.device)
     return tuple(identity[dim] for dim in chosen)
 
@@ -193,17 +199,21 @@ class SecondOrder(DifferentialOperator):
         return not isinstance(self.matrix, Tensor) or self.matrix.ndim == 3
 
     def require(self, x: Float[Tensor, "N d"]) -> Requirement:
-        """Need one direction per coordinate with a nonzero row, and the weighted sum."""
+        """Need one direction per coordinate (with a nonzero row of a constant c), and the sum."""
         dims = range(x.shape[-1]) if self.dims is None else self.dims
         matrix = _evaluate(self.matrix, x, "matrix", (len(dims), len(dims)))
         matrix = (matrix + matrix.mT) / 2
-        used = matrix.ne(0).flatten(0, -2).any(0).nonzero().flatten().tolist()
+        # which rows of a function of the points vanish may differ from chunk to chunk of points
+        nonzero = matrix.ne(0).any(0) if matrix.ndim == 2 else torch.ones(len(dims))
+        used = nonzero.nonzero().flatten().tolist()
         matrix = matrix[..., used, :][..., used]
         basis = _standard_basis(x, [dims[i] for i in used])
         indices = tuple(range(len(used)))
         diagonal = matrix.diagonal(dim1=-2, dim2=-1)
         if torch.equal(matrix, torch.diag_embed(diagonal)):
-            return Requirement(basis, (Contraction(indices, weights=diagonal.mT.contiguous()),))
+            return Requirement(
+                basis, (Contraction(indices, weights=diagonal.movedim(-1, 0).contiguous()),)
+            )
         return Requirement(basis, (Contraction(indices, matrix=matrix),))
 
     def read(self, channels: Channels) -> Tensor:

@@ -70,7 +70,7 @@ class _Merger:
     def layout(self, x: Tensor) -> Layout:
         """Return the merged layout."""
         if not self.directions:
-            return Layout(x.new_zeros(0, x.shape[-1]))
+            return Layout(x.new_zeros(0, x.shape[-1]), tuple(self.contractions))
         if any(direction.ndim == 2 for direction in self.directions):
             stacked = torch.stack([direction.expand_as(x) for direction in self.directions])
         else:

@@ -42,6 +42,8 @@ def trailing_view(jet: Jet, ndim: int) -> Tensor:
     missing = ndim - jet.ndim
     if missing <= 0:
         return data
+    if jet.ndim:
+        point_axis_mixed(jet, "broadcast_tensors")
     return data.reshape(data.shape[0], *(1,) * missing, *data.shape[1:])
 
 

@@ -88,8 +88,11 @@ def mm(input: Any, other: Any) -> Jet:
 
 
 @register_rule(torch.prod)
-def prod(input: Jet, dim: int, keepdim: bool = False) -> Jet:
-    """Multiply along one axis, slice by slice."""
+def prod(input: Jet, dim: int | None = None, keepdim: bool = False) -> Jet:
+    """Multiply along one axis, slice by slice, or along all."""
+    if dim is None:
+        point_axis_mixed(input, "prod")
+        return prod(input.like(input.data.flatten(1)), 0)
     axis = channel_dim(input, dim)
     if axis == 1:
         point_axis_mixed(input, "prod")

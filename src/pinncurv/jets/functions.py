@@ -199,7 +199,7 @@ def relu(x: Tensor) -> Iterator[Tensor]:
 def leaky_relu(x: Tensor, negative_slope: float = 0.01) -> Iterator[Tensor]:
     """max(x, 0) + slope · min(x, 0)."""
     yield functional.leaky_relu(x, negative_slope)
-    yield from _piecewise_constant(torch.where(x > 0, 1.0, negative_slope).to(x.dtype))
+    yield from _piecewise_constant(torch.where(x > 0, torch.ones_like(x), negative_slope))
 
 
 @register_elementwise(torch.clamp, torch.clip, piecewise_linear=True)
@@ -239,13 +239,18 @@ def _piecewise_constant(slope: Tensor) -> Iterator[Tensor]:
 _scalar_power = elementwise_rule(_power_derivatives, "pow")
 
 
-@register_rule(torch.pow, Tensor.__pow__, Tensor.__rpow__)
+@register_rule(torch.pow, Tensor.__pow__)
 def power(input: Jet | Tensor | float, exponent: Jet | Tensor | float) -> Jet:
     """Jet to a scalar power, scalar to the power of a jet, or both jets (base positive)."""
     if isinstance(exponent, Jet):
-        logarithm = torch.log(torch.as_tensor(input) if isinstance(input, float | int) else input)
+        logarithm = math.log(input) if isinstance(input, float | int) else torch.log(input)
         return torch.exp(mul(logarithm, exponent))
     if isinstance(exponent, Tensor):
+        if exponent.requires_grad:
+            raise NotImplementedError(
+                "The exponent of a jet must not require a gradient, got a tensor that does. Write "
+                "torch.exp(exponent * torch.log(x)) instead."
+            )
         if exponent.numel() != 1:
             raise NotImplementedError(
                 "The exponent of a jet must be one number or a jet, got a tensor of shape "

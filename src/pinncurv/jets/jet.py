@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.overrides import resolve_name
 
 from pinncurv.jets.layout import Layout
 from pinncurv.jets.location import calling_module
@@ -51,15 +52,22 @@ def apply_rule(function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     """
     rule = _RULES.get(function)
     if rule is None:
-        name = getattr(function, "__name__", repr(function))
-        raise NotImplementedError(_missing_rule(name))
+        raise NotImplementedError(_missing_rule(public_name(function)))
     return rule(*args, **kwargs)
+
+
+def public_name(function: Callable) -> str:
+    """Return what a user calls a torch function, without the leading ``torch.``."""
+    name = resolve_name(function) or getattr(function, "__name__", repr(function))
+    name = name.removeprefix("torch.")
+    plain = name.removeprefix("Tensor.")
+    return plain if hasattr(torch, plain) else name
 
 
 def _missing_rule(name: str) -> str:
     """Say which function has no rule, where it was called, and what to do."""
     where = f" (called in {calling_module()})"
-    if name.endswith("_") and not name.startswith("__"):
+    if name.endswith("_") and not name.endswith("__"):
         return in_place_error(name)
     return f"No jet rule for torch.{name}{where}. Register one with @register_rule(torch.{name})."
 
@@ -198,7 +206,7 @@ for _name, _function in {
 }.items():
     _add_operator(f"__{_name}__", _function)
     _add_operator(f"__r{_name}__", _function, reflected=True)
-for _name in ("neg", "getitem", "abs", "gt", "lt", "ge", "le"):
+for _name in ("neg", "getitem", "abs", "gt", "lt", "ge", "le", "eq", "ne"):
     _add_operator(f"__{_name}__", getattr(Tensor, f"__{_name}__"))
 
 

@@ -41,7 +41,7 @@ class _LinearMap(torch.autograd.Function):
 
 
 @register_rule(functional.linear)
-def linear(input: Jet, weight: Tensor, bias: Tensor | None = None) -> Jet:
+def linear(input: Any, weight: Any, bias: Any = None) -> Jet:
     """Apply a linear layer; a tape that tracks its parameters records it."""
     if not isinstance(input, Jet) or isinstance(weight, Jet) or isinstance(bias, Jet):
         raise NotImplementedError(

@@ -43,6 +43,8 @@ class Tape:
 
     def captures(self, weight: Tensor, bias: Tensor | None) -> bool:
         """Whether a linear map with these parameters is to be recorded."""
+        if weight.requires_grad and id(weight) not in self.trainable:
+            return False  # computed from parameters: autograd's graph has to lead to them
         return id(weight) in self.trainable or (bias is not None and id(bias) in self.trainable)
 
     def append(self, weight: Tensor, bias: Tensor | None, input: Tensor, output: Tensor) -> None:

@@ -19,9 +19,9 @@ def _as_sizes(sizes: tuple) -> tuple[int, ...]:
 
 
 @register_rule(torch.reshape, Tensor.view)
-def reshape(input: Jet, *shape: Any) -> Jet:
+def reshape(input: Jet, *sizes: Any, shape: Sequence[int] = ()) -> Jet:
     """Reshape the value; the first axis stays the axis of the points."""
-    data = input.data.reshape(input.layout.S, *_as_sizes(shape))
+    data = input.data.reshape(input.layout.S, *(_as_sizes(sizes) if sizes else shape))
     if data.ndim < 2 or data.shape[1] != input.shape[0]:
         point_axis_mixed(input, "reshape")
     return input.like(data)
@@ -83,9 +83,9 @@ def t(input: Jet) -> Jet:
 
 
 @register_rule(torch.permute)
-def permute(input: Jet, *dims: Any) -> Jet:
+def permute(input: Jet, *axes: Any, dims: Sequence[int] = ()) -> Jet:
     """Reorder the axes of the value."""
-    order = channel_dims(input, _as_sizes(dims))
+    order = channel_dims(input, _as_sizes(axes) if axes else dims)
     if order[0] != 1:
         point_axis_mixed(input, "permute")
     return input.like(input.data.permute(0, *order))
@@ -119,12 +119,12 @@ def repeat(input: Jet, *sizes: Any) -> Jet:
 
 
 @register_rule(torch.flip)
-def flip(input: Jet, *dims: Any) -> Jet:
+def flip(input: Jet, *axes: Any, dims: Sequence[int] = ()) -> Jet:
     """Reverse axes of the value."""
-    axes = channel_dims(input, _as_sizes(dims))
-    if 1 in axes:
+    flipped = channel_dims(input, _as_sizes(axes) if axes else dims)
+    if 1 in flipped:
         point_axis_mixed(input, "flip")
-    return input.like(input.data.flip(axes))
+    return input.like(input.data.flip(flipped))
 
 
 @register_rule(Tensor.__getitem__)
@@ -237,13 +237,21 @@ def where(condition: Tensor, input: Any, other: Any) -> Jet:
     """Choose between two jets; the condition is constant almost everywhere."""
     reference = input if isinstance(input, Jet) else other
     first, second = (
-        branch if isinstance(branch, Jet) else lift(torch.as_tensor(branch), like=reference)
+        branch
+        if isinstance(branch, Jet)
+        else lift(torch.as_tensor(branch, dtype=reference.dtype), like=reference)
         for branch in (input, other)
     )
     ndim = max(condition.ndim, first.ndim, second.ndim)
     return reference.like(
         torch.where(condition, trailing_view(first, ndim), trailing_view(second, ndim))
     )
+
+
+@register_rule(Tensor.where)
+def where_method(input: Any, condition: Tensor, other: Any) -> Jet:
+    """Choose between two jets; the method has another order of arguments."""
+    return where(condition, input, other)
 
 
 @register_rule(torch.clone, Tensor.contiguous)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 
@@ -90,7 +90,7 @@ def check_blocks(blocks: Sequence[LayerBlock], shapes: Sequence[Sequence[int]]) 
 
 def to_joint(
     tensors: Sequence[Tensor], blocks: Sequence[LayerBlock]
-) -> list[Float[Tensor, "*K _ _"]]:
+) -> list[Shaped[Tensor, "*K _ _"]]:
     """Collect the joint matrices of all blocks from a list in parameter order.
 
     X_l = [W_l, b_l]
@@ -113,7 +113,7 @@ def to_joint(
 
 
 def from_joint(
-    joints: Sequence[Float[Tensor, "*K _ _"]], blocks: Sequence[LayerBlock]
+    joints: Sequence[Shaped[Tensor, "*K _ _"]], blocks: Sequence[LayerBlock]
 ) -> list[Tensor]:
     """Distribute the joint matrices of all blocks to a list in parameter order.
 

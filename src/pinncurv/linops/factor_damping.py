@@ -15,7 +15,13 @@ from pinncurv.linops.eigenform import KroneckerBasis, KroneckerCongruenceLinearO
 from pinncurv.linops.factors import KroneckerFactors, merge
 from pinncurv.linops.kronecker import SumKroneckerLinearOperator
 from pinncurv.linops.operator import check_damping
-from pinncurv.linops.psd import FactorizationReport, check_nonsingular, eigh, symmetrize
+from pinncurv.linops.psd import (
+    FactorizationError,
+    FactorizationReport,
+    check_nonsingular,
+    eigh,
+    symmetrize,
+)
 from pinncurv.linops.simultaneous import diagonalize
 
 
@@ -47,7 +53,9 @@ def same(factors: KroneckerFactors, damping: float) -> FactorDampings:
         damping: The damping λ.
 
     Returns:
-        The damping of each factor. Source: Dangel, Müller, Zeinhofer 2024, section 3.3.
+        The damping of each factor.
+
+    From Dangel, Müller, Zeinhofer 2024.
     """
     return FactorDampings(damping, damping)
 
@@ -64,7 +72,9 @@ def trace_norm(factors: KroneckerFactors, damping: float) -> FactorDampings:
         damping: The damping λ.
 
     Returns:
-        The damping of each factor. Source: Martens and Grosse 2015, section 6.3.
+        The damping of each factor.
+
+    From Martens and Grosse 2015, section 6.3.
     """
     a = factors.A.trace().item() / len(factors.A)
     b = factors.B.trace().item() / len(factors.B)
@@ -184,6 +194,11 @@ class _DampedPair:
     dampings: FactorDampings
     name: str
 
+    @property
+    def floor(self) -> float:
+        """A lower bound on the eigenvalues of B ⊗ A."""
+        return self.dampings.A * self.dampings.B
+
 
 @dataclass(frozen=True)
 class _LayerInverse:
@@ -240,4 +255,17 @@ def _invert_two(pairs: Sequence[_DampedPair]) -> _LayerInverse:
     A = diagonalize(one.A, two.A, one.dampings.A, two.dampings.A, f"{name} A")
     B = diagonalize(one.B, two.B, one.dampings.B, two.dampings.B, f"{name} B")
     eigenvalues = torch.outer(A.s1 * B.s1 * B.a1, A.a1).addr_(A.s2 * B.s2 * B.a2, A.a2)
+    if one.floor + two.floor == 0:
+        _check_nonsingular(eigenvalues, name)
     return _LayerInverse(KroneckerBasis(A.E, B.E), 1 / eigenvalues, A.reports + B.reports)
+
+
+def _check_nonsingular(eigenvalues: Tensor, name: str) -> None:
+    """Check that an undamped sum of Kronecker products is nonsingular, and not only by rounding."""
+    smallest, largest = eigenvalues.min().item(), eigenvalues.max().item()
+    if not smallest > eigenvalues.numel() * torch.finfo(eigenvalues.dtype).eps * largest:
+        raise FactorizationError(
+            f"The Kronecker products of {name} must have a nonsingular sum to be inverted without "
+            f"damping, received eigenvalues in [{smallest:.1e}, {largest:.1e}] up to scale. "
+            "Pass damping > 0."
+        )

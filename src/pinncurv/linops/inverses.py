@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from curvlinops._torch_base import PyTorchLinearOperator
 from jaxtyping import Float
 from torch import Tensor
 
 from pinncurv.linops.blocks import LayerBlock
+from pinncurv.linops.cg import CGInverseLinearOperator
 from pinncurv.linops.layerwise import LayerwiseLinearOperator
 from pinncurv.linops.operator import SymmetricLinearOperator, check_damping
 from pinncurv.linops.psd import Factorization, FactorizationReport
@@ -33,16 +35,20 @@ class Damped:
         """Check the damping."""
         check_damping(self.damping)
 
-    def __call__(self, operator: SymmetricLinearOperator) -> SymmetricLinearOperator:
+    def __call__(self, operator: PyTorchLinearOperator) -> PyTorchLinearOperator:
         """Return the damped inverse of an operator.
 
         Args:
-            operator: An operator with a method ``inverse``.
+            operator: Any symmetric positive semidefinite operator.
 
         Returns:
-            ``operator.inverse(damping)``.
+            ``operator.inverse(damping)`` if the operator has such a method (all of this package
+            do), otherwise a ``CGInverseLinearOperator``.
         """
-        return operator.inverse(self.damping)
+        inverse = getattr(operator, "inverse", None)
+        if inverse is None:
+            return CGInverseLinearOperator(operator, self.damping)
+        return inverse(self.damping)
 
 
 class FactorizedInverseLinearOperator(SymmetricLinearOperator):

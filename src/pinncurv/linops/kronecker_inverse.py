@@ -104,8 +104,8 @@ def preconditioner_of(
     The bases diagonalize the two groups of terms (the first, and all others merged), and λ I is
     replaced by its diagonal in that basis. To keep the bases well conditioned each factor is
     damped by its mean eigenvalue times the ratio (at most 1) of λ to the mean eigenvalue of C_l.
-    On factors with decaying spectra this takes 2 to 6 times fewer iterations than factor damping
-    with ``trace_norm``.
+    On factors with decaying spectra and two terms this took 1.4 to 4 times fewer iterations than
+    factor damping with ``trace_norm`` as preconditioner, and 2 to 6 times fewer than none.
 
     Args:
         operator: A sum of two or more Kronecker products, in float64.

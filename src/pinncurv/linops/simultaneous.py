@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pinncurv.linops.psd import FactorizationReport, eigh, factorize
+from pinncurv.linops.psd import FactorizationError, FactorizationReport, eigh, factorize
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,7 @@ def diagonalize(
     Raises:
         FactorizationError: If M is numerically singular and both floors are zero.
     """
-    n = len(P1)
-    s1, s2 = (P1.trace().item() / n or 1.0), (P2.trace().item() / n or 1.0)
+    s1, s2 = _mean_eigenvalue(P1, name), _mean_eigenvalue(P2, name)
     scaled = P1 / s1
     M = torch.add(scaled, P2, alpha=1 / s2)
     factorization = factorize(M, name, floor1 / s1 + floor2 / s2)
@@ -81,3 +80,14 @@ def diagonalize(
         s2,
         (factorization.report, eigen.report),
     )
+
+
+def _mean_eigenvalue(P: Tensor, name: str) -> float:
+    """The mean eigenvalue, or one for a zero matrix."""
+    trace = P.trace().item()
+    if trace < 0:
+        raise FactorizationError(
+            f"The matrices in {name} must be positive semidefinite, received a trace of "
+            f"{trace:.1e}. Check the signs of the sums that define the factors."
+        )
+    return trace / len(P) or 1.0

@@ -1,16 +1,20 @@
 """Optimization with any curvature operator, on any objective that is a sum of squares.
 
-``optimizer.py`` composes a curvature, its inverse, a step size (``step_sizes.py``), a momentum and
-an average (``averaging.py``); ``protocols.py`` says what it asks of them, so that none needs to
+``optimizer.py`` composes a curvature and its inverse (``preconditioner.py``), a step size (``step_sizes.py``), a momentum and
+an average (``averaging.py``), with a damping that may adapt (``damping.py``); ``protocols.py`` says what it asks of them, so that none needs to
 come from this package; ``first_order.py`` steps optimizers of torch the same way.
 """
 
 from pinncurv.optim.averaging import ExponentialAverage, from_first, from_identity, from_zero
+from pinncurv.optim.damping import ConstantDamping, DampingRule, LevenbergMarquardt
 from pinncurv.optim.first_order import FirstOrder
-from pinncurv.optim.optimizer import CurvatureOptimizer, HeavyBall, Intervals
+from pinncurv.optim.optimizer import CurvatureOptimizer, HeavyBall
+from pinncurv.optim.preconditioner import Intervals, Preconditioner
 from pinncurv.optim.protocols import (
     Curvature,
     Differentiable,
+    Evaluable,
+    Evaluation,
     Inverse,
     LeastSquares,
     LinearizedLoss,
@@ -26,9 +30,13 @@ from pinncurv.optim.step_sizes import (
 )
 
 __all__ = [
+    "ConstantDamping",
     "Curvature",
     "CurvatureOptimizer",
+    "DampingRule",
     "Differentiable",
+    "Evaluable",
+    "Evaluation",
     "ExponentialAverage",
     "FirstOrder",
     "FixedStep",
@@ -37,7 +45,9 @@ __all__ = [
     "Intervals",
     "Inverse",
     "LeastSquares",
+    "LevenbergMarquardt",
     "LinearizedLoss",
+    "Preconditioner",
     "Proposal",
     "QuadraticModel",
     "Situation",

@@ -12,8 +12,9 @@ from curvlinops._torch_base import PyTorchLinearOperator
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pinncurv.linops import Averageable
 from pinncurv.optim.averaging import ExponentialAverage
+from pinncurv.optim.damping import ConstantDamping, DampingRule
+from pinncurv.optim.preconditioner import Intervals, Preconditioner
 from pinncurv.optim.protocols import (
     Curvature,
     Inverse,
@@ -23,6 +24,7 @@ from pinncurv.optim.protocols import (
     finite_loss,
 )
 from pinncurv.optim.step_sizes import Proposal, QuadraticModel, Situation, StepSize
+from pinncurv.optim.trial import Landing, Trial
 
 # The key of the state that belongs to no single parameter.
 _SHARED = "curvature"
@@ -49,30 +51,6 @@ class HeavyBall:
             raise ValueError(f"The momentum must be in [0, 1), got {self.momentum}.")
 
 
-@dataclass(frozen=True)
-class Intervals:
-    """How many steps pass between two refreshments.
-
-    Args:
-        curvature: Steps between two estimates of the curvature.
-        inverse: Steps between two inversions.
-
-    Raises:
-        ValueError: If an interval is less than one.
-    """
-
-    curvature: int = 1
-    inverse: int = 1
-
-    def __post_init__(self) -> None:
-        """Check the intervals."""
-        if min(self.curvature, self.inverse) < 1:
-            raise ValueError(
-                f"Intervals must be at least 1, got {self.curvature} for the curvature and "
-                f"{self.inverse} for the inverse. 1 refreshes in every step."
-            )
-
-
 class CurvatureOptimizer(Optimizer):
     """Preconditioned gradient descent with any curvature operator.
 
@@ -89,6 +67,8 @@ class CurvatureOptimizer(Optimizer):
         step_size: How far to go.
         average: Exponential moving average of the operator's tensors, or None.
         momentum: Momentum on the direction, or None. The quadratic model brings its own.
+        damping: How λ changes from step to step; it starts at the inverse's own and is constant
+            by default.
         intervals: How often curvature and inverse are refreshed.
         max_halvings: How often an update that raises the loss is halved before it is rejected.
         lr: Default for the groups' ``lr``.
@@ -105,6 +85,7 @@ class CurvatureOptimizer(Optimizer):
         step_size: StepSize | None = None,
         average: ExponentialAverage | None = None,
         momentum: HeavyBall | None = None,
+        damping: DampingRule | None = None,
         intervals: Intervals | None = None,
         max_halvings: int = 10,
         lr: float = 1.0,
@@ -114,17 +95,15 @@ class CurvatureOptimizer(Optimizer):
         if max_halvings < 0:
             raise ValueError(f"max_halvings must be at least 0, got {max_halvings}.")
         super().__init__(params, {"lr": lr})
-        self.curvature = curvature
-        self.inverse = inverse
+        self.preconditioner = Preconditioner(
+            curvature, inverse, average, Intervals() if intervals is None else intervals
+        )
         self.step_size = QuadraticModel() if step_size is None else step_size
-        self.average = average
         self.momentum = momentum
-        self.intervals = Intervals() if intervals is None else intervals
+        self.damping = ConstantDamping() if damping is None else damping
         self.max_halvings = max_halvings
-        self._operator: PyTorchLinearOperator | None = None
-        self._inverse: PyTorchLinearOperator | None = None
-        self.state[_SHARED] = {"step": 0, "average": None, "inverted": None}  # type: ignore[index]
-        self._parameters = [p for group in self.param_groups for p in group["params"]]
+        self._landing: Landing | None = None
+        self.state[_SHARED] = self.preconditioner.state  # type: ignore[index]
 
     @torch.no_grad()
     def step(self, objective: LeastSquares) -> StepRecord:  # type: ignore[override]
@@ -140,30 +119,36 @@ class CurvatureOptimizer(Optimizer):
             FloatingPointError: If the loss is not finite before the step; names the terms.
             ValueError: If the objective's parameters are not those of the optimizer.
         """
-        linearized = objective.linearize()
+        linearized = self._linearize(objective)
         self._check_parameters(linearized)
-        self._refresh(linearized)
-        assert self._inverse is not None
+        self.preconditioner.refresh(linearized)
         gradient = linearized.gradient()
-        loss = finite_loss(linearized.term_losses)
-        direction = [-part for part in self._inverse @ gradient]  # type: ignore[union-attr]
-        direction = self._with_momentum(linearized.parameters, direction)
-        situation = Situation(
-            loss,
-            linearized,
-            gradient,
-            direction,
-            self._remembered(linearized.parameters, "previous_update"),
-            self.inverse.damping,
-            _Trial(objective, linearized.parameters),
-        )
-        record = self._take(objective, situation, self.step_size.propose(situation))
-        self.state[_SHARED]["step"] += 1
+        finite_loss(linearized.term_losses)
+        trial = Trial(objective, linearized.parameters)
+        for remaining in range(self.damping.retries, -1, -1):
+            attempt = self._propose(linearized, gradient, trial)
+            if not remaining:
+                del linearized, gradient  # frees Z and G before the loss is evaluated
+            record = self._try(attempt, trial)
+            if record.accepted:
+                break
+            self.preconditioner.damping = self.damping.rejected(record.damping)
+        self._settle(attempt, trial, record)
         return record
+
+    def _linearize(self, objective: LeastSquares) -> LinearizedLoss:
+        """Linearize, from the forward pass that ended the last step if it was the same point."""
+        landing, self._landing = self._landing, None
+        if landing is not None and landing.is_at(objective, self._all_parameters()):
+            return landing.evaluation.linearize()
+        return objective.linearize()
+
+    def _all_parameters(self) -> list[Tensor]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
 
     def _check_parameters(self, linearized: LinearizedLoss) -> None:
         """Check that objective and optimizer agree on what is trained."""
-        mine = {id(parameter) for parameter in self._parameters}
+        mine = {id(parameter) for parameter in self._all_parameters()}
         theirs = {id(parameter) for parameter in linearized.parameters}
         if mine != theirs:
             raise ValueError(
@@ -173,53 +158,96 @@ class CurvatureOptimizer(Optimizer):
                 "model.parameters() of the same model."
             )
 
-    def _refresh(self, linearized: LinearizedLoss) -> None:
-        """Estimate, average and invert the curvature, as often as the intervals say."""
-        shared = self.state[_SHARED]
-        step = shared["step"]
-        if self._operator is None or step % self.intervals.curvature == 0:
-            self._operator = self._estimate(linearized, step % self.intervals.curvature == 0)
-        if step % self.intervals.inverse == 0:
-            self._inverse = self.inverse(self._operator)
-            if self.intervals.inverse > 1 and isinstance(self._operator, Averageable):
-                shared["inverted"] = self._operator.tensors()
-        elif self._inverse is None:  # after loading a state between two inversions
-            operator: Any = self._operator
-            if shared["inverted"] is not None:
-                operator = operator.with_tensors(_on(operator, shared["inverted"]))
-            self._inverse = self.inverse(operator)
+    def _propose(
+        self, linearized: LinearizedLoss, gradient: list[Tensor], trial: Trial
+    ) -> _Attempt:
+        """Find a direction and how far to go along it."""
+        parameters = linearized.parameters
+        inverse = self.preconditioner.invert()
+        direction = self._direction(parameters, gradient, inverse)
+        previous = self._remembered(parameters, "previous_update")
+        losses = dict(linearized.term_losses)
+        damping = self.preconditioner.damping
+        loss = sum(losses.values())
+        proposal = self.step_size.propose(
+            Situation(loss, linearized, gradient, direction, previous, damping, trial.loss_at)
+        )
+        update = self._update(parameters, proposal, direction, previous)
+        return _Attempt(losses, damping, direction, proposal, update, _solver_report(inverse))
 
-    def _estimate(self, linearized: LinearizedLoss, due: bool) -> PyTorchLinearOperator:
-        """Return the operator: a new estimate if due, else the one that was saved."""
-        shared = self.state[_SHARED]
-        operator = self.curvature(linearized.linearizations)
-        if not isinstance(operator, Averageable):
-            if self.average is not None:
-                raise TypeError(
-                    "An average needs an operator with the methods tensors, with_tensors and "
-                    f"identity, got {type(operator).__name__}. Pass average=None."
-                )
-            return operator
-        if due and self.average is not None:
-            shared["average"] = self.average.update(operator, shared["average"])
-        elif due and self.intervals.curvature > 1:
-            shared["average"] = operator.tensors()
-        if shared["average"] is None:
-            return operator
-        return operator.with_tensors(_on(operator, shared["average"]))
-
-    def _with_momentum(self, parameters: Sequence[Tensor], direction: list[Tensor]) -> list[Tensor]:
-        """Add the momentum buffer to the direction, and remember the sum."""
-        if self.momentum is None:
+    def _direction(
+        self,
+        parameters: Sequence[Tensor],
+        gradient: list[Tensor],
+        inverse: PyTorchLinearOperator,
+    ) -> list[Tensor]:
+        """Return the preconditioned gradient, with momentum if there is any."""
+        direction: list[Tensor] = [-part for part in inverse @ gradient]
+        buffer = self._remembered(parameters, "momentum_buffer") if self.momentum else None
+        if self.momentum is None or buffer is None:
             return direction
-        buffer = self._remembered(parameters, "momentum_buffer")
-        if buffer is not None:
-            direction = [
-                part + self.momentum.momentum * old
-                for part, old in zip(direction, buffer, strict=True)
-            ]
-        self._remember(parameters, "momentum_buffer", direction)
-        return direction
+        mu = self.momentum.momentum
+        return [part.add(old, alpha=mu) for part, old in zip(direction, buffer, strict=True)]
+
+    def _update(
+        self,
+        parameters: Sequence[Tensor],
+        proposal: Proposal,
+        direction: Sequence[Tensor],
+        previous: Sequence[Tensor] | None,
+    ) -> list[Tensor]:
+        """Return lr (α Δ + μ δ)."""
+        rates = {id(p): float(group["lr"]) for group in self.param_groups for p in group["params"]}
+        update = [proposal.step_size * part for part in direction]
+        if previous is not None and proposal.momentum:
+            for part, old in zip(update, previous, strict=True):
+                part.add_(old, alpha=proposal.momentum)
+        for part, parameter in zip(update, parameters, strict=True):
+            if rates[id(parameter)] != 1:
+                part.mul_(rates[id(parameter)])
+        return update
+
+    def _try(self, attempt: _Attempt, trial: Trial) -> StepRecord:
+        """Apply an update; shorten it while the loss rises, or reject it."""
+        loss = sum(attempt.term_losses.values())
+        halvings = 0 if self.damping.retries else self.max_halvings
+        scale, new_loss = 1.0, math.nan
+        for halving in range(halvings + 1):
+            scale = 0.5**halving
+            new_loss = trial.move(attempt.update, scale)
+            if new_loss <= loss:  # False for NaN
+                break
+        accepted = new_loss <= loss
+        if not accepted:
+            trial.restore()
+        taken = scale if accepted else 0.0
+        return StepRecord(
+            loss=loss,
+            term_losses=attempt.term_losses,
+            new_loss=new_loss if accepted else loss,
+            step_size=attempt.proposal.step_size * taken,
+            momentum=attempt.proposal.momentum * taken,
+            damping=attempt.damping,
+            predicted_decrease=attempt.proposal.predicted_decrease,
+            accepted=accepted,
+            reason=_reason(accepted, scale, new_loss),
+            scale=taken,
+            solver=attempt.solver,
+        )
+
+    def _settle(self, attempt: _Attempt, trial: Trial, record: StepRecord) -> None:
+        """Remember what the next step needs."""
+        self._landing = trial.landing
+        update = [record.scale * part for part in attempt.update] if record.accepted else None
+        self._remember(trial.parameters, "previous_update", update)
+        if self.momentum is not None:
+            direction = attempt.direction if record.accepted else None
+            self._remember(trial.parameters, "momentum_buffer", direction)
+        if record.accepted:
+            predicted = record.predicted_decrease
+            ratio = (record.loss - record.new_loss) / predicted if predicted else math.nan
+            self.preconditioner.damping = self.damping.accepted(record.damping, ratio)
+        self.preconditioner.state["step"] += 1
 
     def _remembered(self, parameters: Sequence[Tensor], key: str) -> list[Tensor] | None:
         """Return what is remembered of each parameter, on its device; None at the start."""
@@ -238,84 +266,42 @@ class CurvatureOptimizer(Optimizer):
             else:
                 self.state[parameter][key] = tensors[i]
 
-    def _take(
-        self, objective: LeastSquares, situation: Situation, proposal: Proposal
-    ) -> StepRecord:
-        """Apply a proposed update; shorten it while the loss rises, or reject it."""
-        parameters = situation.linearized.parameters
-        update = self._update(situation, proposal)
-        trial, scale, new_loss = situation.try_update, 1.0, math.nan
-        for halving in range(self.max_halvings + 1):
-            scale = 0.5**halving
-            new_loss = trial(update, scale)
-            if new_loss <= situation.loss:  # False for NaN
-                break
-        accepted = new_loss <= situation.loss
-        if accepted:
-            update = [scale * part for part in update] if scale < 1 else update
-            for parameter, part in zip(parameters, update, strict=True):
-                parameter.add_(part)
-            self._remember(parameters, "previous_update", update)
-        else:
-            self._remember(parameters, "previous_update", None)
-            self._remember(parameters, "momentum_buffer", None)
-        return StepRecord(
-            loss=situation.loss,
-            term_losses=dict(situation.linearized.term_losses),
-            new_loss=new_loss if accepted else situation.loss,
-            step_size=proposal.step_size * scale if accepted else 0.0,
-            momentum=proposal.momentum * scale if accepted else 0.0,
-            damping=situation.damping,
-            predicted_decrease=proposal.predicted_decrease,
-            accepted=accepted,
-            reason=_reason(accepted, scale, new_loss),
-            solver=_solver_report(self._inverse),
-        )
-
-    def _update(self, situation: Situation, proposal: Proposal) -> list[Tensor]:
-        """Return lr (α Δ + μ δ)."""
-        rates = {id(p): group["lr"] for group in self.param_groups for p in group["params"]}
-        previous = situation.previous
-        update = []
-        for i, parameter in enumerate(situation.linearized.parameters):
-            part = proposal.step_size * situation.direction[i]
-            if previous is not None and proposal.momentum:
-                part.add_(previous[i], alpha=proposal.momentum)
-            rate = float(rates[id(parameter)])
-            update.append(part if rate == 1 else rate * part)
-        return update
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state; operators and inverses are rebuilt from it at the next step."""
+        """Load a state; operators and inverses are rebuilt from it at the next step.
+
+        Raises:
+            ValueError: If the state is not of this class.
+        """
+        if _SHARED not in state_dict["state"]:
+            raise ValueError(
+                "The state must come from a CurvatureOptimizer, but it has no entry "
+                f"'{_SHARED}'. Load the checkpoint of the same optimizer."
+            )
         super().load_state_dict(state_dict)
-        self.state.setdefault(_SHARED, {"step": 0, "average": None, "inverted": None})
-        self._parameters = [p for group in self.param_groups for p in group["params"]]
-        self._operator = self._inverse = None
+        self.preconditioner.state = self.state[_SHARED]  # type: ignore[index]
+        self.preconditioner.forget()
+        self._landing = None
 
 
-class _Trial:
-    """Evaluates the loss with an update added to the parameters, and restores them."""
+@dataclass(frozen=True, eq=False)
+class _Attempt:
+    """An update to try.
 
-    def __init__(self, objective: LeastSquares, parameters: Sequence[Tensor]) -> None:
-        self._objective = objective
-        self._parameters = parameters
+    Args:
+        term_losses: The terms of the loss before it.
+        damping: λ.
+        direction: Δ.
+        proposal: α and μ.
+        update: lr (α Δ + μ δ).
+        solver: What the inverse reports.
+    """
 
-    @torch.no_grad()
-    def __call__(self, update: Sequence[Tensor], scale: float) -> float:
-        """Return L(θ + scale · update)."""
-        saved = [parameter.clone() for parameter in self._parameters]
-        try:
-            for parameter, part in zip(self._parameters, update, strict=True):
-                parameter.add_(part, alpha=scale)
-            return float(self._objective.loss())
-        finally:
-            for parameter, old in zip(self._parameters, saved, strict=True):
-                parameter.copy_(old)
-
-
-def _on(operator: PyTorchLinearOperator, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Bring saved tensors to an operator's device."""
-    return [tensor.to(operator.device) for tensor in tensors]
+    term_losses: dict[str, float]
+    damping: float
+    direction: list[Tensor]
+    proposal: Proposal
+    update: list[Tensor]
+    solver: dict[str, Any]
 
 
 def _reason(accepted: bool, scale: float, new_loss: float) -> str:
@@ -328,6 +314,5 @@ def _reason(accepted: bool, scale: float, new_loss: float) -> str:
 
 def _solver_report(inverse: Any) -> dict[str, Any]:
     """Return what an inverse reports about how it was computed."""
-    return {
-        name: getattr(inverse, name) for name in ("record", "reports") if hasattr(inverse, name)
-    }
+    names = ("reports", "last_records")
+    return {name: getattr(inverse, name) for name in names if hasattr(inverse, name)}

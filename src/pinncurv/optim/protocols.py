@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from curvlinops._torch_base import PyTorchLinearOperator
 from torch import Tensor
 
 
+@runtime_checkable
 class LinearizedLoss(Protocol):
     """A sum of squares, linearized at the current parameters.
 
@@ -42,6 +43,7 @@ class LinearizedLoss(Protocol):
         ...
 
 
+@runtime_checkable
 class LeastSquares(Protocol):
     """A loss on one frozen batch."""
 
@@ -54,6 +56,30 @@ class LeastSquares(Protocol):
         ...
 
 
+@runtime_checkable
+class Evaluation(Protocol):
+    """A loss whose forward pass is kept."""
+
+    @property
+    def loss(self) -> Tensor:
+        """L."""
+        ...
+
+    def linearize(self) -> LinearizedLoss:
+        """Linearize where it was evaluated, without another forward pass."""
+        ...
+
+
+@runtime_checkable
+class Evaluable(Protocol):
+    """A loss that can keep its forward pass. Optional: it saves the optimizer one per step."""
+
+    def evaluate(self) -> Evaluation:
+        """Evaluate L and keep the forward pass."""
+        ...
+
+
+@runtime_checkable
 class Differentiable(Protocol):
     """A loss on one frozen batch with a plain gradient."""
 
@@ -65,6 +91,7 @@ class Differentiable(Protocol):
 Curvature = Callable[[Sequence[Any]], PyTorchLinearOperator]
 
 
+@runtime_checkable
 class Inverse(Protocol):
     """A damped inverse, as a function of the operator."""
 
@@ -92,6 +119,7 @@ class StepRecord:
         damping: λ of the inverse; NaN for optimizers without.
         predicted_decrease: What the exact quadratic model promised; NaN without a model.
         accepted: Whether the parameters were changed.
+        scale: Which part of the proposed update was taken.
         reason: Why the step was shortened or rejected; empty if it was taken as proposed.
         solver: What the inverse reports, if anything.
     """
@@ -105,6 +133,7 @@ class StepRecord:
     predicted_decrease: float = float("nan")
     accepted: bool = True
     reason: str = ""
+    scale: float = 1.0
     solver: Mapping[str, Any] = field(default_factory=dict)
 
 

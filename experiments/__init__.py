@@ -1,0 +1,1 @@
+"""Command lines around the library; run them from the repository: python experiments/train.py."""

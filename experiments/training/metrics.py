@@ -1,0 +1,74 @@
+"""The metrics of one optimizer as a CSV file."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from experiments.training.files import write_atomically
+
+METRICS = "metrics.csv"
+
+Value = float | int | bool | str
+
+
+class MetricsFile:
+    """Appends rows; each is on its way to the disk when ``append`` returns.
+
+    Args:
+        folder: Where the file is, or will be.
+        columns: The columns.
+        last_step: Rows of later steps, and incomplete ones, are removed first: what happened after
+            the checkpoint that a run continues from happens again.
+    """
+
+    def __init__(self, folder: Path, columns: Sequence[str], last_step: int) -> None:
+        path = folder / METRICS
+        kept = [row for row in _complete_rows(path, columns) if int(row["step"]) <= last_step]
+        self.last_step = int(kept[-1]["step"]) if kept else -1
+        buffer = io.StringIO(newline="")
+        writer = csv.DictWriter(buffer, columns)
+        writer.writeheader()
+        writer.writerows(kept)
+        write_atomically(path, buffer.getvalue().encode())
+        self._file = path.open("a", newline="")
+        self._writer = csv.DictWriter(self._file, columns)
+
+    def append(self, row: Mapping[str, Value]) -> None:
+        """Append a row; NaN becomes an empty cell."""
+        self._writer.writerow({key: _cell(value) for key, value in row.items()})
+        self._file.flush()
+        self.last_step = int(row["step"])
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_metrics(folder: Path) -> dict[str, list[float]]:
+    """Return the numbers of the metrics by column; NaN for empty cells.
+
+    Args:
+        folder: Where the file is.
+    """
+    with (folder / METRICS).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = [name for name in (rows[0] if rows else ()) if name not in ("accepted", "reason")]
+    return {name: [float(row[name] or "nan") for row in rows] for name in names}
+
+
+def _cell(value: Value) -> Value:
+    return "" if isinstance(value, float) and math.isnan(value) else value
+
+
+def _complete_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """Return the rows that were written to the end."""
+    if not path.exists():
+        return []
+    text = path.read_text()
+    with io.StringIO(text[: text.rfind("\n") + 1], newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    return [row for row in rows if row.keys() == set(columns) and None not in row.values()]

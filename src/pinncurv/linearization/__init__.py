@@ -1,0 +1,31 @@
+"""Linearization of one loss term: inputs Z and output gradients G of every linear layer.
+
+``capture.py`` runs the two passes, ``layers.py`` is what they leave, ``fisher.py`` are the choices
+of G, and ``linearization.py`` puts them together for all points or chunk by chunk.
+"""
+
+from pinncurv.linearization.capture import (
+    Forward,
+    UncapturedParameterError,
+    record_forward,
+    trainable_parameters,
+)
+from pinncurv.linearization.fisher import Empirical, Fisher, ForwardOnly, Type2
+from pinncurv.linearization.layers import Chunk, LayerLinearization
+from pinncurv.linearization.linearization import Linearization, check_compatible, linearize
+
+__all__ = [
+    "Chunk",
+    "Empirical",
+    "Fisher",
+    "Forward",
+    "ForwardOnly",
+    "LayerLinearization",
+    "Linearization",
+    "Type2",
+    "UncapturedParameterError",
+    "check_compatible",
+    "linearize",
+    "record_forward",
+    "trainable_parameters",
+]

@@ -1,0 +1,157 @@
+"""Linearization of one loss term at one set of points."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import Module
+
+from pinncurv.linearization.capture import Forward, record_forward, trainable_parameters
+from pinncurv.linearization.fisher import Fisher, Type2
+from pinncurv.linearization.layers import Chunk, LayerLinearization
+from pinncurv.problems import LossTerm
+
+
+class Linearization:
+    """One loss term, linearized in the parameters at one set of points.
+
+    r̃(θ + v) ≈ r̃(θ) + J v,  J_n = Σ_s g_ns ⊗ z_ns per layer,  L_t = ½‖r̃‖²
+
+    Iterating yields the chunks. Without a chunk size there is one, computed at once and kept; with
+    a chunk size every iteration recomputes them one by one, so that memory does not grow with N.
+    ``linearize`` builds it after checking its arguments.
+
+    Args:
+        term: The loss term.
+        model: The network.
+        x: The points, ``[N, d]``.
+        fisher: Which output gradients G to take.
+        chunk_size: How many points to linearize at a time; None for all.
+        forward: A recorded forward pass at all points that has been made already.
+    """
+
+    def __init__(
+        self,
+        term: LossTerm,
+        model: Module,
+        x: Tensor,
+        fisher: Fisher | None = None,
+        chunk_size: int | None = None,
+        forward: Forward | None = None,
+    ) -> None:
+        self.term = term
+        self.model = model
+        self.x = x
+        self.fisher = Type2() if fisher is None else fisher
+        self.chunk_size = chunk_size if chunk_size is not None and chunk_size < len(x) else None
+        self.parameters = trainable_parameters(model)
+        self._scale = term.scale(x) if forward is None else forward.scale
+        self._versions = self._current_versions()
+        self._kept = None if self.chunk_size else self._linearize(slice(None), forward)
+        # the structure is the same at every point, so a chunked linearization looks at one
+        sample = self._linearize(slice(0, 1)) if self._kept is None else self._kept
+        self.num_components = sample.residual.shape[1]
+        self.layer_parameters = {name: layer.bias for name, layer in sample.layers.items()}
+
+    def __iter__(self) -> Iterator[Chunk]:
+        """Yield the chunks.
+
+        Raises:
+            RuntimeError: If chunks must be recomputed but the parameters have changed since.
+        """
+        if self._kept is not None:
+            yield self._kept
+            return
+        assert self.chunk_size is not None
+        for start in range(0, len(self.x), self.chunk_size):
+            if self._versions != self._current_versions():
+                raise RuntimeError(
+                    f"The linearization of term '{self.term.name}' recomputes its chunks, but the "
+                    "parameters have changed since it was made. Linearize again after an update."
+                )
+            yield self._linearize(slice(start, start + self.chunk_size))
+
+    @property
+    def mean_weight(self) -> float:
+        """The mean of the points' weights."""
+        weights = self.term.weights(self.x)
+        return float(weights if isinstance(weights, float) else weights.mean())
+
+    @property
+    def residual(self) -> Float[Tensor, "N V"]:
+        """The scaled residual r̃ at all points, ``[N, V]``."""
+        return torch.cat([chunk.residual for chunk in self])
+
+    @property
+    def layers(self) -> dict[str, LayerLinearization]:
+        """Z and G of every layer at all points.
+
+        Raises:
+            ValueError: If the linearization is chunked: iterate over its chunks instead.
+        """
+        if self._kept is None:
+            raise ValueError(
+                "A chunked linearization does not hold Z and G of all points at once. Iterate "
+                "over it, or linearize with chunk_size=None."
+            )
+        return self._kept.layers
+
+    def _current_versions(self) -> tuple[int, ...]:
+        return tuple(parameter._version for parameter in self.parameters.values())
+
+    def _linearize(self, part: slice, forward: Forward | None = None) -> Chunk:
+        """Run one forward (unless it is given) and one backward pass at a part of the points."""
+        if forward is None:
+            scale = self._scale if isinstance(self._scale, float) else self._scale[part]
+            forward = record_forward(self.term, self.model, self.x[part], self.parameters, scale)
+        return forward.linearize().with_fisher(self.fisher)
+
+
+def linearize(
+    term: LossTerm,
+    model: Module,
+    x: Tensor,
+    fisher: Fisher | None = None,
+    chunk_size: int | None = None,
+) -> Linearization:
+    """Linearize one loss term at points x: one forward and one backward pass.
+
+    Args:
+        term: The loss term.
+        model: The network.
+        x: The points, ``[N, d]``.
+        fisher: Which output gradients G to take.
+        chunk_size: How many points to linearize at a time; None for all.
+
+    Raises:
+        ValueError: If the points, dtypes or parameters do not fit; names the term.
+        UncapturedParameterError: If a parameter is used outside linear layers.
+    """
+    check_compatible(term, model, x)
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1 or None, got {chunk_size}.")
+    return Linearization(term, model, x, fisher, chunk_size)
+
+
+def check_compatible(term: LossTerm, model: Module, x: Tensor) -> None:
+    """Check points against a term and a network before any work.
+
+    Raises:
+        ValueError: If the points do not fit the term, or their dtype or device the network's.
+    """
+    term.check_points(x)
+    parameter = next((p for p in model.parameters() if p.requires_grad), None)
+    if parameter is None:
+        raise ValueError(
+            f"The network {type(model).__name__} must have a parameter that requires a gradient, "
+            "got none. Call requires_grad_() on the layers to train."
+        )
+    if (x.dtype, x.device) != (parameter.dtype, parameter.device):
+        raise ValueError(
+            f"Points and network must agree in dtype and device, got points in {x.dtype} on "
+            f"{x.device} for term '{term.name}' and a network in {parameter.dtype} on "
+            f"{parameter.device}. Convert one of them with .to(...)."
+        )

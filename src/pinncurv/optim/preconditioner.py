@@ -1,0 +1,141 @@
+"""The curvature over the steps: estimated, averaged, and inverted when it is due."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from curvlinops._torch_base import PyTorchLinearOperator
+from torch import Tensor
+
+from pinncurv.linops import Averageable
+from pinncurv.optim.averaging import ExponentialAverage
+from pinncurv.optim.protocols import Curvature, Inverse, LinearizedLoss
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """How many steps pass between two refreshments.
+
+    Args:
+        curvature: Steps between two estimates of the curvature.
+        inverse: Steps between two inversions.
+
+    Raises:
+        ValueError: If an interval is less than one.
+    """
+
+    curvature: int = 1
+    inverse: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the intervals."""
+        if min(self.curvature, self.inverse) < 1:
+            raise ValueError(
+                f"Intervals must be at least 1, got {self.curvature} for the curvature and "
+                f"{self.inverse} for the inverse. 1 refreshes in every step."
+            )
+
+
+class Preconditioner:
+    """A damped inverse of the curvature, (C + λI)⁻¹, that follows the steps.
+
+    What must survive a checkpoint is in ``state``, a dictionary of numbers and tensors; operators
+    are rebuilt from it.
+
+    Args:
+        curvature: Builds the operator C from linearizations.
+        inverse: Builds the damped inverse from C.
+        average: Exponential moving average of the operator's tensors, or None.
+        intervals: How often curvature and inverse are refreshed.
+    """
+
+    def __init__(
+        self,
+        curvature: Curvature,
+        inverse: Inverse,
+        average: ExponentialAverage | None,
+        intervals: Intervals,
+    ) -> None:
+        self.curvature = curvature
+        self.inverse = inverse
+        self.average = average
+        self.intervals = intervals
+        self.state: dict[str, Any] = {
+            "step": 0,
+            "damping": float(inverse.damping),
+            "average": None,
+            "inverted": None,
+        }
+        self.forget()
+
+    @property
+    def damping(self) -> float:
+        """λ, which a damping rule may change."""
+        damping: float = self.state["damping"]
+        return damping
+
+    @damping.setter
+    def damping(self, damping: float) -> None:
+        self.state["damping"] = damping
+
+    def forget(self) -> None:
+        """Drop the operators, to be rebuilt from the state."""
+        self._operator: Any = None
+        self._inverted: Any = None
+        self._inverse: PyTorchLinearOperator | None = None
+        self._inverse_damping = math.nan
+
+    def refresh(self, linearized: LinearizedLoss) -> None:
+        """Estimate and average the curvature, and choose what to invert, where due."""
+        step = self.state["step"]
+        due = step % self.intervals.curvature == 0
+        if due or self._operator is None:
+            self._operator = self._estimate(linearized, due)
+        if step % self.intervals.inverse == 0:
+            self._choose(self._operator)
+        elif self._inverted is None:  # loaded between two inversions
+            saved = self.state["inverted"]
+            self._choose(self._operator if saved is None else _rebuilt(self._operator, saved))
+
+    def invert(self) -> PyTorchLinearOperator:
+        """Return the inverse with the current damping, computed when either has changed."""
+        if self._inverse is None or self._inverse_damping != self.damping:
+            self._inverse = _with_damping(self.inverse, self.damping)(self._inverted)
+            self._inverse_damping = self.damping
+        return self._inverse
+
+    def _estimate(self, linearized: LinearizedLoss, due: bool) -> PyTorchLinearOperator:
+        """Return the operator: a new estimate if due, else the one that was saved."""
+        operator = self.curvature(linearized.linearizations)
+        if not isinstance(operator, Averageable):
+            if self.average is not None:
+                raise TypeError(
+                    "An average needs an operator with the methods tensors, with_tensors and "
+                    f"identity, got {type(operator).__name__}. Pass average=None."
+                )
+            return operator
+        if due and self.average is not None:
+            self.state["average"] = self.average.update(operator, self.state["average"])
+        elif due and self.intervals.curvature > 1:
+            self.state["average"] = operator.tensors()
+        average = self.state["average"]
+        return operator if average is None else _rebuilt(operator, average)
+
+    def _choose(self, operator: Any) -> None:
+        """Set the operator to invert from now on."""
+        self._inverted, self._inverse = operator, None
+        if self.intervals.inverse > 1 and isinstance(operator, Averageable):
+            self.state["inverted"] = operator.tensors()
+
+
+def _rebuilt(operator: Any, tensors: Sequence[Tensor]) -> Any:
+    """Return an operator with saved tensors, on its device."""
+    return operator.with_tensors([tensor.to(operator.device) for tensor in tensors])
+
+
+def _with_damping(inverse: Inverse, damping: float) -> Inverse:
+    """Return the inverse with another damping."""
+    return inverse if inverse.damping == damping else replace(inverse, damping=damping)  # type: ignore[type-var]

@@ -1,0 +1,76 @@
+"""Trying an update: move the parameters, look at the loss, and go back or stay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pinncurv.optim.protocols import Evaluable, Evaluation, LeastSquares
+
+
+@dataclass(frozen=True, eq=False)
+class Landing:
+    """Where a step has ended, with the forward pass that was made there.
+
+    Args:
+        objective: The objective that was evaluated.
+        parameters: The parameters, to recognize that nothing has changed since.
+        evaluation: The evaluation.
+    """
+
+    objective: LeastSquares
+    parameters: Sequence[Tensor]
+    evaluation: Evaluation
+
+    def is_at(self, objective: LeastSquares, parameters: Sequence[Tensor]) -> bool:
+        """Whether the next step starts here, on the same objective."""
+        return objective is self.objective and all(
+            torch.equal(now, then) for now, then in zip(parameters, self.parameters, strict=True)
+        )
+
+
+class Trial:
+    """Moves the parameters of an objective on trial.
+
+    Args:
+        objective: The loss on one batch.
+        parameters: The parameters.
+    """
+
+    def __init__(self, objective: LeastSquares, parameters: Sequence[Tensor]) -> None:
+        self.objective = objective
+        self.parameters = parameters
+        self.landing: Landing | None = None
+        self._start = [parameter.clone() for parameter in parameters]
+
+    def loss_at(self, update: Sequence[Tensor], scale: float) -> float:
+        """Return L(θ + scale · update) without a graph; the parameters stay at θ."""
+        self._place(update, scale)
+        try:
+            return float(self.objective.loss())
+        finally:
+            self.restore()
+
+    def move(self, update: Sequence[Tensor], scale: float) -> float:
+        """Set the parameters to θ + scale · update and return L there."""
+        self._place(update, scale)
+        if not isinstance(self.objective, Evaluable):
+            return float(self.objective.loss())
+        evaluation = self.objective.evaluate()
+        placed = [parameter.clone() for parameter in self.parameters]
+        self.landing = Landing(self.objective, placed, evaluation)
+        return float(evaluation.loss)
+
+    def restore(self) -> None:
+        """Set the parameters back to θ, bit for bit."""
+        self.landing = None
+        for parameter, start in zip(self.parameters, self._start, strict=True):
+            parameter.copy_(start)
+
+    def _place(self, update: Sequence[Tensor], scale: float) -> None:
+        self.landing = None
+        for parameter, start, part in zip(self.parameters, self._start, update, strict=True):
+            torch.add(start, part, alpha=scale, out=parameter)

@@ -1,0 +1,80 @@
+"""BackPACK and curvlinops as independent oracles for the boundary term, a plain regression."""
+
+import curvlinops
+import pytest
+import torch
+from backpack import backpack, extend
+from backpack.extensions import KFLR, DiagGGNExact
+from torch import nn
+
+from pinncurv.curvature import (
+    GaussNewtonLinearOperator,
+    KFACLinearOperator,
+    ParameterSpace,
+    gauss_newton_diagonal,
+)
+from pinncurv.linearization import linearize
+from pinncurv.problems import poisson2d
+from tests import oracles
+from tests.networks import build, points
+
+# torch's mean squared error is 1/N Σ (u - g)², twice our loss 1/(2N) Σ (u - g)²
+FACTOR = 2.0
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def regression():
+    """The boundary term of the Poisson problem, and the same as inputs and targets."""
+    problem = poisson2d()
+    term = problem.terms[1]
+    assert term.name == "boundary"
+    model, x = build("tanh"), points(5)
+    assert problem.solution is not None
+    return model, x, problem.solution(x), linearize(term, model, x)
+
+
+def test_backpack(regression):
+    model, x, target, linearization = regression
+    kfac = KFACLinearOperator.from_linearizations([linearization])
+    space = ParameterSpace.from_linearizations([linearization])
+    diagonal = gauss_newton_diagonal([linearization], space).diagonal()
+    sequential = extend(nn.Sequential(*model))
+    loss = extend(nn.MSELoss())(sequential(x), target)
+    with backpack(KFLR(), DiagGGNExact()):
+        loss.backward()
+    layers = [module for module in sequential if isinstance(module, nn.Linear)]
+    for layer, (pair,) in zip(layers, kfac.factors, strict=True):
+        B, A = layer.weight.kflr
+        (bias_B,) = layer.bias.kflr
+        d = layer.in_features
+        oracles.assert_close(pair.A[:d, :d], A)
+        oracles.assert_close(FACTOR * pair.B, B)
+        oracles.assert_close(FACTOR * pair.B, bias_B)
+        assert pair.A[d, d].item() == 1
+    wanted = torch.cat([p.diag_ggn_exact.flatten() for p in sequential.parameters()])
+    oracles.assert_close(FACTOR * diagonal, wanted)
+
+
+def test_curvlinops(regression):
+    model, x, target, linearization = regression
+    ours = GaussNewtonLinearOperator.from_linearizations([linearization])
+    theirs = curvlinops.GGNLinearOperator(
+        model, nn.MSELoss(), list(model.parameters()), [(x, target)]
+    )
+    identity = torch.eye(ours.shape[0], dtype=torch.float64)
+    oracles.assert_close(FACTOR * (ours @ identity), theirs @ identity)
+    oracles.assert_close(FACTOR * ours.to_dense(), theirs @ identity)
+
+
+def test_cg_inverse_of_curvlinops(regression):
+    _, _, _, linearization = regression
+    ours = GaussNewtonLinearOperator.from_linearizations([linearization])
+    b = torch.ones(ours.shape[0], dtype=torch.float64)
+    damping = 1e-2
+    shift = damping * curvlinops.examples.IdentityLinearOperator(
+        [tuple(s) for s in ours.shapes], ours.device, ours.dtype
+    )
+    theirs = curvlinops.CGInverseLinearOperator(ours + shift, eps=0, tolerance=1e-12, max_iter=500)
+    oracles.assert_close(ours.inverse(damping) @ b, theirs @ b, rtol=1e-8)

@@ -1,0 +1,279 @@
+"""Elementwise functions: every shipped one against nested torch.func."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from pinncurv.jets import Contraction, Jet, Layout, functions, register_elementwise, seed
+from tests.jets.layouts import BASIS, CASES, channels, check
+
+SMOOTH = {
+    "tanh": torch.tanh,
+    "tanh_module": nn.Tanh(),
+    "sigmoid": torch.sigmoid,
+    "expit": torch.special.expit,
+    "sigmoid_module": nn.Sigmoid(),
+    "sin": torch.sin,
+    "cos": torch.cos,
+    "exp": torch.exp,
+    "log": torch.log,
+    "reciprocal": torch.reciprocal,
+    "sqrt": torch.sqrt,
+    "rsqrt": torch.rsqrt,
+    "square": torch.square,
+    "gelu": functional.gelu,
+    "gelu_module": nn.GELU(),
+    "gelu_tanh": nn.GELU(approximate="tanh"),
+    "silu": nn.SiLU(),
+    "softplus": functional.softplus,
+    "softplus_beta": nn.Softplus(beta=3.0),
+    "elu": nn.ELU(alpha=0.7),
+    "erf": torch.erf,
+    "power_0": lambda x: x**0,
+    "power_1": lambda x: x**1,
+    "power_2": lambda x: x**2,
+    "power_3": lambda x: x.pow(3),
+    "power_5": lambda x: torch.pow(x, 5.0),
+    "power_minus_2": lambda x: x**-2,
+    "power_half": lambda x: x**0.5,
+    "power_2.3": lambda x: x**2.3,
+    "power_tensor": lambda x: x ** torch.tensor(1.5, dtype=torch.float64),
+    "float_to_jet": lambda x: 2.5**x,
+    "int_to_jet": lambda x: 3**x,
+    "tensor_to_jet": lambda x: torch.tensor([1.3, 0.7], dtype=torch.float64) ** x,
+    "jet_to_jet": lambda x: x ** (1 + x),
+    "method": lambda x: x.sin().exp().tanh(),
+}
+
+PIECEWISE_LINEAR = {
+    "relu": torch.relu,
+    "relu_module": nn.ReLU(),
+    "leaky_relu": nn.LeakyReLU(0.2),
+    "relu6": nn.ReLU6(),
+    "hardtanh": nn.Hardtanh(-0.2, 0.4),
+    "clamp": lambda x: torch.clamp(x, min=-0.1, max=0.35),
+    "clip_below": lambda x: x.clip(min=0.1),
+    "abs": abs,
+}
+
+
+@pytest.mark.parametrize("around", [0.4, -0.8, 2.0])
+@pytest.mark.parametrize("name", SMOOTH)
+def test_smooth_functions(name, around):
+    """Values, derivatives, their gradients and a second differentiation, on both signs."""
+    positive_only = {"log", "sqrt", "rsqrt", "power_half", "power_2.3", "power_tensor"}
+    if around < 0 and name in positive_only | {"jet_to_jet"}:
+        pytest.skip("defined for positive arguments only")
+    case = CASES["two_sums"]
+    check(case, SMOOTH[name], channels(case, 2, around=around), double=around == 0.4)
+
+
+@pytest.mark.parametrize("layout", CASES)
+@pytest.mark.parametrize("name", ["tanh", "gelu", "power_3"])
+def test_layouts(layout, name):
+    case = CASES[layout]
+    check(case, SMOOTH[name], channels(case, 2), double=True)
+
+
+def test_every_registered_derivative_follows_from_the_one_before():
+    """The generators yield f, f', f'', f''', f'''': each is the autograd derivative of the last."""
+    x = torch.tensor([0.3, 0.9, 1.7], dtype=torch.float64, requires_grad=True)
+    generators = {
+        "tanh": functions.tanh,
+        "sigmoid": functions.sigmoid,
+        "sin": functions.sin,
+        "cos": functions.cos,
+        "exp": functions.exp,
+        "log": functions.log,
+        "reciprocal": functions.reciprocal,
+        "sqrt": functions.sqrt,
+        "rsqrt": functions.rsqrt,
+        "square": functions.square,
+        "gelu": functions.gelu,
+        "gelu_tanh": lambda x: functions.gelu(x, approximate="tanh"),
+        "silu": functions.silu,
+        "softplus": lambda x: functions.softplus(x, beta=0.8),
+        "elu": functions.elu,
+        "erf": functions.erf,
+    }
+    for name, generator in generators.items():
+        derivatives = [d for _, d in zip(range(5), generator(x), strict=False)]
+        assert len(derivatives) >= 4, name
+        for order, (low, high) in enumerate(zip(derivatives, derivatives[1:], strict=False)):
+            expected = (
+                torch.autograd.grad(low.sum(), x, retain_graph=True)[0]
+                if low.requires_grad
+                else torch.zeros_like(x)
+            )
+            torch.testing.assert_close(
+                high, expected, rtol=1e-11, atol=1e-11, msg=f"{name}, order {order + 1}"
+            )
+
+
+@pytest.mark.parametrize("exponent", [0, 1, 2, 3, 4, 2.0])
+def test_integer_powers_at_zero(exponent):
+    """No 0 * inf: the derivatives at zero are those of the polynomial."""
+    case = CASES["two_sums"]
+    data = channels(case, 2)
+    data[0] = 0
+    check(case, lambda x: x**exponent, data, double=True)
+
+
+def test_softplus_beyond_its_threshold():
+    case = CASES["laplacian"]
+    check(case, functional.softplus, channels(case, 2, around=30.0), gradients=False)
+
+
+@pytest.mark.parametrize("around", [30.0, -30.0])
+@pytest.mark.parametrize("name", ["tanh", "sigmoid", "gelu", "gelu_tanh", "silu", "softplus"])
+def test_saturated_activations_are_finite(name, around):
+    case = CASES["laplacian"]
+    jet = SMOOTH[name](Jet(channels(case, 2, around=around).requires_grad_(), case.layout))
+    assert jet.data.isfinite().all()
+    jet.data.sum().backward()
+
+
+@pytest.mark.parametrize("name", PIECEWISE_LINEAR)
+def test_piecewise_linear_functions_at_first_order(name):
+    case = CASES["gradient"]
+    data = channels(case, 2)
+    data[0, 1] *= -1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check(case, PIECEWISE_LINEAR[name], data)
+
+
+@pytest.mark.parametrize("name", PIECEWISE_LINEAR)
+def test_piecewise_linear_functions_at_second_order(name):
+    """The second derivative is that of torch, zero almost everywhere."""
+    case = CASES["two_sums"]
+    data = channels(case, 2)
+    data[0, 1] *= -1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        check(case, PIECEWISE_LINEAR[name], data, double=False)
+
+
+def test_piecewise_linear_function_warns_exactly_once_on_second_order():
+    @register_elementwise(functional.threshold, piecewise_linear=True)
+    def threshold(x, threshold, value):
+        above = x > threshold
+        yield torch.where(above, x, value)
+        while True:
+            yield above.to(x.dtype)
+            above = torch.zeros_like(above)
+
+    case, model = CASES["laplacian"], nn.Sequential(nn.Identity(), nn.Threshold(0.1, 0.0))
+    jet = Jet(channels(case, 2), case.layout)
+    first_order = CASES["gradient"]
+    model(Jet(channels(first_order, 2), first_order.layout))
+    with pytest.warns(UserWarning, match=r"second derivative of _?threshold \(called in 1\)"):
+        model(jet)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(jet)
+
+
+def test_relu_family_is_declared_piecewise_linear():
+    """Each shipped one warns: run in the state that the process was started in."""
+    for name, function in PIECEWISE_LINEAR.items():
+        case = CASES["laplacian"]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            function(Jet(channels(case, 2), case.layout))
+            function(Jet(channels(case, 2), case.layout))
+        assert len(caught) <= 1, name
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(nn.ReLU(inplace=True), "relu"), (nn.SiLU(inplace=True), "silu"),
+     (nn.ELU(inplace=True), "elu"), (nn.LeakyReLU(inplace=True), "leaky_relu")],
+)
+def test_in_place_modules_raise(module, name):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Identity(), nn.Identity(), module)
+
+        def forward(self, x):
+            return self.net(x)
+
+    jet = seed(torch.ones(2, 3, dtype=torch.float64), Layout(BASIS))
+    with pytest.raises(
+        NotImplementedError, match=rf"torch\.{name} works in place \(called in net\.2\).*inplace"
+    ):
+        Model()(jet)
+
+
+def test_in_place_functions_raise():
+    jet = seed(torch.ones(2, 3, dtype=torch.float64), Layout(BASIS))
+    functions = (torch.sin_, torch.tanh_, torch.relu_, functional.relu_)
+    calls = [lambda f=f: f(jet) for f in functions]
+    for call in (*calls, lambda: jet.sin_(), lambda: jet.add_(1), lambda: jet.mul_(2)):
+        with pytest.raises(NotImplementedError, match=r"Jets are immutable, but .*works in place"):
+            call()
+
+
+def test_exponent_that_requires_grad_raises():
+    """It must not be turned into a constant silently."""
+    jet = seed(torch.ones(2, 3, dtype=torch.float64), Layout(BASIS))
+    exponent = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+    with pytest.raises(NotImplementedError, match="exponent of a jet must not require a gradient"):
+        jet**exponent
+    with pytest.raises(NotImplementedError, match="one number or a jet"):
+        jet ** torch.ones(3)
+
+
+def test_derivatives_that_end_too_early_raise():
+    @register_elementwise(functional.hardswish)
+    def hardswish(x):
+        yield functional.hardswish(x)
+        yield x / 3 + 0.5
+
+    layout = Layout(BASIS, (Contraction((0, 1, 2)),))
+    functional.hardswish(seed(torch.zeros(2, 3, dtype=torch.float64), Layout(BASIS)))
+    with pytest.raises(NotImplementedError, match=r"hardswish must be registered up to order 2"):
+        functional.hardswish(seed(torch.zeros(2, 3, dtype=torch.float64), layout))
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_float32_stays_float32(name):
+    if name in ("power_tensor", "tensor_to_jet"):
+        pytest.skip("a float64 constant")
+    case = CASES["two_sums"]
+    single = Layout(
+        case.layout.directions.float(),
+        tuple(
+            Contraction(
+                c.indices,
+                None if c.weights is None else c.weights.float(),
+                None if c.matrix is None else c.matrix.float(),
+            )
+            for c in case.layout.contractions
+        ),
+    )
+    data = channels(case, 2)
+    expected = SMOOTH[name](Jet(data, case.layout)).data
+    leaf = data.float().requires_grad_()
+    received = SMOOTH[name](Jet(leaf, single)).data
+    assert received.dtype == torch.float32
+    torch.testing.assert_close(received.double(), expected, rtol=1e-4, atol=1e-4)
+    received.sum().backward()
+    assert leaf.grad.dtype == torch.float32
+    assert leaf.grad.isfinite().all()
+
+
+def test_tanh_by_hand():
+    """An anchor without the oracle: y = tanh(x1 x2 direction) at one point."""
+    layout = Layout(BASIS[:1], (Contraction((0,)),))
+    x = torch.tensor([[0.5, 0.0, 0.0]], dtype=torch.float64)
+    y = torch.tanh(seed(x, layout)).data[:, 0, 0]
+    t = math.tanh(0.5)
+    torch.testing.assert_close(
+        y, torch.tensor([t, 1 - t * t, -2 * t * (1 - t * t)], dtype=torch.float64)
+    )

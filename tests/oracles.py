@@ -1,0 +1,355 @@
+"""What is right, computed slowly: un-batched nested torch.func, sharing no code with the package.
+
+Points are taken one by one, derivatives come from nested ``torch.func`` transformations, and every
+sum is a loop that follows its definition. Differential operators and loss terms are read by their
+public attributes only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, jacfwd, jacrev
+from torch.nn import Linear, Module
+
+RTOL = 1e-9
+
+
+def assert_close(received: Tensor, expected: Tensor, rtol: float = RTOL) -> None:
+    """Check that two tensors agree to a tolerance relative to the largest entry."""
+    scale = expected.abs().max().item() if expected.numel() else 0.0
+    torch.testing.assert_close(received, expected, rtol=0.0, atol=rtol * max(scale, 1e-3))
+
+
+# --- jets of arbitrary functions -----------------------------------------------------------------
+
+
+def push(
+    function: Callable[[Tensor], Tensor], data: Tensor, directions: Tensor, sums: Sequence[Tensor]
+) -> Tensor:
+    """Return the channels of function(g) at one point from the channels of g.
+
+    g(t) = data_0 + Σ_r data_r (w_r · t) + 1/2 Σ_c data_c tᵀ M_c t at t = 0
+
+    has the channels ``data`` if w_r is dual to the directions and M_c to the sums.
+
+    Args:
+        function: Maps ``[1, ...]`` to ``[1, ...]``.
+        data: ``[S, ...]``, channels at one point.
+        directions: ``[R, d]``, linearly independent.
+        sums: Coefficient matrices ``[d, d]`` of the collapsed channels, linearly independent.
+    """
+    R = len(directions)
+
+    def composed(t: Tensor) -> Tensor:
+        return function(_polynomial(data, directions, sums, t)[None])[0]
+
+    return channels_at(composed, torch.zeros_like(directions[0]) if R else data.new_zeros(1),
+                       directions, sums)
+
+
+def _polynomial(
+    data: Tensor, directions: Tensor, sums: Sequence[Tensor], t: Tensor
+) -> Tensor:
+    """Return at t the polynomial whose channels at 0 are the data."""
+    R = len(directions)
+    value = data[0]
+    if R:
+        assert torch.linalg.matrix_rank(directions) == R, "the directions must be independent"
+        dual = torch.linalg.pinv(directions)  # [d, R], v_q · dual_r = 1 if q = r else 0
+        for r in range(R):
+            value = value + data[1 + r] * (t @ dual[:, r])
+    if sums:
+        Q = torch.stack([(matrix + matrix.T) / 2 for matrix in sums])
+        overlap = torch.einsum("aij,bij->ab", Q, Q)
+        M = torch.einsum("ab,bij->aij", torch.linalg.inv(overlap), Q)
+        for c in range(len(sums)):
+            value = value + 0.5 * data[1 + R + c] * (t @ M[c] @ t)
+    return value
+
+
+def channels_at(
+    function: Callable[[Tensor], Tensor], x: Tensor, directions: Tensor, sums: Sequence[Tensor]
+) -> Tensor:
+    """Return value, directional derivatives and collapsed second derivatives at one point."""
+    channels = [function(x)]
+    if len(directions):
+        jacobian = jacrev(function)(x)
+        channels += [jacobian @ v for v in directions]
+    if sums:
+        hessian = jacrev(jacrev(function))(x)
+        channels += [(hessian * matrix).sum((-2, -1)) for matrix in sums]
+    return torch.stack(channels)
+
+
+# --- networks and differential operators at one point --------------------------------------------
+
+
+def trainable(model: Module) -> dict[str, Tensor]:
+    """Return detached copies of the parameters to differentiate in."""
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def at_point(model: Module, parameters: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return the network as a function of one point ``[d]``."""
+    return lambda x: functional_call(model, dict(parameters), (x[None],))[0]
+
+
+def operator_values(
+    operators: Mapping[str, Any], u: Callable[[Tensor], Tensor], x: Tensor, n: int
+) -> dict[str, Tensor]:
+    """Evaluate differential operators of u at the n-th point x, each by its definition."""
+    d = len(x)
+    value, first = u(x), jacrev(u)(x)
+    needs_second = any("SecondOrder" in _kind(o) or _kind(o) == "Laplacian" for o in
+                       operators.values())
+    second = jacfwd(jacrev(u))(x) if needs_second else None
+    values = {}
+    for name, operator in operators.items():
+        kind = _kind(operator)
+        if kind == "Value":
+            values[name] = value
+        elif kind == "Partial":
+            values[name] = first[..., operator.dim]
+        elif kind == "Gradient":
+            dims = range(d) if operator.dims is None else operator.dims
+            values[name] = torch.stack([first[..., i] for i in dims], -1)
+        elif kind == "Directional":
+            values[name] = first @ coefficient(operator.direction, x, n, 1)
+        else:
+            values[name] = (second * coefficient_matrix(operator, x, n)).sum((-2, -1))
+    return values
+
+
+def _kind(operator: Any) -> str:
+    return type(operator).__name__
+
+
+def coefficient(given: Any, x: Tensor, n: int, ndim: int) -> Tensor:
+    """Return a coefficient at the n-th point x: a constant, a row of a tensor, or a function."""
+    if not isinstance(given, Tensor):
+        return given(x[None])[0].detach()
+    return given[n] if given.ndim > ndim else given
+
+
+def coefficient_matrix(operator: Any, x: Tensor, n: int) -> Tensor:
+    """Return c with D u = Σ_ij c_ij ∂_i∂_j u."""
+    d = len(x)
+    matrix = x.new_zeros(d, d)
+    if _kind(operator) == "FactoredSecondOrder":
+        F = coefficient(operator.factors, x, n, 2)
+        return F @ F.T
+    dims = range(d) if operator.dims is None else [dim % d for dim in operator.dims]
+    if _kind(operator) == "Laplacian":
+        for i in dims:
+            matrix[i, i] = 1
+        return matrix
+    c = coefficient(operator.matrix, x, n, 2)
+    for a, i in enumerate(dims):
+        for b, j in enumerate(dims):
+            matrix[i, j] = c[a, b]
+    return matrix
+
+
+# --- loss terms ------------------------------------------------------------------------------------
+
+
+def point_weight(term: Any, x: Tensor, n: int) -> Tensor:
+    """Return w_n."""
+    if isinstance(term.weight, Tensor):
+        return term.weight[n]
+    if callable(term.weight):
+        return term.weight(x)[n]
+    return x.new_tensor(float(term.weight))
+
+
+def residual_at(term: Any, u: Callable[[Tensor], Tensor], x: Tensor, n: int) -> Tensor:
+    """Return r_n, ``[V]``, without weight and 1/N."""
+    values = operator_values(term.operators, u, x[n], n)
+    return term.residual(x[n : n + 1], **{k: v[None] for k, v in values.items()})[0].reshape(-1)
+
+
+def scaled_residual(
+    term: Any, model: Module, x: Tensor, parameters: Mapping[str, Tensor]
+) -> Tensor:
+    """Return sqrt(w_n / N) r_n of all points, ``[N, V]``."""
+    u, N = at_point(model, parameters), len(x)
+    rows = [(point_weight(term, x, n) / N).sqrt() * residual_at(term, u, x, n) for n in range(N)]
+    return torch.stack(rows)
+
+
+def jacobian(term: Any, model: Module, x: Tensor) -> Tensor:
+    """Return the Jacobian of the scaled residual in all trainable parameters, ``[N V, D]``."""
+    parameters = trainable(model)
+    J = jacrev(lambda p: scaled_residual(term, model, x, p).flatten())(parameters)
+    return torch.cat([J[name].flatten(1) for name in parameters], 1)
+
+
+def gauss_newton(terms: Sequence[Any], model: Module, points: Sequence[Tensor]) -> Tensor:
+    """Return Σ_t J_tᵀ J_t."""
+    jacobians = [jacobian(term, model, x) for term, x in zip(terms, points, strict=True)]
+    return sum(J.T @ J for J in jacobians)
+
+
+def loss(
+    terms: Sequence[Any], model: Module, points: Sequence[Tensor], parameters: Mapping[str, Tensor]
+) -> Tensor:
+    """Return Σ_t 1/(2 N_t) Σ_n w_n |r_n|²."""
+    total = torch.zeros((), dtype=torch.float64)
+    for term, x in zip(terms, points, strict=True):
+        u = at_point(model, parameters)
+        for n in range(len(x)):
+            r = residual_at(term, u, x, n)
+            total = total + point_weight(term, x, n) * (r @ r) / (2 * len(x))
+    return total
+
+
+def gradient(terms: Sequence[Any], model: Module, points: Sequence[Tensor]) -> list[Tensor]:
+    """Return the gradient of the loss, one tensor per trainable parameter."""
+    return list(jacrev(lambda p: loss(terms, model, points, p))(trainable(model)).values())
+
+
+# --- channels of layers, and KFAC by its definition ------------------------------------------------
+
+
+def channel_set(
+    operators: Mapping[str, Any], x: Tensor, n: int
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the directions ``[R, d]`` in their order, each once, and the collapsed sums."""
+    d = len(x)
+    basis = torch.eye(d, dtype=x.dtype)
+    directions: list[Tensor] = []
+    sums: list[Tensor] = []
+    for operator in operators.values():
+        kind = _kind(operator)
+        if kind == "Value":
+            continue
+        if kind == "Partial":
+            wanted = [basis[operator.dim]]
+        elif kind == "Directional":
+            wanted = [coefficient(operator.direction, x, n, 1)]
+        elif kind == "FactoredSecondOrder":
+            wanted = list(coefficient(operator.factors, x, n, 2).T)
+        else:
+            wanted = [basis[i] for i in (range(d) if operator.dims is None else operator.dims)]
+        for v in wanted:
+            if not any(torch.equal(v, known) for known in directions):
+                directions.append(v)
+        if kind not in ("Partial", "Directional", "Gradient"):
+            matrix = coefficient_matrix(operator, x, n)
+            if not any(torch.equal(matrix, known) for known in sums):
+                sums.append(matrix)
+    return torch.stack(directions) if directions else x.new_zeros(0, d), sums
+
+
+@dataclass
+class Layer:
+    """Z ``[N, S, d_in + 1]`` (``d_in`` without bias) and G ``[V, N, S, d_out]`` of one layer."""
+
+    Z: Tensor
+    G: Tensor
+
+
+class _Perturbed:
+    """The network with every linear layer's output perturbed and its input returned."""
+
+    def __init__(self, model: Module) -> None:
+        self.model = model
+        self.parameters = trainable(model)
+        self.names = {m: n for n, m in model.named_modules() if isinstance(m, Linear)}
+
+    def run(
+        self, x: Tensor, perturb: Callable[[int, Tensor], Tensor]
+    ) -> tuple[Tensor, list[tuple[str, Tensor, Tensor]]]:
+        """Return the output at one point and (layer, its input, its output) for every call."""
+        calls: list[tuple[str, Tensor, Tensor]] = []
+
+        def hook(module: Module, inputs: tuple, output: Tensor) -> Tensor:
+            calls.append((self.names[module], inputs[0][0], output[0]))
+            return output + perturb(len(calls) - 1, output)
+
+        handles = [module.register_forward_hook(hook) for module in self.names]
+        try:
+            output = functional_call(self.model, self.parameters, (x[None],))[0]
+        finally:
+            for handle in handles:
+                handle.remove()
+        return output, calls
+
+
+def layers(term: Any, model: Module, x: Tensor) -> dict[str, Layer]:
+    """Return Z and G of every linear layer from explicit channels.
+
+    Z are the channels of the layer's input as a function of x. G is the gradient of the scaled
+    residual with respect to channels added to the layer's output. A layer used k times has k S
+    channels.
+    """
+    network, N = _Perturbed(model), len(x)
+    found: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+    for n in range(N):
+        directions, sums = channel_set(term.operators, x[n], n)
+        S = 1 + len(directions) + len(sums)
+        _, calls = network.run(x[n], lambda k, y: torch.zeros_like(y))
+        widths = [len(output) for _, _, output in calls]
+
+        def scaled(eps: list[Tensor], n=n, directions=directions, sums=sums) -> Tensor:
+            def u(point: Tensor) -> Tensor:
+                def perturb(k: int, output: Tensor) -> Tensor:
+                    return _polynomial(eps[k], directions, sums, point - x[n])[None]
+
+                return network.run(point, perturb)[0]
+
+            return (point_weight(term, x, n) / N).sqrt() * residual_at(term, u, x, n)
+
+        zeros = [x.new_zeros(S, width) for width in widths]
+        gradients = jacrev(scaled)(zeros)
+        per_layer: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+        for k, (name, _, _) in enumerate(calls):
+
+            def layer_input(point: Tensor, k=k) -> Tensor:
+                return network.run(point, lambda _, y: torch.zeros_like(y))[1][k][1]
+
+            Z = channels_at(layer_input, x[n], directions, sums)
+            if model.get_submodule(name).bias is not None:
+                column = x.new_zeros(S, 1)
+                column[0] = 1
+                Z = torch.cat([Z, column], 1)
+            known = per_layer.setdefault(name, ([], []))
+            known[0].append(Z)
+            known[1].append(gradients[k])
+        for name, (Zs, Gs) in per_layer.items():
+            total = found.setdefault(name, ([], []))
+            total[0].append(torch.cat(Zs))
+            total[1].append(torch.cat(Gs, 1))
+    return {name: Layer(torch.stack(Z), torch.stack(G, 1)) for name, (Z, G) in found.items()}
+
+
+def kfac_expand(layer: Layer) -> tuple[Tensor, Tensor]:
+    """Return A = 1/(N S) Σ_ns z zᵀ and B = Σ_vns g gᵀ, by loops."""
+    N, S, d = layer.Z.shape
+    V, _, _, d_out = layer.G.shape
+    A, B = torch.zeros(d, d).double(), torch.zeros(d_out, d_out).double()
+    for n in range(N):
+        for s in range(S):
+            A += torch.outer(layer.Z[n, s], layer.Z[n, s]) / (N * S)
+            for v in range(V):
+                B += torch.outer(layer.G[v, n, s], layer.G[v, n, s])
+    return A, B
+
+
+def kfac_reduce(layer: Layer) -> tuple[Tensor, Tensor]:
+    """Return A = 1/N Σ_n z̄ z̄ᵀ and B = Σ_vn ḡ ḡᵀ with z̄ = mean_s z and ḡ = Σ_s g, by loops."""
+    N, S, d = layer.Z.shape
+    V, _, _, d_out = layer.G.shape
+    A, B = torch.zeros(d, d).double(), torch.zeros(d_out, d_out).double()
+    for n in range(N):
+        z = sum(layer.Z[n, s] for s in range(S)) / S
+        A += torch.outer(z, z) / N
+        for v in range(V):
+            g = sum(layer.G[v, n, s] for s in range(S))
+            B += torch.outer(g, g)
+    return A, B

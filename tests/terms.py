@@ -1,0 +1,58 @@
+"""Loss terms of every form: linear, nonlinear, vector residuals, weights per point."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pinncurv.diffops import Directional, Gradient, Laplacian, Partial, SecondOrder, Value
+from pinncurv.problems import Fixed, LossTerm
+from tests.networks import points
+
+
+def _source(x: Tensor) -> Tensor:
+    return torch.sin(3 * x).sum(1, keepdim=True)
+
+
+def diffusivity(x: Tensor) -> Tensor:
+    """A full symmetric matrix that varies from point to point."""
+    return torch.einsum("ni,nj->nij", 1 + x, 1 + x) + torch.eye(x.shape[1], dtype=x.dtype)
+
+
+def _term(name: str, operators: dict, residual, weight=1.0) -> LossTerm:
+    return LossTerm(operators, residual, Fixed(points()), weight, name)
+
+
+TERMS: dict[str, LossTerm] = {
+    "value": _term("value", {"u": Value()}, lambda x, u: u - _source(x)),
+    "poisson": _term("poisson", {"lap": Laplacian()}, lambda x, lap: -lap - _source(x), 2.5),
+    "allen_cahn": _term(
+        "allen_cahn",
+        {"u": Value(), "u_t": Partial(0), "lap": Laplacian(dims=[1])},
+        lambda x, u, u_t, lap: u_t - 0.1 * lap + 5 * (u**3 - u),
+    ),
+    "log_fokker_planck": _term(
+        "log_fokker_planck",
+        {"q_t": Partial(0), "grad": Gradient(dims=[1]), "lap": Laplacian(dims=[1])},
+        lambda x, q_t, grad, lap: q_t - 0.5 * lap - 0.5 * grad.square().sum(-1),
+        weight=lambda x: 0.5 + x[:, 0],
+    ),
+    "anisotropic": _term(
+        "anisotropic",
+        {"flow": Directional(torch.cos), "second": SecondOrder(diffusivity)},
+        lambda x, flow, second: flow + second,
+        weight=torch.tensor([0.5, 2.0, 1.5], dtype=torch.float64),
+    ),
+    "diffusion": _term(
+        "diffusion",
+        {"second": SecondOrder(diffusivity), "u": Value()},
+        lambda x, second, u: second * u,
+        weight=torch.tensor([0.5, 2.0, 1.5], dtype=torch.float64),
+    ),
+    "vector": _term(
+        "vector",
+        {"u": Value(), "grad": Gradient(), "lap": Laplacian()},
+        lambda x, u, grad, lap: torch.cat([grad[:, 0] * u, lap + u**2], 1),
+        0.7,
+    ),
+}
