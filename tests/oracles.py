@@ -48,13 +48,12 @@ def push(
     def composed(t: Tensor) -> Tensor:
         return function(_polynomial(data, directions, sums, t)[None])[0]
 
-    return channels_at(composed, torch.zeros_like(directions[0]) if R else data.new_zeros(1),
-                       directions, sums)
+    return channels_at(
+        composed, torch.zeros_like(directions[0]) if R else data.new_zeros(1), directions, sums
+    )
 
 
-def _polynomial(
-    data: Tensor, directions: Tensor, sums: Sequence[Tensor], t: Tensor
-) -> Tensor:
+def _polynomial(data: Tensor, directions: Tensor, sums: Sequence[Tensor], t: Tensor) -> Tensor:
     """Return at t the polynomial whose channels at 0 are the data."""
     R = len(directions)
     value = data[0]
@@ -105,8 +104,9 @@ def operator_values(
     """Evaluate differential operators of u at the n-th point x, each by its definition."""
     d = len(x)
     value, first = u(x), jacrev(u)(x)
-    needs_second = any("SecondOrder" in _kind(o) or _kind(o) == "Laplacian" for o in
-                       operators.values())
+    needs_second = any(
+        "SecondOrder" in _kind(o) or _kind(o) == "Laplacian" for o in operators.values()
+    )
     second = jacfwd(jacrev(u))(x) if needs_second else None
     values = {}
     for name, operator in operators.items():
@@ -216,9 +216,7 @@ def gradient(terms: Sequence[Any], model: Module, points: Sequence[Tensor]) -> l
 # --- channels of layers, and KFAC by its definition ------------------------------------------------
 
 
-def channel_set(
-    operators: Mapping[str, Any], x: Tensor, n: int
-) -> tuple[Tensor, list[Tensor]]:
+def channel_set(operators: Mapping[str, Any], x: Tensor, n: int) -> tuple[Tensor, list[Tensor]]:
     """Return the directions ``[R, d]`` in their order, each once, and the collapsed sums."""
     d = len(x)
     basis = torch.eye(d, dtype=x.dtype)

@@ -100,7 +100,9 @@ class ScaledGaussNewton(SymmetricLinearOperator):
 def network() -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(2, 4), Ricker(), nn.Linear(4, 4), Ricker(), nn.Linear(4, 1)).double()
+        return nn.Sequential(
+            nn.Linear(2, 4), Ricker(), nn.Linear(4, 4), Ricker(), nn.Linear(4, 1)
+        ).double()
 
 
 def test_new_activation_and_operator_are_right():
@@ -115,8 +117,11 @@ def test_new_activation_and_operator_are_right():
 def test_one_step_of_training_with_everything_new():
     model, x = network(), points(20)
     initial = LossTerm(
-        {"u": Value()}, lambda x, u: u - torch.sin(3 * x[:, 1:]), Fixed(points(10, seed=5)),
-        weight=10.0, name="initial",
+        {"u": Value()},
+        lambda x, u: u - torch.sin(3 * x[:, 1:]),
+        Fixed(points(10, seed=5)),
+        weight=10.0,
+        name="initial",
     )
     objective = Objective(model, [sine_gordon(x), initial], [x, points(10, seed=5)])
     optimizer = CurvatureOptimizer(

@@ -94,7 +94,9 @@ def test_every_shipped_problem(name):
     linearized = linearizations(problem.terms, model, batch)
     oracles.assert_close(flat_matrix(linearized), expected)
     oracles.assert_close(
-        gauss_newton_diagonal(linearized, ParameterSpace.from_linearizations(linearized)).diagonal(),
+        gauss_newton_diagonal(
+            linearized, ParameterSpace.from_linearizations(linearized)
+        ).diagonal(),
         expected.diagonal(),
     )
 
@@ -236,9 +238,7 @@ def test_the_channel_set_does_not_matter():
     model, x = build("gated"), points()
     matrices = [
         flat_matrix(
-            linearizations(
-                [LossTerm({"lap": o}, lambda x, lap: lap, Fixed(x))], model, [x]
-            )
+            linearizations([LossTerm({"lap": o}, lambda x, lap: lap, Fixed(x))], model, [x])
         )
         for o in (
             Laplacian(),
@@ -255,8 +255,9 @@ def test_the_channel_set_does_not_matter():
 
 
 def test_forward_only_linearizations_have_no_jacobian():
-    linearized = linearizations([TERMS["poisson"]], build("no_bias"), [points()],
-                                fisher=ForwardOnly())
+    linearized = linearizations(
+        [TERMS["poisson"]], build("no_bias"), [points()], fisher=ForwardOnly()
+    )
     with pytest.raises(ValueError, match=r"'poisson' was linearized with ForwardOnly"):
         flat_matrix(linearized)
     space = ParameterSpace.from_linearizations(linearized)

@@ -136,7 +136,10 @@ def test_conformance(sharing):
 
 
 def test_sum_over_terms():
-    terms, batch = [TERMS["poisson"], TERMS["vector"], TERMS["value"]], [points(n) for n in (3, 4, 2)]
+    terms, batch = (
+        [TERMS["poisson"], TERMS["vector"], TERMS["value"]],
+        [points(n) for n in (3, 4, 2)],
+    )
     model = build("gated")
     operator = kfac(terms, model, batch)
     assert operator.terms == ("poisson", "vector", "value")
@@ -152,7 +155,8 @@ def test_recipe():
     linearized = [linearize(term, model, x)]
     for sharing in (expand, reduce):
         torch.testing.assert_close(
-            KFAC(sharing=sharing)(linearized).to_dense(), kfac([term], model, [x], sharing).to_dense()
+            KFAC(sharing=sharing)(linearized).to_dense(),
+            kfac([term], model, [x], sharing).to_dense(),
         )
     torch.testing.assert_close(
         KFAC(fisher=ForwardOnly())(linearized).to_dense(),

@@ -5,6 +5,7 @@ import pytest
 import torch
 from backpack import backpack, extend
 from backpack.extensions import KFLR, DiagGGNExact
+from curvlinops.examples import IdentityLinearOperator
 from torch import nn
 
 from pinncurv.curvature import (
@@ -73,7 +74,7 @@ def test_cg_inverse_of_curvlinops(regression):
     ours = GaussNewtonLinearOperator.from_linearizations([linearization])
     b = torch.ones(ours.shape[0], dtype=torch.float64)
     damping = 1e-2
-    shift = damping * curvlinops.examples.IdentityLinearOperator(
+    shift = damping * IdentityLinearOperator(
         [tuple(s) for s in ours.shapes], ours.device, ours.dtype
     )
     theirs = curvlinops.CGInverseLinearOperator(ours + shift, eps=0, tolerance=1e-12, max_iter=500)

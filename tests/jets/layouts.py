@@ -103,9 +103,7 @@ def check(
         return function(*tensors)
 
     def oracle(joint: Tensor) -> Tensor:  # [S, N, Σ widths] -> [S, N, ...]
-        columns = [
-            push(flat, joint[:, n], case.directions(n), case.sums(n)) for n in range(N)
-        ]
+        columns = [push(flat, joint[:, n], case.directions(n), case.sums(n)) for n in range(N)]
         return torch.stack(columns, 1)
 
     joint = torch.cat([data.flatten(2) for data in inputs], 2).requires_grad_()

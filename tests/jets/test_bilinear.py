@@ -20,9 +20,7 @@ PRODUCTS = {
     "bmm": (torch.bmm, (2, 3), (3, 1)),
     "einsum_inner": (lambda a, b: torch.einsum("ni,ni->n", a, b), (3,), (3,)),
     "einsum_outer": (lambda a, b: torch.einsum("n i, n j -> n j i", a, b), (3,), (2,)),
-    "einsum_constant": (
-        lambda a, b: torch.einsum("ni,oi,no->n", a, WEIGHT, b), (3,), (2,)
-    ),
+    "einsum_constant": (lambda a, b: torch.einsum("ni,oi,no->n", a, WEIGHT, b), (3,), (2,)),
     "einsum_ellipsis": (lambda a, b: torch.einsum("...i,...i->...", a, b), (2, 3), (2, 3)),
     "product_of_all": (lambda a, b: torch.prod(torch.cat([a, b], -1), dim=-1), (2,), (3,)),
 }

@@ -127,7 +127,12 @@ def test_broadcasting_against_a_constant_with_more_axes():
     case = CASES["two_sums"]
     jet = Jet(channels(case, 3), case.layout)
     constant = torch.ones(5, N, 3, dtype=torch.float64)
-    for result in (jet + constant, constant * jet, jet - constant, torch.where(constant > 0, jet, 0)):
+    for result in (
+        jet + constant,
+        constant * jet,
+        jet - constant,
+        torch.where(constant > 0, jet, 0),
+    ):
         assert result.shape == (5, N, 3)
         assert result.data.shape == (case.layout.S, 5, N, 3)
     torch.testing.assert_close((jet + constant).data[1:, 2], jet.data[1:])

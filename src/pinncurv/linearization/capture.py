@@ -153,8 +153,8 @@ def _collect_layers(
     """Make one record per layer; the calls of a layer used several times are joined along S."""
     grouped: dict[tuple[str, str | None], list[LayerLinearization]] = {}
     for i, call in enumerate(calls):
-        record = _record(call, [row[i] for row in gradients], names, N)
-        grouped.setdefault((record.weight, record.bias), []).append(record)
+        layer = _record(call, [row[i] for row in gradients], names, N)
+        grouped.setdefault((layer.weight, layer.bias), []).append(layer)
     layers: dict[str, LayerLinearization] = {}
     owners: dict[str, str] = {}
     for (weight, bias), records in grouped.items():
@@ -210,14 +210,14 @@ def _join(records: list[LayerLinearization]) -> LayerLinearization:
         return records[0]
     value_channels: list[int] = []
     offset = 0
-    for record in records:
-        value_channels.extend(offset + channel for channel in record.value_channels)
-        offset += record.Z.shape[0]
-    gradients = [record.G for record in records if record.G is not None]
+    for layer in records:
+        value_channels.extend(offset + channel for channel in layer.value_channels)
+        offset += layer.Z.shape[0]
+    gradients = [layer.G for layer in records if layer.G is not None]
     return LayerLinearization(
         records[0].weight,
         records[0].bias,
-        torch.cat([record.Z for record in records]),
+        torch.cat([layer.Z for layer in records]),
         torch.cat(gradients, 1) if gradients else None,
         tuple(value_channels),
         records[0].d_out,

@@ -1,8 +1,10 @@
 """Optimization with any curvature operator, on any objective that is a sum of squares.
 
-``optimizer.py`` composes a curvature and its inverse (``preconditioner.py``), a step size (``step_sizes.py``), a momentum and
-an average (``averaging.py``), with a damping that may adapt (``damping.py``); ``protocols.py`` says what it asks of them, so that none needs to
-come from this package; ``first_order.py`` steps optimizers of torch the same way.
+``optimizer.py`` composes a curvature with its inverse (``preconditioner.py``), a step size
+(``step_sizes.py``), a momentum, an average (``averaging.py``) and a damping that may adapt
+(``damping.py``); ``trial.py`` tries an update before it is taken. ``protocols.py`` says what is
+asked of each, so that none needs to come from this package. ``first_order.py`` steps optimizers of
+torch the same way.
 """
 
 from pinncurv.optim.averaging import ExponentialAverage, from_first, from_identity, from_zero
