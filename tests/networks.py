@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -110,7 +111,7 @@ def _mlp(*activations: Callable[[], nn.Module], bias: bool = True) -> Callable[.
     def build(d_in: int, d_out: int) -> nn.Module:
         widths = [d_in, *[WIDTH] * len(activations), d_out]
         modules: list[nn.Module] = []
-        for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
+        for i, (a, b) in enumerate(itertools.pairwise(widths)):
             modules.append(nn.Linear(a, b, bias=bias))
             if i < len(activations):
                 modules.append(activations[i]())

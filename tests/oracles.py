@@ -25,7 +25,7 @@ def assert_close(received: Tensor, expected: Tensor, rtol: float = RTOL) -> None
     torch.testing.assert_close(received, expected, rtol=0.0, atol=rtol * max(scale, 1e-3))
 
 
-# --- jets of arbitrary functions -----------------------------------------------------------------
+# --- jets of arbitrary functions ----------------------------------------------------------------
 
 
 def push(
@@ -85,7 +85,7 @@ def channels_at(
     return torch.stack(channels)
 
 
-# --- networks and differential operators at one point --------------------------------------------
+# --- networks and differential operators at one point -------------------------------------------
 
 
 def trainable(model: Module) -> dict[str, Tensor]:
@@ -155,7 +155,7 @@ def coefficient_matrix(operator: Any, x: Tensor, n: int) -> Tensor:
     return matrix
 
 
-# --- loss terms ------------------------------------------------------------------------------------
+# --- loss terms ---------------------------------------------------------------------------------
 
 
 def point_weight(term: Any, x: Tensor, n: int) -> Tensor:
@@ -213,7 +213,7 @@ def gradient(terms: Sequence[Any], model: Module, points: Sequence[Tensor]) -> l
     return list(jacrev(lambda p: loss(terms, model, points, p))(trainable(model)).values())
 
 
-# --- channels of layers, and KFAC by its definition ------------------------------------------------
+# --- channels of layers, and KFAC by its definition ---------------------------------------------
 
 
 def channel_set(operators: Mapping[str, Any], x: Tensor, n: int) -> tuple[Tensor, list[Tensor]]:
@@ -296,8 +296,8 @@ def layers(term: Any, model: Module, x: Tensor) -> dict[str, Layer]:
 
         def scaled(eps: list[Tensor], n=n, directions=directions, sums=sums) -> Tensor:
             def u(point: Tensor) -> Tensor:
-                def perturb(k: int, output: Tensor) -> Tensor:
-                    return _polynomial(eps[k], directions, sums, point - x[n])[None]
+                def perturb(call: int, output: Tensor) -> Tensor:
+                    return _polynomial(eps[call], directions, sums, point - x[n])[None]
 
                 return network.run(point, perturb)[0]
 

@@ -15,7 +15,7 @@ from pinncurv.problems import Fixed, LossTerm
 from tests import oracles
 from tests.networks import points
 
-# --- a new activation: x -> x exp(-x²) as a function of one's own ----------------------------------
+# --- a new activation: x -> x exp(-x²) as a function of one's own -------------------------------
 
 
 def ricker(x: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class Ricker(nn.Module):
         return ricker(x)
 
 
-# --- a new differential operator: the wave operator u_tt - c² u_xx ---------------------------------
+# --- a new differential operator: the wave operator u_tt - c² u_xx ------------------------------
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Wave(DifferentialOperator):
         return channels.second[0]
 
 
-# --- a new PDE: the sine-Gordon equation -----------------------------------------------------------
+# --- a new PDE: the sine-Gordon equation --------------------------------------------------------
 
 
 def sine_gordon(x: Tensor) -> LossTerm:
@@ -70,7 +70,7 @@ def sine_gordon(x: Tensor) -> LossTerm:
     )
 
 
-# --- a new curvature: the Jacobian's row space plus nothing, JᵀJ with a trust in every parameter ---
+# --- a new curvature: Marquardt's scaling of the Gauss-Newton matrix
 
 
 class ScaledGaussNewton(SymmetricLinearOperator):

@@ -74,6 +74,8 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print(f"stopped at once; {_hint(job.folder.path)}", file=sys.stderr)
         return _INTERRUPTED
+    finally:
+        job.folder.close()
 
 
 def prepare(line: CommandLine) -> Job:
@@ -92,8 +94,7 @@ def prepare(line: CommandLine) -> Job:
         folder = RunFolder.create(line.run_folder, settings.problem)
     else:
         folder = RunFolder(line.resume)
-        for trainer in trainers:
-            _restore(trainer, settings, folder.path / trainer.name)
+        _restore(trainers, settings, folder)
     folder.write_settings(settings)
     folder.write_environment(describe_environment(device))
     return Job(settings, trainers, folder)
@@ -107,11 +108,16 @@ def _trainer(name: str, settings: Settings, problem: Problem, device: torch.devi
         raise UserError(f"{name}: {error}") from error
 
 
-def _restore(trainer: Trainer, settings: Settings, folder: Path) -> None:
-    """Continue from the newest checkpoint, if there is one."""
-    state = checkpoint.load(folder, settings.identity(trainer.name))
-    if state is not None:
-        trainer.load_state_dict(state)
+def _restore(trainers: Sequence[Trainer], settings: Settings, folder: RunFolder) -> None:
+    """Continue from the newest checkpoints, where there are any."""
+    try:
+        for trainer in trainers:
+            state = checkpoint.load(folder.path / trainer.name, settings.identity(trainer.name))
+            if state is not None:
+                trainer.load_state_dict(state)
+    except UserError:
+        folder.close()
+        raise
 
 
 def find_device(name: str) -> torch.device:

@@ -53,6 +53,7 @@ class RunFolder:
             if fcntl is not None:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            self._lock.close()
             raise UserError(f"Another process is writing to the run folder {path}.") from error
 
     @classmethod
@@ -81,6 +82,10 @@ class RunFolder:
                 "or choose another folder."
             )
         return cls(path)
+
+    def close(self) -> None:
+        """Let other processes write."""
+        self._lock.close()
 
     def optimizer(self, name: str) -> Path:
         """Return the folder of one optimizer, and create it if need be."""

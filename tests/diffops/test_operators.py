@@ -1,5 +1,7 @@
 """Differential operators of every network kind against nested torch.func."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
@@ -46,7 +48,7 @@ OPERATORS: dict[str, DifferentialOperator] = {
     "gradient": Gradient(),
     "gradient_dims": Gradient(dims=[2, 0]),
     "directional": Directional(V),
-    "directional_field": Directional(lambda x: torch.cos(x)),
+    "directional_field": Directional(torch.cos),
     "laplacian": Laplacian(),
     "laplacian_dims": Laplacian(dims=(1, 2)),
     "laplacian_of_one": Laplacian(dims=[-1]),
@@ -144,7 +146,7 @@ def test_network_with_values_without_a_last_axis():
     assert received["g"].shape == (3, D)
 
 
-# --- merging ---------------------------------------------------------------------------------------
+# --- merging ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -170,7 +172,7 @@ def test_network_with_values_without_a_last_axis():
 def test_directions_and_sums_are_merged(operators, R, number_of_sums):
     named = {f"o{i}": operator for i, operator in enumerate(operators)}
     layout = make_plan(named, points(4, D)).layout
-    assert (layout.R, layout.C, layout.S) == (R, number_of_sums, 1 + R + number_of_sums)
+    assert (R, number_of_sums, 1 + R + number_of_sums) == (layout.R, layout.C, layout.S)
 
 
 def test_directions_keep_the_order_of_declaration():
@@ -186,7 +188,7 @@ def test_the_channels_of_a_field_do_not_depend_on_the_points():
         assert make_plan({"o": vanishing}, x).layout.S == 5
 
 
-# --- extension and errors --------------------------------------------------------------------------
+# --- extension and errors -----------------------------------------------------------------------
 
 
 class HessianEntry(DifferentialOperator):
@@ -210,6 +212,22 @@ def test_an_operator_of_ones_own():
     wanted = expected({"o": SecondOrder(mixed)}, model, x)["o"]
     received = evaluate({"g": Gradient(), "o": HessianEntry()}, model, x)["o"]
     oracles.assert_close(received.detach(), wanted.detach())
+
+
+def test_an_operator_that_cannot_be_hashed():
+    """A plain dataclass defines equality and so loses its hash; its plan is just not kept."""
+
+    @dataclass
+    class First(HessianEntry):
+        scale: float
+
+        def read(self, channels: Channels):
+            """Return a multiple."""
+            return self.scale * channels.second[0]
+
+    model, x = build("residual", D), points(2, D)
+    first, second = (evaluate({"o": First(s)}, model, x)["o"] for s in (1.0, 3.0))
+    torch.testing.assert_close(second, 3 * first)
 
 
 @pytest.mark.parametrize("operator", [Partial(3), Partial(-4), Gradient([0, 3]), Laplacian([5])])

@@ -74,12 +74,15 @@ class JacobianLinearOperator(PyTorchLinearOperator):
         for linearization in self.linearizations:
             parts = []
             for chunk in linearization:
-                total = chunk.residual.new_zeros(X[0].shape[-1], *chunk.residual.mT.shape)
+                total = None
                 for name, weight, bias in directions:
                     if name in chunk.layers:
-                        total += jacobian_product(chunk.layers[name], weight, bias)
-                parts.append(total.permute(2, 1, 0))
-            products.append(torch.cat(parts))
+                        part = jacobian_product(chunk.layers[name], weight, bias)
+                        total = part if total is None else total.add_(part)
+                if total is None:
+                    total = chunk.residual.new_zeros(*chunk.residual.mT.shape, X[0].shape[-1])
+                parts.append(total.transpose(0, 1))
+            products.append(torch.cat(parts) if len(parts) > 1 else parts[0])
         return products
 
     def _adjoint(self) -> PyTorchLinearOperator:
@@ -129,7 +132,7 @@ class JacobianAdjointLinearOperator(PyTorchLinearOperator):
             row = 0
             for chunk in linearization:
                 n = len(chunk.residual)
-                part = vectors[row : row + n].permute(2, 1, 0)
+                part = vectors[row : row + n].transpose(0, 1)
                 row += n
                 for block in space.blocks:
                     add_adjoint_product_(totals, chunk.layers, block, space, part)

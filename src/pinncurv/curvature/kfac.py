@@ -45,12 +45,13 @@ class Expand(WeightSharing):
     def input_moment(self, layer: LayerLinearization) -> Float[Tensor, "d_joint d_joint"]:
         """Return 1/S Σ_ns z_ns z_nsᵀ."""
         S, N, d_in = layer.Z.shape
-        moment = gram(layer.Z.reshape(-1, d_in))
-        if layer.bias is not None:
-            column = value_channels(layer, layer.Z, 0).sum(0)
-            corner = column.new_full((1,), float(len(layer.value_channels) * N))
-            moment = torch.cat([moment, column[None]])
-            moment = torch.cat([moment, torch.cat([column, corner])[:, None]], 1)
+        rows = layer.Z.reshape(-1, d_in)
+        if layer.bias is None:
+            return gram(rows).div_(S)
+        moment = rows.new_empty(d_in + 1, d_in + 1)
+        moment[:-1, :-1] = gram(rows)
+        moment[-1, :-1] = moment[:-1, -1] = value_channels(layer, layer.Z, 0).sum(0)
+        moment[-1, -1] = len(layer.value_channels) * N
         return moment.div_(S)
 
     def gradient_moment(self, layer: LayerLinearization) -> Float[Tensor, "d_out d_out"]:

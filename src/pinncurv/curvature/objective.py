@@ -71,7 +71,7 @@ class SummingLinearization(Linearization):
 
 def _add_gradient(gradient: dict[str, Tensor], chunk: Chunk) -> None:
     """Add Jᵀ r̃ of one chunk."""
-    vector = chunk.residual.t()[None]
+    vector = chunk.residual.t()[..., None]
     for layer in chunk.layers.values():
         weight, bias = jacobian_adjoint_product(layer, vector)
         for name, part in ((layer.weight, weight), (layer.bias, bias)):
@@ -118,12 +118,9 @@ class LinearizedObjective:
         """Return ∇L = Jᵀ r̃, one tensor per parameter."""
         totals = []
         for name, parameter in self.linearizations[0].parameters.items():
-            total = torch.zeros_like(parameter)
-            for linearization in self.linearizations:
-                part = linearization.sums().gradient.get(name)
-                if part is not None:
-                    total.add_(part)
-            totals.append(total)
+            gradients = [lin.sums().gradient for lin in self.linearizations]
+            parts = [gradient[name] for gradient in gradients if name in gradient]
+            totals.append(sum(parts[1:], parts[0]) if parts else torch.zeros_like(parameter))
         return totals
 
 

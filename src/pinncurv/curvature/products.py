@@ -47,7 +47,7 @@ def jacobian_product(
     layer: LayerLinearization,
     weight: Float[Tensor, "K d_out d_in"],
     bias: Float[Tensor, "K d_out"] | None,
-) -> Float[Tensor, "K V N"]:
+) -> Float[Tensor, "V N K"]:
     """Multiply the layer's Jacobian onto K directions.
 
     (J v)_n = Σ_s g_nsᵀ (W z_ns + b [s is a value channel]) = Σ_s (Wᵀ g_ns)ᵀ z_ns + ...
@@ -55,54 +55,70 @@ def jacobian_product(
     The narrower side of the layer is where the matrix product ends and the sum is taken.
     """
     G, Z = output_gradients(layer), layer.Z
-    V, d_out, d_in = G.shape[0], G.shape[-1], Z.shape[-1]
-    products = [
-        _transported_inner_product(Z, G[v], weight)
-        if d_out <= d_in
-        else _transported_inner_product(G[v], Z, weight.mT)
-        for v in range(V)
-    ]
-    product = torch.stack(products, 1)
+    d_out, d_in = weight.shape[1:]
+    if d_out <= d_in:
+        stacked = weight.reshape(-1, d_in).t()
+        products = [_transported_inner_product(Z, component, stacked) for component in G]
+    else:
+        stacked = weight.transpose(0, 1).reshape(d_out, -1)
+        products = [_transported_inner_product(component, Z, stacked) for component in G]
+    product = torch.stack(products) if len(products) > 1 else products[0][None]
     if bias is not None:
-        product += (value_channels(layer, G, 1) @ bias.t()).permute(2, 0, 1)
+        product += value_channels(layer, G, 1) @ bias.t()
     return product
 
 
 def _transported_inner_product(
-    left: Float[Tensor, "S N a"], right: Float[Tensor, "S N b"], maps: Float[Tensor, "K b a"]
-) -> Float[Tensor, "K N"]:
-    """Return Σ_s (M_k left_ns) · right_ns for K matrices M_k."""
+    left: Float[Tensor, "S N a"], right: Float[Tensor, "S N b"], stacked: Float[Tensor, "a K*b"]
+) -> Float[Tensor, "N K"]:
+    """Return Σ_s (M_k left_ns) · right_ns for K matrices M_k, given as [M_1ᵀ, ..., M_Kᵀ]."""
     S, N, b = right.shape
-    K = maps.shape[0]
-    stacked = maps.reshape(K * b, -1).t()
-    total = right.new_zeros(N, K)
-    for block in _channel_blocks(S, N * K * b):
-        images = (left[block].reshape(-1, left.shape[-1]) @ stacked).view(-1, N, K, b)
-        images.mul_(right[block].unsqueeze(2))
-        total += images.sum(-1).sum(0)
-    return total.t()
+    total = None
+    for block in _channel_blocks(S, N * stacked.shape[1]):
+        images = left[block].reshape(-1, left.shape[-1]) @ stacked
+        images = images.view(-1, N, stacked.shape[1] // b, b)
+        part = images.mul_(right[block].unsqueeze(2)).sum(-1).sum(0)
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    return total
 
 
 def jacobian_adjoint_product(
-    layer: LayerLinearization, vectors: Float[Tensor, "K V N"]
+    layer: LayerLinearization, vectors: Float[Tensor, "V N K"]
 ) -> tuple[Float[Tensor, "K d_out d_in"], Float[Tensor, "K d_out"] | None]:
     """Multiply the transpose of the layer's Jacobian onto K vectors.
 
     Jᵀu = Σ_nv u_nv Σ_s g_nvs z_nsᵀ, for the bias the sum over the value channels
     """
     G, Z = output_gradients(layer), layer.Z
-    V, S, N, d_out = G.shape
-    K = vectors.shape[0]
-    weight = Z.new_zeros(K, d_out, Z.shape[-1])
-    for k in range(K):
-        for v in range(V):
-            for block in _channel_blocks(S, N * d_out):
-                scaled = G[v, block] * vectors[k, v, :, None]
-                rows = Z[block].reshape(-1, Z.shape[-1])
-                weight[k].addmm_(scaled.reshape(-1, d_out).t(), rows)
+    columns = vectors.unbind(-1)
+    weights = [_scaled_outer_sum(G, Z, column) for column in columns]
+    weight = torch.stack(weights) if len(weights) > 1 else weights[0][None]
     if layer.bias is None:
         return weight, None
-    return weight, torch.einsum("kvn,vno->ko", vectors, value_channels(layer, G, 1))
+    summed = value_channels(layer, G, 1).flatten(0, 1)
+    return weight, vectors.flatten(0, 1).t() @ summed
+
+
+def _scaled_outer_sum(
+    G: Float[Tensor, "V S N d_out"], Z: Float[Tensor, "S N d_in"], u: Float[Tensor, "V N"]
+) -> Float[Tensor, "d_out d_in"]:
+    """Return Σ_nsv u_vn g_vns z_nsᵀ; the narrower of the two is scaled."""
+    V, S, N, d_out = G.shape
+    d_in = Z.shape[-1]
+    total = None
+    for v in range(V):
+        scale = u[v].unsqueeze(-1)
+        for block in _channel_blocks(S, N * min(d_in, d_out)):
+            left, right = G[v, block], Z[block]
+            if d_out <= d_in:
+                left = left * scale
+            else:
+                right = right * scale
+            left, right = left.reshape(-1, d_out).t(), right.reshape(-1, d_in)
+            total = left @ right if total is None else total.addmm_(left, right)
+    assert total is not None
+    return total
 
 
 def jacobian_rows(

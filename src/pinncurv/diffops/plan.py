@@ -103,10 +103,11 @@ def _same_contraction(first: Contraction, second: Contraction) -> bool:
 def make_plan(operators: Operators, x: Float[Tensor, "N d"]) -> Plan:
     """Merge what the operators need at points x into one layout.
 
-    Without coefficients that differ from point to point the plan is made once and kept.
+    Without coefficients that differ from point to point the plan is made once and kept, if the
+    operators can be hashed.
     """
     items = tuple(operators.items())
-    if any(operator.per_point for _, operator in items):
+    if any(operator.per_point or operator.__hash__ is None for _, operator in items):
         return _merge(items, x)
     return _constant_plan(items, x.shape[-1], x.dtype, x.device)
 

@@ -170,6 +170,13 @@ class Jet:
             "torch.where, or branch on something that does not depend on the points."
         )
 
+    def __setitem__(self, index: Any, value: Any) -> None:
+        """Refuse to be written to."""
+        raise NotImplementedError(
+            f"Jets are immutable, but one is assigned to (in {calling_module()}). Build the result "
+            "with torch.cat, torch.stack or torch.where instead."
+        )
+
     def __getattr__(self, name: str) -> Any:
         """Offer the methods of a tensor, each routed to its rule."""
         method = getattr(Tensor, name, None)

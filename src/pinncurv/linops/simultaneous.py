@@ -48,8 +48,8 @@ def diagonalize(
     with s_i the mean eigenvalue of P_i. Whitening by the sum is better conditioned than whitening
     by one of the two, and treats both alike. The eigenvalues obey a ∈ [0, 1], and more exactly
     a ≥ λ_1 / (s_1 m_max) and 1 − a ≥ λ_2 / (s_2 m_max) for P_i ≥ λ_i I and M ≤ m_max I; they are
-    clipped to these bounds (with m_max the Frobenius norm of M), which rounding violates if the
-    P_i are numerically singular.
+    clipped to these bounds (with the trace of M, 2n, as m_max), which rounding violates if the P_i
+    are numerically singular.
 
     Args:
         P1: First matrix, symmetric and finite.
@@ -69,7 +69,7 @@ def diagonalize(
     M = torch.add(scaled, P2, alpha=1 / s2)
     factorization = factorize(M, name, floor1 / s1 + floor2 / s2)
     whitened = factorization.whiten(factorization.whiten(scaled).mT)
-    largest = torch.linalg.matrix_norm(M).item()
+    largest = 2.0 * len(M)  # the trace of M bounds its largest eigenvalue
     eigen = eigh(whitened, f"{name}, whitened", floor1 / (s1 * largest))
     a1 = eigen.eigenvalues.clamp(max=1)
     return SimultaneousDiagonalization(

@@ -137,41 +137,42 @@ class QuadraticModel(StepSize):
         directions = [situation.direction]
         if self.use_momentum and situation.previous is not None:
             directions.append(situation.previous)
-        stacked = [torch.stack(parts, -1) for parts in zip(*directions, strict=True)]
-        images = situation.linearized.jacobian @ stacked
-        M = _gram(images) + situation.damping * _gram(stacked)
-        b = sum(
-            (g.flatten() @ v.flatten(0, -2))
-            for g, v in zip(situation.gradient, stacked, strict=True)
-        )
-        coefficients, decrease = minimize_quadratic(M, b)
+        gradient = torch.cat([part.flatten() for part in situation.gradient])
+        V = torch.stack([torch.cat([p.flatten() for p in parts]) for parts in directions], 1)
+        images = situation.linearized.jacobian @ V
+        M = images.t() @ images + situation.damping * (V.t() @ V)
+        coefficients, decrease = minimize_quadratic(M.tolist(), (V.t() @ gradient).tolist())
         momentum = coefficients[1] if len(coefficients) > 1 else 0.0
         return Proposal(coefficients[0], momentum, decrease)
 
 
-def _gram(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the inner products of the columns ``[..., K]`` of a list of tensors, ``[K, K]``."""
-    flat = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
-    return torch.stack([part.t() @ part for part in flat]).sum(0)
+def minimize_quadratic(M: list[list[float]], b: list[float]) -> tuple[list[float], float]:
+    """Minimize ½ cᵀ M c + bᵀ c for a positive semidefinite M of one or two rows.
 
+    With both directions scaled to one, M becomes [[1, ρ], [ρ, 1]] with eigenvalues 1 ± ρ and
+    eigenvectors (1, ±1) / √2. What is numerically dependent is dropped, so that a previous update
+    parallel to the direction does no harm.
 
-def minimize_quadratic(M: Tensor, b: Tensor) -> tuple[list[float], float]:
-    """Minimize ½ cᵀ M c + bᵀ c for a small positive semidefinite M.
-
-    Directions are scaled to one first, and what is numerically dependent is dropped, so that a
-    previous update parallel to the direction does no harm.
+    Args:
+        M: The matrix.
+        b: The linear term.
 
     Returns:
-        The coefficients c and the decrease, -(½ cᵀ M c + bᵀ c) >= 0.
+        The coefficients c and the decrease, -(½ cᵀ M c + bᵀ c) >= 0; NaN if M or b is not finite.
     """
-    table = torch.cat([M, b[None]]).double().cpu()
-    M, b = table[:-1], table[-1]
-    if not bool(table.isfinite().all()):
+    if not all(math.isfinite(entry) for row in [*M, b] for entry in row):
         return [math.nan] * len(b), math.nan
-    scale = M.diagonal().sqrt()
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    eigenvalues, Q = torch.linalg.eigh(M / torch.outer(scale, scale))
-    inverse = torch.where(eigenvalues > 1e-14, 1 / eigenvalues, 0.0)
-    scaled = Q.t() @ (b / scale)
-    coefficients = -(Q @ (inverse * scaled)) / scale
-    return coefficients.tolist(), 0.5 * float(scaled @ (inverse * scaled))
+    scale = [1 / math.sqrt(row[i]) if row[i] > 0 else 0.0 for i, row in enumerate(M)]
+    scaled = [-s * entry for s, entry in zip(scale, b, strict=True)]
+    if len(b) == 1:
+        return [scale[0] * scaled[0]], 0.5 * scaled[0] ** 2
+    rho = min(1.0, max(-1.0, M[0][1] * scale[0] * scale[1]))
+    solution, decrease = [0.0, 0.0], 0.0
+    for sign in (1.0, -1.0):
+        eigenvalue = 1 + sign * rho
+        if eigenvalue > 1e-14:
+            projection = (scaled[0] + sign * scaled[1]) / 2
+            solution[0] += projection / eigenvalue
+            solution[1] += sign * projection / eigenvalue
+            decrease += projection**2 / eigenvalue
+    return [s * c for s, c in zip(scale, solution, strict=True)], decrease

@@ -1,0 +1,182 @@
+"""A resumed run ends where the uninterrupted one does, bit for bit, or is refused."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from experiments.training import figure, files
+from experiments.training.checkpoint import CURRENT, PREVIOUS, DamagedCheckpointError, read
+from tests.experiments.runs import ALL, TINY, resume, rows, same, start, state
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Save the second that every figure takes."""
+    monkeypatch.setattr(figure, "draw", lambda folder, *_: folder / figure.FIGURE)
+
+
+@pytest.mark.parametrize(
+    ("optimizers", "resample_every"), [(ALL, "2"), (["kfac-star", "adam"], "0")]
+)
+def test_every_preset_resumes_bit_for_bit(
+    optimizers: list[str], resample_every: str, tmp_path: Path
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = ["--optimizers", *optimizers, "--resample-every", resample_every]
+    if "lbfgs" in optimizers:
+        options += ["--lbfgs.max-iter", "3"]
+    start(whole, "--steps", "5", *options)
+    start(parts, "--steps", "3", *options)
+    assert resume(parts, "--steps", "5") == 0
+    for name in optimizers:
+        assert same(state(whole, name), state(parts, name)), name
+        assert rows(whole, name) == rows(parts, name), name
+
+
+def test_intervals_and_adaptive_damping_resume_bit_for_bit(tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = ["--optimizers", "kfac", "gauss-newton", "--kfac.momentum", "0.5"]
+    options += ["--kfac.curvature-every", "2", "--kfac.inverse-every", "3"]
+    options += ["--gauss-newton.curvature-every", "2", "--gauss-newton.inverse-every", "4"]
+    start(whole, "--steps", "8", *options)
+    start(parts, "--steps", "5", *options)
+    resume(parts, "--steps", "8")
+    for name in ("kfac", "gauss-newton"):
+        assert same(state(whole, name), state(parts, name)), name
+
+
+def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    options = ["--optimizers", "kfac-star", "--resample-every", "10"]
+    options += ["--checkpoint-steps", "3", "--record-every", "2"]
+    arguments = ["--run-folder", str(killed), "--steps", "1000000", *TINY, *options]
+    process = subprocess.Popen(
+        [sys.executable, "experiments/train.py", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        stdout=subprocess.DEVNULL,
+    )
+    checkpoint = killed / "kfac-star" / PREVIOUS
+    while not checkpoint.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 0.2))  # anywhere: in a step, between two renamings, in a row
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+    last = max(int(row["step"]) for row in rows(killed, "kfac-star"))
+    steps = str(last + 4)
+    assert resume(killed, "--steps", steps) == 0
+    assert start(whole, "--steps", steps, *options) == 0
+    assert same(state(whole, "kfac-star"), state(killed, "kfac-star"))
+    assert rows(whole, "kfac-star") == rows(killed, "kfac-star")
+
+
+def test_elapsed_time_is_counted_on(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    start(run, "--steps", "3", "--optimizers", "adam")
+    before = state(run, "adam")["seconds"]
+    resume(run, "--steps", "4")
+    assert state(run, "adam")["seconds"] > before > 0
+
+
+def test_more_optimizers_can_join(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    start(run, "--steps", "3", "--optimizers", "adam")
+    assert resume(run, "--optimizers", "adam", "sgd") == 0
+    assert (state(run, "adam")["step"], state(run, "sgd")["step"]) == (3, 3)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "missing"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage: str, tmp_path: Path) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    options = ["--steps", "8", "--optimizers", "kfac-star", "--checkpoint-steps", "3"]
+    start(whole, *options)
+    start(run, *options)
+    _damage(run / "kfac-star" / CURRENT, damage)
+    assert resume(run) == 0
+    assert same(state(whole, "kfac-star"), state(run, "kfac-star"))
+    assert rows(whole, "kfac-star") == rows(run, "kfac-star")
+
+
+def test_nothing_but_damaged_checkpoints_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    start(run, "--steps", "4", "--optimizers", "adam", "--checkpoint-steps", "1")
+    for name in (CURRENT, PREVIOUS):
+        _damage(run / "adam" / name, "flip")
+    metrics = (run / "adam" / "metrics.csv").read_bytes()
+    assert resume(run) == 2
+    assert "No whole checkpoint is left" in capsys.readouterr().err
+    assert (run / "adam" / "metrics.csv").read_bytes() == metrics
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--hidden", "5", "5"], "hidden was [5] and now is [5, 5]"),
+        (["--problem", "heat1d"], "problem was poisson2d and now is heat1d"),
+        (["--adam.lr", "0.5"], "adam.lr was 0.0017 and now is 0.5"),
+        (["--seeds.points", "9"], "seeds.points was 0 and now is 9"),
+        (["--dtype", "float32"], "dtype was float64 and now is float32"),
+    ],
+)
+def test_a_checkpoint_of_something_else_is_refused(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    start(run, "--steps", "2", "--optimizers", "adam")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert resume(run, *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_folder_without_a_run_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert resume(tmp_path) == 2
+    assert "--resume: cannot read" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_write_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    files.write_atomically(path, b"old")
+
+    def fail(descriptor: int) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        files.write_atomically(path, b"new", keep=tmp_path / "kept")
+    assert path.read_bytes() == b"old"
+
+
+def test_a_file_that_was_never_a_checkpoint_is_damaged(tmp_path: Path) -> None:
+    path = tmp_path / CURRENT
+    path.write_bytes(b"")
+    with pytest.raises(DamagedCheckpointError, match="0 bytes do not have the checksum"):
+        read(path)
+
+
+def _damage(path: Path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    if how == "cut":
+        del content[len(content) // 2 :]
+    path.write_bytes(content)
+    if how == "missing":
+        path.unlink()
