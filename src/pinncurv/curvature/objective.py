@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,10 +15,9 @@ from pinncurv.curvature.jacobian import JacobianLinearOperator
 from pinncurv.curvature.products import jacobian_adjoint_product
 from pinncurv.linearization import (
     Chunk,
-    Forward,
     Linearization,
     check_compatible,
-    record_forward,
+    points_per_block,
     trainable_parameters,
 )
 from pinncurv.problems import LossTerm
@@ -129,27 +128,12 @@ class Evaluation:
     """An objective, evaluated at the parameters of that moment.
 
     Args:
-        objective: The objective.
         loss: L.
-        forwards: The recorded forward pass of each term, or None where it was not kept.
+        linearize: Returns the linearization at these parameters, which must not have changed.
     """
 
-    objective: Objective
-    loss: Tensor
-    forwards: Sequence[Forward | None]
-
-    def linearize(self) -> LinearizedObjective:
-        """Linearize at the parameters of the evaluation, which must not have changed; call once."""
-        objective = self.objective
-        terms = zip(objective.terms, objective.points, self.forwards, strict=True)
-        return LinearizedObjective(
-            [
-                SummingLinearization(
-                    term, objective.model, x, chunk_size=objective.chunk_size, forward=forward
-                )
-                for term, x, forward in terms
-            ]
-        )
+    loss: float
+    linearize: Callable[[], LinearizedObjective]
 
 
 class Objective:
@@ -227,30 +211,29 @@ class Objective:
             losses[term.name] = total
         return losses
 
-    def evaluate(self) -> Evaluation:
-        """Evaluate L and keep the forward pass, so that linearizing costs no further one.
+    def linearize(self) -> LinearizedObjective:
+        """Linearize all terms at the current parameters."""
+        return LinearizedObjective(
+            [
+                SummingLinearization(term, self.model, x, chunk_size=self.chunk_size)
+                for term, x in zip(self.terms, self.points, strict=True)
+            ]
+        )
 
-        With a chunk size nothing is kept.
+    def evaluate(self) -> Evaluation:
+        """Evaluate L together with what the next linearization at these parameters needs.
+
+        The linearization is made and kept, unless a chunk size asks to save memory.
         """
         if self.chunk_size is not None:
             with torch.no_grad():
-                return Evaluation(self, self.loss(), [None] * len(self.terms))
-        parameters = trainable_parameters(self.model)
-        forwards = [
-            record_forward(term, self.model, x, parameters, scale)
-            for term, x, scale in zip(self.terms, self.points, self._scales, strict=True)
-        ]
-        return Evaluation(self, torch.stack([forward.loss for forward in forwards]).sum(), forwards)
-
-    def linearize(self) -> LinearizedObjective:
-        """Linearize all terms at the current parameters."""
-        if self.chunk_size is not None:
-            return Evaluation(self, torch.tensor(torch.nan), [None] * len(self.terms)).linearize()
-        return self.evaluate().linearize()
+                return Evaluation(float(self.loss()), self.linearize)
+        linearized = self.linearize()
+        return Evaluation(sum(linearized.term_losses.values()), lambda: linearized)
 
     def _chunk_losses(self, term: LossTerm, x: Tensor, scale: Tensor | float) -> Iterator[Tensor]:
         """Yield the loss of each chunk of one term."""
-        step = self.chunk_size or len(x)
+        step = self.chunk_size or points_per_block(term, x, trainable_parameters(self.model))
         for start in range(0, len(x), step):
             part = slice(start, start + step)
             residual = term.evaluate(self.model, x[part])

@@ -69,7 +69,7 @@ def jacobian_product(
 
 
 def _transported_inner_product(
-    left: Float[Tensor, "S N a"], right: Float[Tensor, "S N b"], stacked: Float[Tensor, "a K*b"]
+    left: Float[Tensor, "S N a"], right: Float[Tensor, "S N b"], stacked: Float[Tensor, "a Kb"]
 ) -> Float[Tensor, "N K"]:
     """Return Σ_s (M_k left_ns) · right_ns for K matrices M_k, given as [M_1ᵀ, ..., M_Kᵀ]."""
     S, N, b = right.shape

@@ -62,31 +62,35 @@ class _Elementwise(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, data: Tensor, layout: Layout, make: Callable) -> Tensor:
+    def forward(ctx: Any, data: Tensor, layout: Layout, make: Callable[..., Any]) -> Tensor:
         f = make(data[0])
-        ctx.save_for_backward(data)
-        ctx.layout, ctx.make, ctx.f = layout, make, f
+        ctx.layout, ctx.make = layout, make
         if layout.S == 1:
-            return f[0][None].clone()
-        output = data * f[1]
-        output[0] = f[0]
+            output = f[0][None].clone()
+        else:
+            output = data * f[1]
+            output[0] = f[0]
         first = layout.first(data)
-        ctx.quadratics = []
+        quadratics = []
         for collapsed, contraction in zip(layout.second(output), layout.contractions, strict=True):
-            quadratic = contraction.quadratic(first)
-            collapsed.addcmul_(f[2], quadratic)
-            ctx.quadratics.append(quadratic)
+            quadratics.append(contraction.quadratic(first))
+            collapsed.addcmul_(f[2], quadratics[-1])
+        if ctx.needs_input_grad[0]:
+            # one order beyond what the output needs; saved tensors are freed by the backward
+            order = 1 if layout.S == 1 else (3 if layout.C else 2)
+            known = [f[k] for k in range(1, order + 1)]
+            ctx.save_for_backward(data, *quadratics, *known)
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (grad,) = grads
-        (data,) = ctx.saved_tensors
         layout: Layout = ctx.layout
+        data, *saved = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: the backward itself is differentiated
             output = propagate(data, ctx.make(data[0]), layout)
             return torch.autograd.grad(output, data, grad, create_graph=True)[0], None, None
-        f: Derivatives = ctx.f
+        quadratics, f = saved[: layout.C], [None, *saved[layout.C :]]
         result = grad * f[1]
         if layout.S == 1:
             return result, None, None
@@ -96,7 +100,7 @@ class _Elementwise(torch.autograd.Function):
         value = result[0].addcmul_(f[2], curved)
         first, first_result = layout.first(data), layout.first(result)
         for h, contraction, quadratic in zip(
-            layout.second(grad), layout.contractions, ctx.quadratics, strict=True
+            layout.second(grad), layout.contractions, quadratics, strict=True
         ):
             contraction.add_product_(first_result, first, torch.mul(f[2], h), 2.0)
             value.addcmul_(f[3], torch.mul(h, quadratic, out=curved))

@@ -5,9 +5,8 @@ of G, and ``linearization.py`` puts them together for all points or chunk by chu
 """
 
 from pinncurv.linearization.capture import (
-    Forward,
     UncapturedParameterError,
-    record_forward,
+    points_per_block,
     trainable_parameters,
 )
 from pinncurv.linearization.fisher import Empirical, Fisher, ForwardOnly, Type2
@@ -18,7 +17,6 @@ __all__ = [
     "Chunk",
     "Empirical",
     "Fisher",
-    "Forward",
     "ForwardOnly",
     "LayerLinearization",
     "Linearization",
@@ -26,6 +24,6 @@ __all__ = [
     "UncapturedParameterError",
     "check_compatible",
     "linearize",
-    "record_forward",
+    "points_per_block",
     "trainable_parameters",
 ]

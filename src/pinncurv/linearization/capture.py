@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
 from typing import Any
 
 import torch
@@ -10,70 +10,51 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Module
 
+from pinncurv.diffops import make_plan
 from pinncurv.jets import LinearCall, record
 from pinncurv.linearization.layers import Chunk, LayerLinearization
 from pinncurv.problems import LossTerm
 
-
-@dataclass(frozen=True, eq=False)
-class Forward:
-    """A recorded forward pass of one term, from which the linearization follows by a backward pass.
-
-    Args:
-        term: Name of the term, for error messages.
-        residual: The residual r, ``[N, V]``, in the autograd graph.
-        scale: sqrt(w_n / N), a number or ``[N, 1]``.
-        calls: The recorded linear calls.
-        names: Names of the trainable parameters by their id.
-    """
-
-    term: str
-    residual: Tensor
-    scale: Tensor | float
-    calls: list[LinearCall]
-    names: dict[int, str]
-
-    @property
-    def loss(self) -> Float[Tensor, ""]:
-        """The term of the loss, ½‖r̃‖²."""
-        return 0.5 * (self.residual.detach() * self.scale).square().sum()
-
-    def linearize(self) -> Chunk:
-        """Pull the residual back to the outputs of all layers.
-
-        The graph is freed, so this can be called once.
-
-        Raises:
-            UncapturedParameterError: If a parameter is used outside linear layers.
-        """
-        check_captured(self.residual, self.names, self.term)
-        detached = self.residual.detach()
-        vectors = _unit_vectors(detached, self.scale)
-        gradients = _pull_back(self.residual, self.calls, vectors)
-        layers = _collect_layers(self.calls, gradients, self.names, len(detached))
-        return Chunk(detached * self.scale, detached, layers)
+# A jet of the widest layer should have at most this many elements: it then stays in the cache, and
+# its memory is recycled by the allocator instead of being mapped anew for every operation.
+_BLOCK_ELEMENTS = 1 << 20
 
 
-def record_forward(
+def points_per_block(term: LossTerm, x: Tensor, parameters: dict[str, Tensor]) -> int:
+    """Return how many points to process at a time so that jets stay small, in equal blocks."""
+    widest = max(max(parameter.shape, default=1) for parameter in parameters.values())
+    S = make_plan(term.operators, x[:1]).layout.S
+    blocks = math.ceil(len(x) * S * widest / _BLOCK_ELEMENTS)
+    return math.ceil(len(x) / blocks)
+
+
+def linearize_points(
     term: LossTerm,
     model: Module,
     x: Tensor,
     parameters: dict[str, Tensor],
     scale: Tensor | float,
-) -> Forward:
-    """Evaluate a term's residual and record the linear layers with these parameters.
+) -> Chunk:
+    """Linearize a term at points by one forward and one backward pass.
 
     Args:
         term: The term.
         model: The network.
         x: The points, ``[N, d]``.
         parameters: The trainable parameters by name.
-        scale: sqrt(w_n / N) at these points.
+        scale: sqrt(w_n / N) at these points, a number or ``[N, 1]``.
+
+    Raises:
+        UncapturedParameterError: If a parameter is used outside linear layers.
     """
     with torch.enable_grad(), record(list(parameters.values())) as tape:
         residual = term.evaluate(model, x)
     names = {id(parameter): name for name, parameter in parameters.items()}
-    return Forward(term.name, residual, scale, tape.calls, names)
+    check_captured(residual, names, term.name)
+    detached = residual.detach()
+    gradients = _pull_back(residual, tape.calls, _unit_vectors(detached, scale))
+    layers = _collect_layers(tape.calls, gradients, names, len(x))
+    return Chunk(detached * scale, detached, layers)
 
 
 def trainable_parameters(model: Module) -> dict[str, Tensor]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -59,3 +61,22 @@ class Chunk:
             for name, layer in self.layers.items()
         }
         return replace(self, layers=layers)
+
+
+def join_points(parts: Sequence[dict[str, LayerLinearization]]) -> dict[str, LayerLinearization]:
+    """Join the records of several sets of points into one per layer."""
+    first, *others = parts
+    if not others:
+        return first
+    return {
+        name: replace(
+            layer,
+            Z=torch.cat([part[name].Z for part in parts], 1),
+            G=None if layer.G is None else _cat_points([part[name].G for part in parts]),
+        )
+        for name, layer in first.items()
+    }
+
+
+def _cat_points(gradients: Sequence[Tensor | None]) -> Tensor:
+    return torch.cat([gradient for gradient in gradients if gradient is not None], 2)

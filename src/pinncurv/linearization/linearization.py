@@ -9,9 +9,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Module
 
-from pinncurv.linearization.capture import Forward, record_forward, trainable_parameters
+from pinncurv.linearization.capture import (
+    linearize_points,
+    points_per_block,
+    trainable_parameters,
+)
 from pinncurv.linearization.fisher import Fisher, Type2
-from pinncurv.linearization.layers import Chunk, LayerLinearization
+from pinncurv.linearization.layers import Chunk, LayerLinearization, join_points
 from pinncurv.problems import LossTerm
 
 
@@ -20,8 +24,9 @@ class Linearization:
 
     r̃(θ + v) ≈ r̃(θ) + J v,  J_n = Σ_s g_ns ⊗ z_ns per layer,  L_t = ½‖r̃‖²
 
-    Iterating yields the chunks. Without a chunk size there is one, computed at once and kept; with
-    a chunk size every iteration recomputes them one by one, so that memory does not grow with N.
+    Iterating yields the chunks. Without a chunk size they are computed at once and kept, in blocks
+    of points that stay in the cache; with a chunk size every iteration recomputes them one by one,
+    so that memory does not grow with N.
     ``linearize`` builds it after checking its arguments.
 
     Args:
@@ -30,7 +35,6 @@ class Linearization:
         x: The points, ``[N, d]``.
         fisher: Which output gradients G to take.
         chunk_size: How many points to linearize at a time; None for all.
-        forward: A recorded forward pass at all points that has been made already.
     """
 
     def __init__(
@@ -40,7 +44,6 @@ class Linearization:
         x: Tensor,
         fisher: Fisher | None = None,
         chunk_size: int | None = None,
-        forward: Forward | None = None,
     ) -> None:
         self.term = term
         self.model = model
@@ -48,11 +51,14 @@ class Linearization:
         self.fisher = Type2() if fisher is None else fisher
         self.chunk_size = chunk_size if chunk_size is not None and chunk_size < len(x) else None
         self.parameters = trainable_parameters(model)
-        self._scale = term.scale(x) if forward is None else forward.scale
+        self._scale = term.scale(x)
         self._versions = self._current_versions()
-        self._kept = None if self.chunk_size else self._linearize(slice(None), forward)
+        self._kept: list[Chunk] | None = None
+        if self.chunk_size is None:
+            step = points_per_block(term, x, self.parameters)
+            self._kept = list(self._chunks(step))
         # the structure is the same at every point, so a chunked linearization looks at one
-        sample = self._linearize(slice(0, 1)) if self._kept is None else self._kept
+        sample = self._kept[0] if self._kept else self._linearize(slice(0, 1))
         self.num_components = sample.residual.shape[1]
         self.layer_parameters = {name: layer.bias for name, layer in sample.layers.items()}
 
@@ -62,17 +68,20 @@ class Linearization:
         Raises:
             RuntimeError: If chunks must be recomputed but the parameters have changed since.
         """
-        if self._kept is not None:
-            yield self._kept
-            return
-        assert self.chunk_size is not None
-        for start in range(0, len(self.x), self.chunk_size):
+        if self.chunk_size is None:
+            yield from self._kept or []
+        else:
+            yield from self._chunks(self.chunk_size)
+
+    def _chunks(self, step: int) -> Iterator[Chunk]:
+        """Linearize so many points at a time."""
+        for start in range(0, len(self.x), step):
             if self._versions != self._current_versions():
                 raise RuntimeError(
                     f"The linearization of term '{self.term.name}' recomputes its chunks, but the "
                     "parameters have changed since it was made. Linearize again after an update."
                 )
-            yield self._linearize(slice(start, start + self.chunk_size))
+            yield self._linearize(slice(start, start + step))
 
     @property
     def mean_weight(self) -> float:
@@ -87,27 +96,17 @@ class Linearization:
 
     @property
     def layers(self) -> dict[str, LayerLinearization]:
-        """Z and G of every layer at all points.
-
-        Raises:
-            ValueError: If the linearization is chunked: iterate over its chunks instead.
-        """
-        if self._kept is None:
-            raise ValueError(
-                "A chunked linearization does not hold Z and G of all points at once. Iterate "
-                "over it, or linearize with chunk_size=None."
-            )
-        return self._kept.layers
+        """Z and G of every layer at all points, by the name of the layer's weight."""
+        return join_points([chunk.layers for chunk in self])
 
     def _current_versions(self) -> tuple[int, ...]:
         return tuple(parameter._version for parameter in self.parameters.values())
 
-    def _linearize(self, part: slice, forward: Forward | None = None) -> Chunk:
-        """Run one forward (unless it is given) and one backward pass at a part of the points."""
-        if forward is None:
-            scale = self._scale if isinstance(self._scale, float) else self._scale[part]
-            forward = record_forward(self.term, self.model, self.x[part], self.parameters, scale)
-        return forward.linearize().with_fisher(self.fisher)
+    def _linearize(self, part: slice) -> Chunk:
+        """Run one forward and one backward pass at a part of the points."""
+        scale = self._scale if isinstance(self._scale, float) else self._scale[part]
+        chunk = linearize_points(self.term, self.model, self.x[part], self.parameters, scale)
+        return chunk.with_fisher(self.fisher)
 
 
 def linearize(

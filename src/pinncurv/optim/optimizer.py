@@ -137,7 +137,7 @@ class CurvatureOptimizer(Optimizer):
         return record
 
     def _linearize(self, objective: LeastSquares) -> LinearizedLoss:
-        """Linearize, from the forward pass that ended the last step if it was the same point."""
+        """Linearize, from the evaluation that ended the last step if it was the same point."""
         landing, self._landing = self._landing, None
         if landing is not None and landing.is_at(objective, self._all_parameters()):
             return landing.evaluation.linearize()

@@ -58,24 +58,25 @@ class LeastSquares(Protocol):
 
 @runtime_checkable
 class Evaluation(Protocol):
-    """A loss whose forward pass is kept."""
+    """A loss that was evaluated together with what its linearization needs."""
 
     @property
-    def loss(self) -> Tensor:
+    def loss(self) -> float:
         """L."""
         ...
 
-    def linearize(self) -> LinearizedLoss:
-        """Linearize where it was evaluated, without another forward pass."""
+    @property
+    def linearize(self) -> Callable[[], LinearizedLoss]:
+        """Linearize where it was evaluated, at little or no further cost."""
         ...
 
 
 @runtime_checkable
 class Evaluable(Protocol):
-    """A loss that can keep its forward pass. Optional: it saves the optimizer one per step."""
+    """A loss that can keep what it evaluates. Optional: it saves a forward pass per step."""
 
     def evaluate(self) -> Evaluation:
-        """Evaluate L and keep the forward pass."""
+        """Evaluate L and keep what its linearization needs."""
         ...
 
 

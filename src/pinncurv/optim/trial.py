@@ -13,7 +13,7 @@ from pinncurv.optim.protocols import Evaluable, Evaluation, LeastSquares
 
 @dataclass(frozen=True, eq=False)
 class Landing:
-    """Where a step has ended, with the forward pass that was made there.
+    """Where a step has ended, with the evaluation that was made there.
 
     Args:
         objective: The objective that was evaluated.
@@ -62,7 +62,7 @@ class Trial:
         evaluation = self.objective.evaluate()
         placed = [parameter.clone() for parameter in self.parameters]
         self.landing = Landing(self.objective, placed, evaluation)
-        return float(evaluation.loss)
+        return evaluation.loss
 
     def restore(self) -> None:
         """Set the parameters back to θ, bit for bit."""
