@@ -49,6 +49,11 @@ TERMS: dict[str, LossTerm] = {
         lambda x, second, u: second * u,
         weight=torch.tensor([0.5, 2.0, 1.5], dtype=torch.float64),
     ),
+    "point_tensors": _term(
+        "point_tensors",
+        {"flow": Directional(points(3, 2, seed=2)), "second": SecondOrder(diffusivity(points()))},
+        lambda x, flow, second: flow * second,
+    ),
     "vector": _term(
         "vector",
         {"u": Value(), "grad": Gradient(), "lap": Laplacian()},

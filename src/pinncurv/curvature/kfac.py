@@ -139,6 +139,7 @@ def _term_factors(
             B = A.new_zeros(()) if layer.G is None else sharing.gradient_moment(layer)
             known = sums[i]
             sums[i] = (A, B) if known is None else (known[0].add_(A), known[1].add_(B))
+        del chunk, chosen, layer  # or they would live on while the next chunk is computed
     return [
         _factors(total, block, linearization, space)
         for total, block in zip(sums, space.blocks, strict=True)

@@ -57,6 +57,7 @@ class SummingLinearization(Linearization):
             residuals.append(chunk.residual)
             _add_gradient(gradient, chunk)
             yield chunk
+            del chunk  # or it would live on while the next one is computed
         self._sums = TermSums(torch.cat(residuals), gradient)
 
     def sums(self) -> TermSums:
@@ -233,10 +234,11 @@ class Objective:
 
     def _chunk_losses(self, term: LossTerm, x: Tensor, scale: Tensor | float) -> Iterator[Tensor]:
         """Yield the loss of each chunk of one term."""
-        step = self.chunk_size or points_per_block(term, x, trainable_parameters(self.model))
+        step = points_per_block(term, x, trainable_parameters(self.model))
+        step = min(step, self.chunk_size or step)
         for start in range(0, len(x), step):
             part = slice(start, start + step)
-            residual = term.evaluate(self.model, x[part])
+            residual = term.at(part).evaluate(self.model, x[part])
             scaled = residual * (scale if isinstance(scale, float) else scale[part])
             yield 0.5 * scaled.square().sum()
 

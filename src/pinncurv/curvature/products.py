@@ -11,7 +11,7 @@ from torch import Tensor
 from pinncurv.linearization import LayerLinearization
 
 # Temporaries of about this many elements stay in the cache and are recycled by the allocator.
-_BLOCK_ELEMENTS = 1 << 20
+_BLOCK_ELEMENTS = 1 << 19
 
 
 def output_gradients(layer: LayerLinearization) -> Float[Tensor, "V S N d_out"]:

@@ -53,6 +53,10 @@ class DifferentialOperator(ABC):
         """Whether ``require`` depends on more than the points' number of coordinates."""
         return False
 
+    def at(self, part: slice) -> DifferentialOperator:
+        """Return the operator at a part of the points: cut the coefficients given per point."""
+        return self
+
     @abstractmethod
     def require(self, x: Tensor) -> Requirement:
         """Return the derivatives needed at points x, ``[N, d]``."""

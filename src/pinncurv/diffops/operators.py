@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
@@ -131,6 +131,12 @@ class Directional(DifferentialOperator):
         """Whether the direction differs from point to point."""
         return not isinstance(self.direction, Tensor) or self.direction.ndim == 2
 
+    def at(self, part: slice) -> DifferentialOperator:
+        """Return the operator at a part of the points."""
+        if isinstance(self.direction, Tensor) and self.direction.ndim == 2:
+            return replace(self, direction=self.direction[part])
+        return self
+
     def require(self, x: Float[Tensor, "N d"]) -> Requirement:
         """Need one direction."""
         return Requirement((_evaluate(self.direction, x, "direction", (x.shape[-1],)),))
@@ -198,6 +204,12 @@ class SecondOrder(DifferentialOperator):
         """Whether the matrix differs from point to point."""
         return not isinstance(self.matrix, Tensor) or self.matrix.ndim == 3
 
+    def at(self, part: slice) -> DifferentialOperator:
+        """Return the operator at a part of the points."""
+        if isinstance(self.matrix, Tensor) and self.matrix.ndim == 3:
+            return replace(self, matrix=self.matrix[part])
+        return self
+
     def require(self, x: Float[Tensor, "N d"]) -> Requirement:
         """Need one direction per coordinate (with a nonzero row of a constant c), and the sum."""
         dims = range(x.shape[-1]) if self.dims is None else self.dims
@@ -237,6 +249,12 @@ class FactoredSecondOrder(DifferentialOperator):
     def per_point(self) -> bool:
         """Whether the factors differ from point to point."""
         return not isinstance(self.factors, Tensor) or self.factors.ndim == 3
+
+    def at(self, part: slice) -> DifferentialOperator:
+        """Return the operator at a part of the points."""
+        if isinstance(self.factors, Tensor) and self.factors.ndim == 3:
+            return replace(self, factors=self.factors[part])
+        return self
 
     def require(self, x: Float[Tensor, "N d"]) -> Requirement:
         """Need one direction per column, and the sum of their second derivatives."""

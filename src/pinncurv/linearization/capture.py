@@ -17,13 +17,13 @@ from pinncurv.problems import LossTerm
 
 # A jet of the widest layer should have at most this many elements: it then stays in the cache, and
 # its memory is recycled by the allocator instead of being mapped anew for every operation.
-_BLOCK_ELEMENTS = 1 << 20
+_BLOCK_ELEMENTS = 1 << 19
 
 
 def points_per_block(term: LossTerm, x: Tensor, parameters: dict[str, Tensor]) -> int:
     """Return how many points to process at a time so that jets stay small, in equal blocks."""
     widest = max(max(parameter.shape, default=1) for parameter in parameters.values())
-    S = make_plan(term.operators, x[:1]).layout.S
+    S = make_plan(term.at(slice(1)).operators, x[:1]).layout.S
     blocks = math.ceil(len(x) * S * widest / _BLOCK_ELEMENTS)
     return math.ceil(len(x) / blocks)
 

@@ -53,10 +53,8 @@ class Linearization:
         self.parameters = trainable_parameters(model)
         self._scale = term.scale(x)
         self._versions = self._current_versions()
-        self._kept: list[Chunk] | None = None
-        if self.chunk_size is None:
-            step = points_per_block(term, x, self.parameters)
-            self._kept = list(self._chunks(step))
+        self._block = points_per_block(term, x, self.parameters)
+        self._kept = list(self._chunks(self._block)) if self.chunk_size is None else None
         # the structure is the same at every point, so a chunked linearization looks at one
         sample = self._kept[0] if self._kept else self._linearize(slice(0, 1))
         self.num_components = sample.residual.shape[1]
@@ -71,7 +69,7 @@ class Linearization:
         if self.chunk_size is None:
             yield from self._kept or []
         else:
-            yield from self._chunks(self.chunk_size)
+            yield from self._chunks(min(self._block, self.chunk_size))
 
     def _chunks(self, step: int) -> Iterator[Chunk]:
         """Linearize so many points at a time."""
@@ -105,7 +103,8 @@ class Linearization:
     def _linearize(self, part: slice) -> Chunk:
         """Run one forward and one backward pass at a part of the points."""
         scale = self._scale if isinstance(self._scale, float) else self._scale[part]
-        chunk = linearize_points(self.term, self.model, self.x[part], self.parameters, scale)
+        term = self.term.at(part)
+        chunk = linearize_points(term, self.model, self.x[part], self.parameters, scale)
         return chunk.with_fisher(self.fisher)
 
 

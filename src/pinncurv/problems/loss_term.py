@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -58,6 +58,23 @@ class LossTerm:
             _check_weights(self.name, self.weight)
         elif not callable(self.weight):
             object.__setattr__(self, "weight", _checked_number(self.name, self.weight))
+
+    def at(self, part: slice) -> "LossTerm":
+        """Return the term with the operators at a part of the points.
+
+        Only coefficients that are given as tensors, one per point, make a difference. Weights stay
+        those of all points.
+
+        Args:
+            part: Which of the points.
+
+        Returns:
+            The term, to be evaluated at ``x[part]``.
+        """
+        operators = {name: operator.at(part) for name, operator in self.operators.items()}
+        if all(operators[name] is operator for name, operator in self.operators.items()):
+            return self
+        return replace(self, operators=operators)
 
     def evaluate(self, model: Callable[[Tensor], Tensor], x: Tensor) -> Float[Tensor, "N V"]:
         """Evaluate the residual of a model, with all derivatives from one jet pass.
