@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -72,7 +73,7 @@ def build_network(widths: tuple[int, ...]) -> nn.Sequential:
     """Return a tanh network with torch's initialization of seed 1."""
     torch.manual_seed(1)
     layers: list[nn.Module] = []
-    for d_in, d_out in zip(widths[:-1], widths[1:], strict=True):
+    for d_in, d_out in pairwise(widths):
         layers += [nn.Linear(d_in, d_out, dtype=DTYPE), nn.Tanh()]
     return nn.Sequential(*layers[:-1])
 

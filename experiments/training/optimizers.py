@@ -97,7 +97,7 @@ class CurvatureSettings(ABC):
     """Steps between two estimates of the curvature."""
     inverse_every: int = 1
     """Steps between two inversions."""
-    max_halvings: int = 10
+    max_halvings: int = 30
     """How often an update that raises the loss is halved before it is rejected."""
     lr: float = 1.0
     """Multiplies every update."""
@@ -293,10 +293,8 @@ class Presets:
 
     kfac_star: KFACSettings = KFACSettings(damping=1.2e-10, decay=0.926)
     """KFAC*: step size and momentum from the exact quadratic model."""
-    gauss_newton: GaussNewtonSettings = GaussNewtonSettings(
-        damping=1e-3, damping_rule="levenberg-marquardt"
-    )
-    """Exact Gauss-Newton: step size, momentum and damping from the exact quadratic model."""
+    gauss_newton: GaussNewtonSettings = GaussNewtonSettings(damping=1e-12)
+    """Exact Gauss-Newton: step size and momentum from the exact quadratic model."""
     adam: AdamSettings = AdamSettings()
     """Adam."""
     kfac: KFACSettings = KFACSettings(step_size="line-search")

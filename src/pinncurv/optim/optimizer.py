@@ -87,7 +87,7 @@ class CurvatureOptimizer(Optimizer):
         momentum: HeavyBall | None = None,
         damping: DampingRule | None = None,
         intervals: Intervals | None = None,
-        max_halvings: int = 10,
+        max_halvings: int = 30,
         lr: float = 1.0,
     ) -> None:
         if not (math.isfinite(lr) and lr > 0):
