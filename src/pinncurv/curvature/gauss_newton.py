@@ -54,9 +54,20 @@ class GaussNewtonLinearOperator(SymmetricLinearOperator):
         return cls(JacobianLinearOperator.from_linearizations(linearizations))
 
     def term(self, term: int | str) -> GaussNewtonLinearOperator:
-        """Return the Gauss-Newton matrix of one term alone, on all parameters."""
+        """Return the Gauss-Newton matrix of one term alone, on all parameters.
+
+        J_tᵀJ_t
+
+        Args:
+            term: Position or name of the term.
+
+        Raises:
+            KeyError: If there is no such term.
+        """
         linearizations = self.jacobian.linearizations
-        names = [linearization.term.name for linearization in linearizations]
+        names = tuple(linearization.term.name for linearization in linearizations)
+        if term not in names and term not in range(len(names)):
+            raise KeyError(f"term must be one of {names} or a position, received {term!r}.")
         position = names.index(term) if isinstance(term, str) else term
         return type(self)(JacobianLinearOperator([linearizations[position]], self.jacobian.space))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pinncurv.curvature.parameters import ParameterSpace
 from pinncurv.curvature.products import jacobian_adjoint_product, jacobian_product, jacobian_rows
-from pinncurv.linearization import Linearization, Type2
+from pinncurv.linearization import LayerLinearization, Linearization, Type2
 from pinncurv.linops import LayerBlock
 
 
@@ -144,7 +144,7 @@ class JacobianAdjointLinearOperator(PyTorchLinearOperator):
 
 def add_adjoint_product_(
     totals: list[Tensor],
-    layers: dict,
+    layers: dict[str, LayerLinearization],
     block: LayerBlock,
     space: ParameterSpace,
     vectors: Tensor,
@@ -159,7 +159,9 @@ def add_adjoint_product_(
         totals[block.bias] += bias
 
 
-def fill_jacobian_rows(rows: Tensor, layers: dict, space: ParameterSpace, points: slice) -> None:
+def fill_jacobian_rows(
+    rows: Tensor, layers: dict[str, LayerLinearization], space: ParameterSpace, points: slice
+) -> None:
     """Write the Jacobian's rows of some points, ordered by point, then component.
 
     Args:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -154,7 +155,7 @@ def _factors(
 ) -> KroneckerFactors:
     """Normalize the sums; zero factors where the term does not use the layer."""
     d_out, d_joint = block.shape
-    options = {"dtype": space.dtype, "device": space.device}
+    options: dict[str, Any] = {"dtype": space.dtype, "device": space.device}
     if total is None:
         return KroneckerFactors(
             torch.zeros(d_joint, d_joint, **options), torch.zeros(d_out, d_out, **options)

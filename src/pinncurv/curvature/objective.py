@@ -178,15 +178,17 @@ class Objective:
             raise ValueError(f"chunk_size must be at least 1 or None, got {chunk_size}.")
         for term, x in zip(self.terms, self.points, strict=True):
             check_compatible(term, model, x)
+        self.terms = tuple(term.to(x) for term, x in zip(self.terms, self.points, strict=True))
         check_finite_parameters(model)
-        self._scales = [term.scale(x) for term, x in zip(self.terms, self.points, strict=True)]
+        pairs = zip(self.terms, self.points, strict=True)
+        self._blocks = {term.name: list(self._cut(term, x)) for term, x in pairs}
 
     def term_losses(self) -> dict[str, Tensor]:
         """Return L_t by the name of the term, with a graph unless torch.no_grad is on."""
         losses = {}
-        for term, x, scale in zip(self.terms, self.points, self._scales, strict=True):
-            parts = list(self._chunk_losses(term, x, scale))
-            losses[term.name] = torch.stack(parts).sum() if len(parts) > 1 else parts[0]
+        for name, blocks in self._blocks.items():
+            parts = [block.loss(self.model) for block in blocks]
+            losses[name] = torch.stack(parts).sum() if len(parts) > 1 else parts[0]
         return losses
 
     def loss(self) -> Tensor:
@@ -204,12 +206,13 @@ class Objective:
             L_t by the name of the term, detached.
         """
         losses: dict[str, Tensor] = {}
-        for term, x, scale in zip(self.terms, self.points, self._scales, strict=True):
-            total = x.new_zeros(())
-            for part in self._chunk_losses(term, x, scale):
+        for name, blocks in self._blocks.items():
+            parts = []
+            for block in blocks:
+                part = block.loss(self.model)
                 part.backward()
-                total = total + part.detach()
-            losses[term.name] = total
+                parts.append(part.detach())
+            losses[name] = torch.stack(parts).sum()
         return losses
 
     def linearize(self) -> LinearizedObjective:
@@ -232,15 +235,33 @@ class Objective:
         linearized = self.linearize()
         return Evaluation(sum(linearized.term_losses.values()), lambda: linearized)
 
-    def _chunk_losses(self, term: LossTerm, x: Tensor, scale: Tensor | float) -> Iterator[Tensor]:
-        """Yield the loss of each chunk of one term."""
+    def _cut(self, term: LossTerm, x: Tensor) -> Iterator[_Block]:
+        """Cut the points of a term into the blocks that are evaluated at a time."""
         step = points_per_block(term, x, trainable_parameters(self.model))
         step = min(step, self.chunk_size or step)
+        scale = term.scale(x)
         for start in range(0, len(x), step):
             part = slice(start, start + step)
-            residual = term.at(part).evaluate(self.model, x[part])
-            scaled = residual * (scale if isinstance(scale, float) else scale[part])
-            yield 0.5 * scaled.square().sum()
+            yield _Block(term.at(part), x[part], scale if isinstance(scale, float) else scale[part])
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """A term at some of its points.
+
+    Args:
+        term: The term.
+        x: The points, ``[n, d]``.
+        scale: sqrt(w_n / N), a number or ``[n, 1]``.
+    """
+
+    term: LossTerm
+    x: Tensor
+    scale: Tensor | float
+
+    def loss(self, model: Module) -> Tensor:
+        """Return what these points contribute to the loss."""
+        return 0.5 * (self.term.evaluate(model, self.x) * self.scale).square().sum()
 
 
 def check_finite_parameters(model: Module) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from operator import index
 
 import torch
 from jaxtyping import Float
@@ -40,16 +41,43 @@ def _standard_basis(x: Tensor, dims: Sequence[int] | None) -> tuple[Tensor, ...]
 
 
 def _as_dims(dims: Sequence[int] | None) -> tuple[int, ...] | None:
-    """Make coordinates hashable; reject repetitions, which would count a derivative twice."""
+    """Make coordinates hashable; reject repetitions, which would count a derivative twice.
+
+    Raises:
+        TypeError: If they are no sequence of integers.
+        ValueError: If there is none, or one is repeated.
+    """
     if dims is None:
         return None
-    as_tuple = tuple(dims)
+    if not isinstance(dims, Iterable):
+        raise TypeError(
+            f"dims must be a sequence of integers, got {dims!r}. Write dims=[{dims!r}] for one "
+            "coordinate, or None for all."
+        )
+    as_tuple = tuple(_as_dim(dim) for dim in dims)
     if len(set(as_tuple)) != len(as_tuple) or not as_tuple:
         raise ValueError(
             f"dims must name one or more different coordinates, got {list(as_tuple)}. Name each "
             "once, or pass None for all."
         )
     return as_tuple
+
+
+def _as_dim(dim: int) -> int:
+    """Make a coordinate an integer; reject what only compares like one.
+
+    Raises:
+        TypeError: If it is no integer.
+    """
+    try:
+        if isinstance(dim, bool):
+            raise TypeError
+        return index(dim)
+    except TypeError:
+        raise TypeError(
+            f"A coordinate must be an integer that counts from 0, got {dim!r} of type "
+            f"{type(dim).__name__}. Write e.g. Partial(0) or Laplacian(dims=[0, 1])."
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -104,6 +132,10 @@ class Partial(DifferentialOperator):
     """
 
     dim: int
+
+    def __post_init__(self) -> None:
+        """Check the coordinate."""
+        object.__setattr__(self, "dim", _as_dim(self.dim))
 
     def require(self, x: Float[Tensor, "N d"]) -> Requirement:
         """Need one direction."""

@@ -15,6 +15,7 @@ from pinncurv.diffops.operator import Channels, DifferentialOperator, Requiremen
 from pinncurv.jets import Contraction, Jet, Layout, seed
 
 Operators = Mapping[str, DifferentialOperator]
+Items = tuple[tuple[str, DifferentialOperator], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +79,7 @@ class _Merger:
         return Layout(stacked, tuple(self.contractions))
 
 
-def _position(known: list, item: Any, same: Callable[[Any, Any], bool]) -> int:
+def _position(known: list[Any], item: Any, same: Callable[[Any, Any], bool]) -> int:
     """Return where an item stands in a list, appending it if it is new."""
     for i, other in enumerate(known):
         if same(other, item):
@@ -113,12 +114,14 @@ def make_plan(operators: Operators, x: Float[Tensor, "N d"]) -> Plan:
 
 
 @lru_cache(maxsize=128)
-def _constant_plan(items: tuple, d: int, dtype: torch.dtype, device: torch.device) -> Plan:
+def _constant_plan(items: Items, d: int, dtype: torch.dtype, device: torch.device) -> Plan:
     """Make the plan of operators with constant coefficients."""
-    return _merge(items, torch.zeros(1, d, dtype=dtype, device=device))
+    # a plan made in inference mode must serve later passes that autograd follows, too
+    with torch.inference_mode(False):
+        return _merge(items, torch.zeros(1, d, dtype=dtype, device=device))
 
 
-def _merge(items: tuple[tuple[str, DifferentialOperator], ...], x: Tensor) -> Plan:
+def _merge(items: Items, x: Tensor) -> Plan:
     """Merge what each operator needs."""
     merger = _Merger()
     readers = tuple((name, operator, *merger.add(operator.require(x))) for name, operator in items)

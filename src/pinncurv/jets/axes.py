@@ -37,13 +37,22 @@ def channel_dims(jet: Jet, dims: Sequence[int]) -> list[int]:
 
 
 def trailing_view(jet: Jet, ndim: int) -> Tensor:
-    """View the channels so that the value's axes align from the right with ``ndim`` axes."""
+    """View the channels so that the value's axes align from the right with ``ndim`` axes.
+
+    Raises:
+        ValueError: If this moves the points from the first axis: ``[N]`` against ``[N, 1]`` is
+            ``[N, N]``, every point with every other, which is never meant.
+    """
     data = jet.data
     missing = ndim - jet.ndim
     if missing <= 0:
         return data
     if jet.ndim:
-        point_axis_mixed(jet, "broadcast_tensors")
+        raise ValueError(
+            f"The first axis must stay the axis of the points, but a value of shape "
+            f"{tuple(jet.shape)} is broadcast against one with {ndim} axes, which moves it (in "
+            f"{calling_module()}). Insert the missing axes behind it, e.g. by unsqueeze(-1)."
+        )
     return data.reshape(data.shape[0], *(1,) * missing, *data.shape[1:])
 
 

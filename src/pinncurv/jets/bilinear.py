@@ -50,13 +50,13 @@ def mul(input: Any, other: Any) -> Jet:
 @register_rule(torch.div, torch.divide, torch.true_divide, Tensor.__truediv__)
 def div(input: Any, other: Any) -> Jet:
     """Divide two jets elementwise, or a jet and a constant."""
-    return mul(input, torch.reciprocal(other) if isinstance(other, Jet) else 1 / other)
+    return mul(input, other.reciprocal() if isinstance(other, Jet) else 1 / other)
 
 
 @register_rule(Tensor.__rtruediv__, Tensor.__rdiv__)
 def rdiv(input: Jet, other: Any) -> Jet:
     """Return other / input."""
-    return mul(torch.reciprocal(input), other)
+    return mul(input.reciprocal(), other)
 
 
 @register_rule(torch.matmul, torch.bmm, Tensor.__matmul__)

@@ -135,7 +135,7 @@ def elementwise_rule(
 
 
 def register_elementwise(
-    *functions: Callable, piecewise_linear: bool = False
+    *functions: Callable[..., Any], piecewise_linear: bool = False
 ) -> Callable[[DerivativesFunction], DerivativesFunction]:
     """Register an elementwise function by its derivatives.
 

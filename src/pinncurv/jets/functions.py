@@ -243,8 +243,8 @@ _scalar_power = elementwise_rule(_power_derivatives, "pow")
 def power(input: Jet | Tensor | float, exponent: Jet | Tensor | float) -> Jet:
     """Jet to a scalar power, scalar to the power of a jet, or both jets (base positive)."""
     if isinstance(exponent, Jet):
-        logarithm = math.log(input) if isinstance(input, float | int) else torch.log(input)
-        return torch.exp(mul(logarithm, exponent))
+        logarithm = math.log(input) if isinstance(input, float | int) else input.log()
+        return mul(logarithm, exponent).exp()
     if isinstance(exponent, Tensor):
         if exponent.requires_grad:
             raise NotImplementedError(

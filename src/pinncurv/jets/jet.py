@@ -14,11 +14,12 @@ from torch.overrides import resolve_name
 from pinncurv.jets.layout import Layout
 from pinncurv.jets.location import calling_module
 
+TorchFunction = Callable[..., Any]
 Rule = Callable[..., Any]
 _RULES: dict[Any, Rule] = {}
 
 
-def register_rule(*functions: Callable) -> Callable[[Rule], Rule]:
+def register_rule(*functions: TorchFunction) -> Callable[[Rule], Rule]:
     """Register how torch functions act on jets.
 
     The rule receives the arguments of the function, at least one of them a ``Jet`` (or a sequence
@@ -43,7 +44,7 @@ def register_rule(*functions: Callable) -> Callable[[Rule], Rule]:
     return register
 
 
-def apply_rule(function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+def apply_rule(function: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Apply a torch function to jets by its rule.
 
     Raises:
@@ -56,7 +57,7 @@ def apply_rule(function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     return rule(*args, **kwargs)
 
 
-def public_name(function: Callable) -> str:
+def public_name(function: TorchFunction) -> str:
     """Return what a user calls a torch function, without the leading ``torch.``."""
     name = resolve_name(function) or getattr(function, "__name__", repr(function))
     name = name.removeprefix("torch.")
@@ -103,7 +104,11 @@ class Jet:
 
     @classmethod
     def __torch_function__(
-        cls, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
+        cls,
+        func: TorchFunction,
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Route a torch function to its rule."""
         return apply_rule(func, args, kwargs or {})
@@ -187,12 +192,12 @@ class Jet:
         return functools.partial(_call_method, method, self)
 
 
-def _call_method(method: Callable, jet: Jet, *args: Any, **kwargs: Any) -> Any:
+def _call_method(method: TorchFunction, jet: Jet, *args: Any, **kwargs: Any) -> Any:
     """Call a tensor method on a jet."""
     return apply_rule(method, (jet, *args), kwargs)
 
 
-def _add_operator(name: str, function: Callable, reflected: bool = False) -> None:
+def _add_operator(name: str, function: TorchFunction, reflected: bool = False) -> None:
     """Give jets a Python operator, routed to the rule of its torch function."""
 
     def operator(self: Jet, *args: Any) -> Any:
@@ -203,14 +208,15 @@ def _add_operator(name: str, function: Callable, reflected: bool = False) -> Non
     setattr(Jet, name, operator)
 
 
-for _name, _function in {
+_ARITHMETIC: dict[str, TorchFunction] = {
     "add": torch.add,
     "sub": torch.sub,
     "mul": torch.mul,
     "truediv": torch.div,
     "pow": torch.pow,
     "matmul": torch.matmul,
-}.items():
+}
+for _name, _function in _ARITHMETIC.items():
     _add_operator(f"__{_name}__", _function)
     _add_operator(f"__r{_name}__", _function, reflected=True)
 for _name in ("neg", "getitem", "abs", "gt", "lt", "ge", "le", "eq", "ne"):

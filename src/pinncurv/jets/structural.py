@@ -13,7 +13,7 @@ from pinncurv.jets.axes import channel_dim, channel_dims, point_axis_mixed, trai
 from pinncurv.jets.jet import Jet, lift, register_rule
 
 
-def _as_sizes(sizes: tuple) -> tuple[int, ...]:
+def _as_sizes(sizes: tuple[Any, ...]) -> tuple[int, ...]:
     """Accept sizes as separate arguments or as one sequence."""
     return tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
 

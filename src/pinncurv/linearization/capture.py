@@ -45,8 +45,14 @@ def linearize_points(
         scale: sqrt(w_n / N) at these points, a number or ``[N, 1]``.
 
     Raises:
+        RuntimeError: In inference mode, in which there is no backward pass.
         UncapturedParameterError: If a parameter is used outside linear layers.
     """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"Linearizing term '{term.name}' must be possible by a backward pass, got "
+            "torch.inference_mode(), which allows none. Use torch.no_grad() instead."
+        )
     with torch.enable_grad(), record(list(parameters.values())) as tape:
         residual = term.evaluate(model, x)
     names = {id(parameter): name for name, parameter in parameters.items()}

@@ -45,7 +45,7 @@ class Linearization:
         fisher: Fisher | None = None,
         chunk_size: int | None = None,
     ) -> None:
-        self.term = term
+        self.term = term.to(x)
         self.model = model
         self.x = x
         self.fisher = Type2() if fisher is None else fisher
@@ -125,6 +125,7 @@ def linearize(
         chunk_size: How many points to linearize at a time; None for all.
 
     Raises:
+        RuntimeError: In inference mode, in which there is no backward pass.
         ValueError: If the points, dtypes or parameters do not fit; names the term.
         UncapturedParameterError: If a parameter is used outside linear layers.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,8 +62,25 @@ class ExponentialAverage:
             operator: The new estimate.
             average: The average so far; None at the start.
         """
-        previous = self.start(operator) if average is None else average
+        previous = self.start(operator) if average is None else fitted(average, operator)
         return [
-            torch.lerp(tensor, old.to(tensor), self.decay)
+            torch.lerp(tensor, old, self.decay)
             for tensor, old in zip(operator.tensors(), previous, strict=True)
         ]
+
+
+def fitted(saved: Sequence[Tensor], operator: Averageable) -> list[Tensor]:
+    """Return saved tensors in dtype and on the device of those that define an operator.
+
+    Raises:
+        ValueError: If their shapes differ.
+    """
+    tensors = operator.tensors()
+    received, expected = ([list(tensor.shape) for tensor in part] for part in (saved, tensors))
+    if received != expected:
+        raise ValueError(
+            f"The curvature that was saved or averaged must have the shapes {expected} of the "
+            f"present one, got {received}. It belongs to another network, curvature or choice of "
+            "frozen layers: build a new optimizer."
+        )
+    return [old.to(tensor) for old, tensor in zip(saved, tensors, strict=True)]

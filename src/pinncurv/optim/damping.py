@@ -81,16 +81,19 @@ class LevenbergMarquardt(DampingRule):
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        if min(self.shrink, self.grow, self.reject) <= 1:
+        if not all(factor > 1 for factor in (self.shrink, self.grow, self.reject)):
             raise ValueError(
                 "shrink, grow and reject must be greater than 1, got "
                 f"{self.shrink}, {self.grow} and {self.reject}."
             )
-        if not (self.poor <= self.good and 0 < self.minimum <= self.maximum):
+        if not (self.poor <= self.good and 0 < self.minimum <= self.maximum < math.inf):
             raise ValueError(
-                "Must hold: poor <= good and 0 < minimum <= maximum, got "
+                "Must hold: poor <= good and 0 < minimum <= maximum < inf, got "
                 f"{self.poor}, {self.good}, {self.minimum}, {self.maximum}."
             )
+
+        if self.max_retries < 0:
+            raise ValueError(f"max_retries must be at least 0, got {self.max_retries}.")
 
     @property
     def retries(self) -> int:
@@ -100,9 +103,12 @@ class LevenbergMarquardt(DampingRule):
     def accepted(self, damping: float, ratio: float) -> float:
         """Trust the model more, or less."""
         if math.isnan(ratio) or ratio > self.good:
-            return max(damping / self.shrink, self.minimum)
-        return min(damping * self.grow, self.maximum) if ratio < self.poor else damping
+            return self._bounded(damping / self.shrink)
+        return self._bounded(damping * self.grow) if ratio < self.poor else damping
 
     def rejected(self, damping: float) -> float:
         """Trust the model much less."""
-        return min(damping * self.reject, self.maximum)
+        return self._bounded(damping * self.reject)
+
+    def _bounded(self, damping: float) -> float:
+        return min(max(damping, self.minimum), self.maximum)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from pinncurv.optim.protocols import Differentiable, StepRecord, finite_loss
@@ -35,16 +34,17 @@ class FirstOrder:
         """
         evaluations: list[dict[str, float]] = []
 
-        def closure() -> Tensor:
+        def closure() -> float:
             self.optimizer.zero_grad()
             with torch.enable_grad():
                 losses = objective.backward()
             evaluations.append({name: float(loss) for name, loss in losses.items()})
-            return torch.stack(list(losses.values())).sum()
+            if len(evaluations) == 1:
+                finite_loss(evaluations[0])  # before the parameters are touched
+            return sum(evaluations[-1].values())
 
         self.optimizer.step(closure)
         first = evaluations[0]
-        finite_loss(first)
         return StepRecord(
             loss=sum(first.values()),
             term_losses=first,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -90,8 +92,6 @@ class CurvatureOptimizer(Optimizer):
         max_halvings: int = 30,
         lr: float = 1.0,
     ) -> None:
-        if not (math.isfinite(lr) and lr > 0):
-            raise ValueError(f"lr must be finite and positive, got {lr}.")
         if max_halvings < 0:
             raise ValueError(f"max_halvings must be at least 0, got {max_halvings}.")
         super().__init__(params, {"lr": lr})
@@ -117,38 +117,60 @@ class CurvatureOptimizer(Optimizer):
 
         Raises:
             FloatingPointError: If the loss is not finite before the step; names the terms.
+            TypeError: If the objective is none.
             ValueError: If the objective's parameters are not those of the optimizer.
         """
+        if not isinstance(objective, LeastSquares):
+            raise TypeError(
+                "A step must be given an objective with the methods loss and linearize, such as "
+                f"pinncurv.curvature.Objective, got {type(objective).__name__}."
+            )
         linearized = self._linearize(objective)
         self._check_parameters(linearized)
-        self.preconditioner.refresh(linearized)
-        gradient = linearized.gradient()
-        finite_loss(linearized.term_losses)
         trial = Trial(objective, linearized.parameters)
-        for remaining in range(self.damping.retries, -1, -1):
-            attempt = self._propose(linearized, gradient, trial)
-            if not remaining:
-                del linearized, gradient  # frees Z and G before the loss is evaluated
-            record = self._try(attempt, trial)
-            if record.accepted:
-                break
-            self.preconditioner.damping = self.damping.rejected(record.damping)
-        self._settle(attempt, trial, record)
+        with self._undo_on_error(trial):
+            self.preconditioner.refresh(linearized)
+            gradient = linearized.gradient()
+            finite_loss(linearized.term_losses)
+            for retry in range(self.damping.retries + 1):
+                if retry:
+                    linearized = _linearize(objective)
+                attempt = self._propose(linearized, gradient, trial)
+                del linearized  # frees Z and G before the loss is evaluated
+                record = self._try(attempt, trial)
+                if record.accepted:
+                    break
+                self.preconditioner.damping = self.damping.rejected(record.damping)
+            self._settle(attempt, trial, record)
         return record
+
+    @contextmanager
+    def _undo_on_error(self, trial: Trial) -> Iterator[None]:
+        """Restore parameters and curvature if anything is raised, be it an interrupt."""
+        before = dict(self.preconditioner.state)
+        try:
+            yield
+        except BaseException:
+            trial.restore()
+            self.preconditioner.restore(before)
+            raise
 
     def _linearize(self, objective: LeastSquares) -> LinearizedLoss:
         """Linearize, from the evaluation that ended the last step if it was the same point."""
         landing, self._landing = self._landing, None
-        if landing is not None and landing.is_at(objective, self._all_parameters()):
+        if landing is not None and landing.is_at(objective, self._trained_parameters()):
             return landing.evaluation.linearize()
-        return objective.linearize()
+        return _linearize(objective)
 
     def _all_parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
+    def _trained_parameters(self) -> list[Tensor]:
+        return [parameter for parameter in self._all_parameters() if parameter.requires_grad]
+
     def _check_parameters(self, linearized: LinearizedLoss) -> None:
         """Check that objective and optimizer agree on what is trained."""
-        mine = {id(parameter) for parameter in self._all_parameters()}
+        mine = {id(parameter) for parameter in self._trained_parameters()}
         theirs = {id(parameter) for parameter in linearized.parameters}
         if mine != theirs:
             raise ValueError(
@@ -225,8 +247,8 @@ class CurvatureOptimizer(Optimizer):
             loss=loss,
             term_losses=attempt.term_losses,
             new_loss=new_loss if accepted else loss,
-            step_size=attempt.proposal.step_size * taken,
-            momentum=attempt.proposal.momentum * taken,
+            step_size=attempt.proposal.step_size * taken if accepted else 0.0,
+            momentum=attempt.proposal.momentum * taken if accepted else 0.0,
             damping=attempt.damping,
             predicted_decrease=attempt.proposal.predicted_decrease,
             accepted=accepted,
@@ -266,21 +288,52 @@ class CurvatureOptimizer(Optimizer):
             else:
                 self.state[parameter][key] = tensors[i]
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters.
+
+        Raises:
+            ValueError: If its ``lr`` is not finite and positive.
+        """
+        lr = float(param_group.get("lr", self.defaults["lr"]))
+        if not (math.isfinite(lr) and lr > 0):
+            raise ValueError(f"lr must be finite and positive, got {lr}.")
+        super().add_param_group(param_group)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; operators and inverses are rebuilt from it at the next step.
 
         Raises:
-            ValueError: If the state is not of this class.
+            ValueError: If the state is not of this class, or of a network of other shapes.
         """
         if _SHARED not in state_dict["state"]:
             raise ValueError(
                 "The state must come from a CurvatureOptimizer, but it has no entry "
                 f"'{_SHARED}'. Load the checkpoint of the same optimizer."
             )
+        self._check_shapes(state_dict)
         super().load_state_dict(state_dict)
-        self.preconditioner.state = self.state[_SHARED]  # type: ignore[index]
-        self.preconditioner.forget()
+        # torch shares this entry with the optimizer that it came from
+        self.preconditioner.restore(self.state[_SHARED])  # type: ignore[index]
+        self.state[_SHARED] = self.preconditioner.state  # type: ignore[index]
         self._landing = None
+
+    def _check_shapes(self, state_dict: dict[str, Any]) -> None:
+        """Check that what is remembered of each parameter has its shape, which torch does not."""
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        for index, parameter in zip(saved, self._all_parameters(), strict=False):
+            for key, tensor in state_dict["state"].get(index, {}).items():
+                if tensor.shape != parameter.shape:
+                    raise ValueError(
+                        f"The state must belong to the same network, but '{key}' of parameter "
+                        f"{index} has shape {list(tensor.shape)}, the parameter has "
+                        f"{list(parameter.shape)}. Load the checkpoint of the same network."
+                    )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy needs: torch's attributes and those of this class."""
+        names = ("preconditioner", "step_size", "momentum", "damping", "max_halvings")
+        mine = {name: getattr(self, name) for name in names}
+        return {**super().__getstate__(), **mine, "_landing": None}
 
 
 @dataclass(frozen=True, eq=False)
@@ -302,6 +355,12 @@ class _Attempt:
     proposal: Proposal
     update: list[Tensor]
     solver: dict[str, Any]
+
+
+def _linearize(objective: LeastSquares) -> LinearizedLoss:
+    """Linearize, with a graph for those who need one."""
+    with torch.enable_grad():
+        return objective.linearize()
 
 
 def _reason(accepted: bool, scale: float, new_loss: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from curvlinops._torch_base import PyTorchLinearOperator
 from torch import Tensor
 
 from pinncurv.linops import Averageable
-from pinncurv.optim.averaging import ExponentialAverage
+from pinncurv.optim.averaging import ExponentialAverage, fitted
 from pinncurv.optim.protocols import Curvature, Inverse, LinearizedLoss
 
 
@@ -81,6 +81,11 @@ class Preconditioner:
     def damping(self, damping: float) -> None:
         self.state["damping"] = damping
 
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go to a saved state; operators are rebuilt from it."""
+        self.state = dict(state)
+        self.forget()
+
     def forget(self) -> None:
         """Drop the operators, to be rebuilt from the state."""
         self._operator: Any = None
@@ -90,6 +95,7 @@ class Preconditioner:
 
     def refresh(self, linearized: LinearizedLoss) -> None:
         """Estimate and average the curvature, and choose what to invert, where due."""
+        self._follow(linearized.parameters[0])
         step = self.state["step"]
         due = step % self.intervals.curvature == 0
         if due or self._operator is None:
@@ -99,6 +105,12 @@ class Preconditioner:
         elif self._inverted is None:  # loaded between two inversions
             saved = self.state["inverted"]
             self._choose(self._operator if saved is None else _rebuilt(self._operator, saved))
+
+    def _follow(self, parameter: Tensor) -> None:
+        """Rebuild what was kept for another device or dtype."""
+        kept = self._operator
+        if kept is not None and (kept.device, kept.dtype) != (parameter.device, parameter.dtype):
+            self.forget()
 
     def invert(self) -> PyTorchLinearOperator:
         """Return the inverse with the current damping, computed when either has changed."""
@@ -132,8 +144,8 @@ class Preconditioner:
 
 
 def _rebuilt(operator: Any, tensors: Sequence[Tensor]) -> Any:
-    """Return an operator with saved tensors, on its device."""
-    return operator.with_tensors([tensor.to(operator.device) for tensor in tensors])
+    """Return an operator with saved tensors."""
+    return operator.with_tensors(fitted(tensors, operator))
 
 
 def _with_damping(inverse: Inverse, damping: float) -> Inverse:

@@ -17,19 +17,28 @@ class Landing:
 
     Args:
         objective: The objective that was evaluated.
-        parameters: The parameters, to recognize that nothing has changed since.
+        parameters: The parameters.
+        values: What they were, to recognize that nothing has changed since.
         evaluation: The evaluation.
     """
 
     objective: LeastSquares
     parameters: Sequence[Tensor]
+    values: Sequence[Tensor]
     evaluation: Evaluation
 
     def is_at(self, objective: LeastSquares, parameters: Sequence[Tensor]) -> bool:
-        """Whether the next step starts here, on the same objective."""
-        return objective is self.objective and all(
-            torch.equal(now, then) for now, then in zip(parameters, self.parameters, strict=True)
+        """Whether the next step starts here, on the same objective and parameters."""
+        return (
+            objective is self.objective
+            and {id(p) for p in parameters} == {id(p) for p in self.parameters}
+            and all(map(_unchanged, self.parameters, self.values))
         )
+
+
+def _unchanged(now: Tensor, then: Tensor) -> bool:
+    same = (now.dtype, now.device) == (then.dtype, then.device)
+    return same and torch.equal(now, then)
 
 
 class Trial:
@@ -59,9 +68,10 @@ class Trial:
         self._place(update, scale)
         if not isinstance(self.objective, Evaluable):
             return float(self.objective.loss())
-        evaluation = self.objective.evaluate()
+        with torch.enable_grad():
+            evaluation = self.objective.evaluate()
         placed = [parameter.clone() for parameter in self.parameters]
-        self.landing = Landing(self.objective, placed, evaluation)
+        self.landing = Landing(self.objective, self.parameters, placed, evaluation)
         return evaluation.loss
 
     def restore(self) -> None:

@@ -1,8 +1,10 @@
 """One term of a PINN loss, as data: derivatives, residual, points and weight."""
 
+import copy
 import math
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from pinncurv.diffops import DifferentialOperator, evaluate
 from pinncurv.problems.samplers import Sampler
-from pinncurv.problems.signature import check_operators, check_signature
+from pinncurv.problems.signature import check_data, check_operators, check_signature
 
 Residual = Callable[..., Tensor]
 Weight = float | Tensor | Callable[[Tensor], Tensor]
@@ -21,21 +23,26 @@ Weight = float | Tensor | Callable[[Tensor], Tensor]
 class LossTerm:
     """A weighted least squares term of the loss.
 
-    1 / (2 N) sum_n w_n |r(x_n, D_1 u(x_n), D_2 u(x_n), ...)|^2
+    1 / (2 N) sum_n w_n |r(x_n, D_1 u(x_n), D_2 u(x_n), ..., data_n)|^2
 
     Args:
         operators: The differential operators D_k, declared by name.
-        residual: The pointwise function r. It is called with all points, [N, d], and, by keyword,
-            the values of the operators, e.g. [N, d_out]; it returns [N] or [N, V].
+        residual: The pointwise function r. It is called with points, [N, d], and, by keyword, the
+            values of the operators, e.g. [N, d_out], and the data; it returns [N] or [N, V]. Large
+            batches are processed in blocks of points, so it must not capture tensors with one row
+            per point: they are data.
         points: Where the points come from.
         weight: One non-negative number, one per point [N], or a function of the points that returns
             one per point.
         name: How errors and records call this term.
+        data: What is known at each point (measurements, forcing, ...), by name: tensors with one
+            row per point, [N, ...].
 
     Raises:
-        TypeError: If the residual is not callable or an operator is a class, not an object.
-        ValueError: If the operators' names are no keyword arguments of the residual, or a weight is
-            negative or not finite.
+        TypeError: If the residual is not callable, an operator is a class, not an object, or data
+            is no tensor.
+        ValueError: If the names of operators and data are no keyword arguments of the residual, or
+            a weight is negative or not finite.
     """
 
     operators: Mapping[str, DifferentialOperator]
@@ -43,27 +50,30 @@ class LossTerm:
     points: Sampler
     weight: Weight = 1.0
     name: str = "term"
+    data: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check the declaration once, so that evaluations need not."""
         object.__setattr__(self, "operators", dict(self.operators))
+        object.__setattr__(self, "data", dict(self.data))
         if not callable(self.residual):
             raise TypeError(
                 f"Term '{self.name}': the residual must be callable, got "
                 f"{type(self.residual).__name__}. Pass a function of x and the operators' values."
             )
         check_operators(self.name, self.operators)
-        check_signature(self.name, self.residual, self.operators)
+        check_data(self.name, self.data, self.operators)
+        check_signature(self.name, self.residual, self.operators, self.data)
         if isinstance(self.weight, Tensor):
             _check_weights(self.name, self.weight)
         elif not callable(self.weight):
             object.__setattr__(self, "weight", _checked_number(self.name, self.weight))
 
     def at(self, part: slice) -> "LossTerm":
-        """Return the term with the operators at a part of the points.
+        """Return the term with the operators and the data at a part of the points.
 
-        Only coefficients that are given as tensors, one per point, make a difference. Weights stay
-        those of all points.
+        Only data and coefficients that are given as tensors, one per point, make a difference.
+        Weights stay those of all points.
 
         Args:
             part: Which of the points.
@@ -72,14 +82,39 @@ class LossTerm:
             The term, to be evaluated at ``x[part]``.
         """
         operators = {name: operator.at(part) for name, operator in self.operators.items()}
-        if all(operators[name] is operator for name, operator in self.operators.items()):
+        if not self.data and all(operators[name] is self.operators[name] for name in operators):
             return self
-        return replace(self, operators=operators)
+        data = {name: tensor[part] for name, tensor in self.data.items()}
+        return self._with(operators=operators, data=data)
+
+    def to(self, x: Tensor) -> "LossTerm":
+        """Return the term with its data on the points' device and, if real, in their dtype.
+
+        Args:
+            x: The points, [N, d].
+
+        Returns:
+            The term itself, if nothing has to be converted.
+        """
+        data = {
+            name: tensor.to(x.device, x.dtype if tensor.is_floating_point() else tensor.dtype)
+            for name, tensor in self.data.items()
+        }
+        if all(data[name] is self.data[name] for name in data):
+            return self
+        return self._with(data=data)
+
+    def _with(self, **fields: Any) -> "LossTerm":
+        """Return a copy with other fields, which have been checked before."""
+        term = copy.copy(self)
+        for name, value in fields.items():
+            object.__setattr__(term, name, value)
+        return term
 
     def evaluate(self, model: Callable[[Tensor], Tensor], x: Tensor) -> Float[Tensor, "N V"]:
         """Evaluate the residual of a model, with all derivatives from one jet pass.
 
-        r(x_n, D_1 u(x_n), D_2 u(x_n), ...)
+        r(x_n, D_1 u(x_n), D_2 u(x_n), ..., data_n)
 
         Args:
             model: The network u, [N, d] -> [N, d_out].
@@ -89,14 +124,16 @@ class LossTerm:
             The residual; one column per component.
 
         Raises:
-            ValueError: If the residual has not one row per point, or mixes the points.
+            TypeError: If the residual returns no tensor.
+            ValueError: If the shapes of values and data do not fit together, or the residual has
+                not one row per point, another dtype than the points, or mixes the points.
         """
-        return self.apply(x, evaluate(self.operators, model, x))
+        return self.to(x).apply(x, evaluate(self.operators, model, x))
 
     def apply(self, x: Tensor, values: Mapping[str, Tensor]) -> Float[Tensor, "N V"]:
         """Apply the residual function to given values of the operators.
 
-        r(x_n, values_n)
+        r(x_n, values_n, data_n)
 
         Args:
             x: The points, [N, d].
@@ -106,9 +143,12 @@ class LossTerm:
             The residual; one column per component.
 
         Raises:
-            ValueError: If the residual has not one row per point, or mixes the points.
+            TypeError: If the residual returns no tensor.
+            ValueError: If the shapes of values and data do not fit together, or the residual has
+                not one row per point, another dtype than the points, or mixes the points.
         """
-        residual = self.residual(x, **values)
+        values = {**values, **self.data}
+        residual = self._call_residual(x, values)
         num_points = x.shape[0]
         if residual.ndim == 1:
             residual = residual.unsqueeze(1)
@@ -116,11 +156,39 @@ class LossTerm:
             raise ValueError(
                 f"Term '{self.name}': the residual must have shape [N] or [N, V] with N = "
                 f"{num_points} points, got {list(residual.shape)} from values of shapes "
-                f"{ {name: list(value.shape) for name, value in values.items()} }. "
-                "Keep the points as first dimension and at most one more dimension."
+                f"{_shapes(values)}. Keep the points as first dimension and at most one more "
+                "dimension."
+            )
+        if residual.dtype != x.dtype:
+            dtypes = {name: str(value.dtype) for name, value in values.items()}
+            raise ValueError(
+                f"Term '{self.name}': the residual must have the dtype of the points, {x.dtype}, "
+                f"got {residual.dtype} from values of dtypes {dtypes}. Pass tensors by data=, which "
+                "are converted, or write tensor.to(x) in the residual."
             )
         if residual.shape[1] == num_points > 1:
             self._check_not_broadcast(x, values, residual.shape[1])
+        return residual
+
+    def _call_residual(self, x: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+        """Call the residual function; explain shapes that do not fit together."""
+        try:
+            residual = self.residual(x, **values)
+        except RuntimeError as error:
+            # subclasses (out of memory, not implemented, ...) and other messages speak for themselves
+            if type(error) is not RuntimeError or not re.search("size|shape", str(error).lower()):
+                raise
+            raise ValueError(
+                f"Term '{self.name}': the residual must accept any block of the points, but it "
+                f"failed for N = {x.shape[0]} points and values of shapes {_shapes(values)}: "
+                f"{error} Points are processed in blocks: pass tensors with one row per point by "
+                "data= of LossTerm instead of capturing them."
+            ) from error
+        if not isinstance(residual, Tensor):
+            raise TypeError(
+                f"Term '{self.name}': the residual must return a tensor [N] or [N, V], got "
+                f"{type(residual).__name__}. Return what must vanish."
+            )
         return residual
 
     def weights(self, x: Tensor) -> float | Tensor:
@@ -186,7 +254,8 @@ class LossTerm:
         """Check a batch of points: a non-empty, finite, floating point matrix [N, d].
 
         Raises:
-            ValueError: If it is not; the error names the term.
+            ValueError: If it is not, or the data have not one row per point; the error names the
+                term.
         """
         expected = f"Term '{self.name}': points must form a matrix [N, {self.points.dim}]"
         if x.ndim != 2 or x.shape[1] != self.points.dim:
@@ -205,6 +274,13 @@ class LossTerm:
                 f"{expected} of finite numbers, got NaN or infinity in {bad} of {x.shape[0]} "
                 "points. Remove those points."
             )
+        for name, tensor in self.data.items():
+            if tensor.shape[0] != x.shape[0]:
+                raise ValueError(
+                    f"Term '{self.name}': data '{name}' must have one row per point, "
+                    f"N = {x.shape[0]}, got shape {list(tensor.shape)}. Keep the data's points, "
+                    "e.g. with points=Fixed(x), or use a function of x in the residual."
+                )
 
     def _check_not_broadcast(self, x: Tensor, values: Mapping[str, Tensor], columns: int) -> None:
         """Raise if [N, N] came from [N] against [N, 1]: one point alone has fewer components."""
@@ -216,9 +292,13 @@ class LossTerm:
                 f"Term '{self.name}': the residual has shape [{columns}, {columns}] for "
                 f"N = {columns} points, but {components} component(s) for the first point alone. "
                 "A tensor of shape [N] was broadcast against one of shape [N, 1] to [N, N]. "
-                "Values of operators have shape [N, d_out]; give your own data that shape too, "
+                f"Values and data have the shapes {_shapes(values)}; make all of them [N, ...], "
                 "e.g. by f[:, None] or sum(dim=-1, keepdim=True)."
             )
+
+
+def _shapes(values: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    return {name: list(value.shape) for name, value in values.items()}
 
 
 def _checked_number(term: str, weight: Any) -> float:

@@ -1,10 +1,12 @@
-"""Whether a residual function accepts the operators that a loss term declares."""
+"""Whether a residual function accepts the operators and data that a loss term declares."""
 
 import difflib
 import inspect
 import keyword
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
+
+from torch import Tensor
 
 
 def check_operators(term: str, operators: Mapping[str, Any]) -> None:
@@ -24,11 +26,7 @@ def check_operators(term: str, operators: Mapping[str, Any]) -> None:
             'residual needs, e.g. {"u": Value()}.'
         )
     for name, operator in operators.items():
-        if not (isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name)):
-            raise ValueError(
-                f"Term '{term}': names of operators must be Python identifiers, because the "
-                f"residual gets them as keyword arguments, got {name!r}. Rename it, e.g. to 'u_x'."
-            )
+        _check_name(term, "operators", name)
         if isinstance(operator, type):
             raise TypeError(
                 f"Term '{term}': operator '{name}' must be an object, got the class "
@@ -36,41 +34,95 @@ def check_operators(term: str, operators: Mapping[str, Any]) -> None:
             )
 
 
-def check_signature(term: str, residual: Callable[..., Any], operators: Collection[str]) -> None:
-    """Check that residual(x, name=..., ...) with the operators' names is a valid call.
+def check_data(term: str, data: Mapping[str, Any], operators: Collection[str]) -> None:
+    """Check that data are tensors with rows, and that keywords of their own can carry them.
+
+    Args:
+        term: The name of the loss term, for errors.
+        data: The data by name.
+        operators: The names of the operators.
+
+    Raises:
+        TypeError: If data is no tensor.
+        ValueError: If a tensor has no rows, or a name is no Python identifier or an operator's.
+    """
+    for name, tensor in data.items():
+        _check_name(term, "data", name)
+        if name in operators:
+            raise ValueError(
+                f"Term '{term}': data and operators must have different names, got '{name}' in "
+                f"both. Rename one, e.g. to '{name}_data'."
+            )
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"Term '{term}': data '{name}' must be a tensor, got {type(tensor).__name__}. "
+                "Use torch.as_tensor."
+            )
+        if tensor.ndim == 0:
+            raise ValueError(
+                f"Term '{term}': data '{name}' must have one row per point, shape [N, ...], got a "
+                "single number. Write it into the residual."
+            )
+
+
+def _check_name(term: str, what: str, name: Any) -> None:
+    """Check that a keyword argument can carry the name."""
+    if not (isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name)):
+        raise ValueError(
+            f"Term '{term}': names of {what} must be Python identifiers, because the residual gets "
+            f"them as keyword arguments, got {name!r}. Rename it, e.g. to 'u_x'."
+        )
+
+
+def check_signature(
+    term: str,
+    residual: Callable[..., Any],
+    operators: Collection[str],
+    data: Collection[str] = (),
+) -> None:
+    """Check that residual(x, name=..., ...) with the names of operators and data is a valid call.
 
     Args:
         term: The name of the loss term, for errors.
         residual: The residual function.
         operators: The names of the operators.
+        data: The names of the data.
 
     Raises:
         ValueError: If it is not; the error says what is missing or unexpected, with near misses.
     """
+    names = [*operators, *data]
     try:
         signature = inspect.signature(residual)
     except ValueError:  # a function written in C, which does not tell its arguments
         return
     try:
-        signature.bind(None, **dict.fromkeys(operators))
+        signature.bind(None, **dict.fromkeys(names))
     except TypeError as error:
         raise ValueError(
-            f"Term '{term}': the residual is called as residual(x, {', '.join(operators)}), which "
+            f"Term '{term}': the residual is called as residual(x, {', '.join(names)}), which "
             f"its signature {signature} does not allow: {error}."
-            f"{_disagreements(signature, operators)} Make the names agree; x comes first, by "
+            f"{_disagreements(signature, operators, data)} Make the names agree; x comes first, by "
             "position."
         ) from None
 
 
-def _disagreements(signature: inspect.Signature, operators: Collection[str]) -> str:
+def _disagreements(
+    signature: inspect.Signature, operators: Collection[str], data: Collection[str]
+) -> str:
     """List the names that only one side has."""
     parameters = list(signature.parameters.values())[1:]
     keywords = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     accepted = {p.name: p.default is p.empty for p in parameters if p.kind in keywords}
-    missing = [name for name, required in accepted.items() if required and name not in operators]
-    unexpected = [name for name in operators if name not in accepted]
-    return _describe("Arguments without an operator", missing, unexpected) + _describe(
-        "Operators without an argument", unexpected, missing or accepted
+    names = {*operators, *data}
+    missing = [name for name, required in accepted.items() if required and name not in names]
+    unused = [name for name in operators if name not in accepted]
+    unused_data = [name for name in data if name not in accepted]
+    source = "an operator or data" if data else "an operator"
+    return (
+        _describe(f"Arguments without {source}", missing, unused + unused_data)
+        + _describe("Operators without an argument", unused, missing or accepted)
+        + _describe("Data without an argument", unused_data, missing or accepted)
     )
 
 

@@ -1,0 +1,19 @@
+"""The README's Python runs as it stands."""
+
+import re
+from pathlib import Path
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_the_examples_run_in_order():
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    assert len(blocks) == 2
+    namespace = {}
+    for block in blocks:
+        exec(block, namespace)
+    record = namespace["record"]
+    assert record.accepted
+    assert record.new_loss < record.loss < 1
+    assert 0 < namespace["relative_error"] < 10
+    assert namespace["step"].isfinite().all()
