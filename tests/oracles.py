@@ -170,7 +170,9 @@ def point_weight(term: Any, x: Tensor, n: int) -> Tensor:
 def residual_at(term: Any, u: Callable[[Tensor], Tensor], x: Tensor, n: int) -> Tensor:
     """Return r_n, ``[V]``, without weight and 1/N."""
     values = operator_values(term.operators, u, x[n], n)
-    return term.residual(x[n : n + 1], **{k: v[None] for k, v in values.items()})[0].reshape(-1)
+    rows = {name: row[None] for name, row in values.items()}
+    data = {name: tensor[n : n + 1] for name, tensor in term.data.items()}
+    return term.residual(x[n : n + 1], **rows, **data)[0].reshape(-1)
 
 
 def scaled_residual(

@@ -60,4 +60,11 @@ TERMS: dict[str, LossTerm] = {
         lambda x, u, grad, lap: torch.cat([grad[:, 0] * u, lap + u**2], 1),
         0.7,
     ),
+    "data": LossTerm(
+        {"u": Value(), "lap": Laplacian()},
+        lambda x, u, lap, observed, sign: sign[:, None] * (lap + u**2) - observed,
+        Fixed(points()),
+        name="data",
+        data={"observed": points(3, 1, seed=6), "sign": torch.tensor([1, -1, 1])},
+    ),
 }

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pinncurv.diffops import Laplacian, Partial, Value
+from pinncurv.diffops import Laplacian, Partial, SecondOrder, Value
 from pinncurv.linearization import (
     Empirical,
     ForwardOnly,
@@ -88,7 +88,7 @@ def test_chunks_give_the_same(term, chunk_size):
     ]
 
 
-@pytest.mark.parametrize("term", ["vector", "point_tensors", "anisotropic"])
+@pytest.mark.parametrize("term", ["vector", "point_tensors", "anisotropic", "data"])
 def test_blocks_of_points_are_invisible(term, monkeypatch):
     """Large batches are cut into blocks that stay in the cache; here each point is one."""
     model, x, loss_term = build("repeated"), points(), TERMS[term]
@@ -335,6 +335,29 @@ def test_works_under_no_grad_and_in_training():
     assert model[0].weight.grad is not None
 
 
+def test_inference_mode_raises():
+    model, x = build("tanh"), points()
+    chunked = linearize(TERMS["poisson"], model, x, chunk_size=1)
+    with torch.inference_mode():
+        with pytest.raises(RuntimeError, match=r"term 'poisson'.*inference_mode.*no_grad\(\)"):
+            linearize(TERMS["poisson"], model, x)
+        with pytest.raises(RuntimeError, match=r"term 'poisson'.*inference_mode.*no_grad\(\)"):
+            list(chunked)
+
+
+def test_an_evaluation_in_inference_mode_does_no_harm():
+    """What it leaves in the cache of plans must serve a backward pass."""
+    matrix = torch.tensor([[1.0, 0.5], [0.5, 2.0]], dtype=torch.float64)
+    term = LossTerm({"c": SecondOrder(matrix)}, lambda x, c: c, Fixed(points()))
+    model, x = build("gated"), points()
+    with torch.inference_mode():
+        expected = term.evaluate(model, x)
+    residual = term.evaluate(model, x)
+    residual.sum().backward()
+    torch.testing.assert_close(residual.detach(), expected.clone())
+    linearize(term, model, x)
+
+
 def test_a_failed_pass_leaves_no_tape_behind():
     term = LossTerm(
         {"u": Value()}, lambda x, u: 1 / 0 if len(x) else u, Fixed(points()), name="bad"
@@ -364,6 +387,22 @@ def test_points_must_be_finite(bad):
 def test_points_must_be_a_matrix_of_the_right_width(shape):
     with pytest.raises(ValueError, match="Term 'value'"):
         linearize(TERMS["value"], build("tanh"), torch.ones(shape, dtype=torch.float64))
+
+
+def test_captured_rows_do_not_survive_blocks():
+    """They would meet the wrong points; as data they are cut along."""
+    x, observed = points(), points(3, 1, seed=6)
+    captured = LossTerm({"u": Value()}, lambda x, u: u - observed, Fixed(x), name="measured")
+    linearize(captured, build("tanh"), x)
+    with pytest.raises(ValueError, match=r"'measured': .* N = 1 points, got \[3, 1\] .* by data="):
+        linearize(captured, build("tanh"), x, chunk_size=2)
+
+
+def test_data_must_have_one_row_per_point():
+    with pytest.raises(
+        ValueError, match=r"'data': data 'observed' must have one row .* N = 2, got"
+    ):
+        linearize(TERMS["data"], build("tanh"), points()[:2])
 
 
 @pytest.mark.parametrize("chunk_size", [0, -1])

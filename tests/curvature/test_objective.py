@@ -5,10 +5,12 @@ import dataclasses
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pinncurv.curvature import KFACLinearOperator, Objective, coverage
+from pinncurv.diffops import Value
 from pinncurv.linearization import linearize
+from pinncurv.problems import Fixed, LossTerm
 from tests import oracles
 from tests.networks import KINDS, build, points
 from tests.problems.shipped import SHIPPED
@@ -174,16 +176,53 @@ def test_evaluation_that_is_linearized_later(chunk_size):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("term", ["point_tensors", "anisotropic"])
+@pytest.mark.parametrize("term", ["point_tensors", "anisotropic", "data"])
 def test_blocks_of_points_are_invisible(term, monkeypatch):
     """Large batches are cut into blocks that stay in the cache; here each point is one."""
     made = Objective(build("gated"), [TERMS[term]], [points()])
     loss, gradient = made.loss(), made.linearize().gradient()
     monkeypatch.setattr("pinncurv.linearization.capture._BLOCK_ELEMENTS", 1)
+    made = Objective(made.model, made.terms, made.points)
     torch.testing.assert_close(made.loss(), loss)
     torch.testing.assert_close(made.linearize().gradient(), gradient)
     made.backward()
     torch.testing.assert_close([p.grad for p in made.model.parameters()], gradient)
+
+
+def measured(y: Tensor, captured: bool) -> LossTerm:
+    """A term that fits measurements y at fixed points."""
+    if captured:
+        return LossTerm({"u": Value()}, lambda x, u: u - y, Fixed(points(len(y))), name="fit")
+    return LossTerm(
+        {"u": Value()}, lambda x, u, y: u - y, Fixed(points(len(y))), name="fit", data={"y": y}
+    )
+
+
+def test_data_in_a_large_batch():
+    """Several blocks, by their natural size; single precision data in a double network."""
+    model, x = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 1)).double(), points(9000)
+    made = Objective(model, [measured(x[:, :1].float(), captured=False)], [x])
+    assert len(list(made.linearize().linearizations[0])) > 1
+    expected = 0.5 * (model(x) - x[:, :1].float()).square().mean()
+    torch.testing.assert_close(made.loss(), expected)
+    gradient = torch.autograd.grad(expected, list(model.parameters()))
+    made.backward()
+    for parameter, received, wanted in zip(
+        model.parameters(), made.linearize().gradient(), gradient, strict=True
+    ):
+        oracles.assert_close(parameter.grad, wanted)
+        oracles.assert_close(received, wanted)
+    assert made.terms[0].data["y"].dtype == torch.float64  # converted once, not in every block
+
+
+def test_captured_data_in_a_large_batch_raise():
+    model, x = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 1)).double(), points(9000)
+    made = Objective(model, [measured(x[:, :1], captured=True)], [x])
+    message = r"Term 'fit': .* N = 4500 points .* size of tensor a .* Pass tensors .* by data="
+    for use in (made.loss, made.backward, made.linearize):
+        with pytest.raises(ValueError, match=message) as caught:
+            use()
+        assert isinstance(caught.value.__cause__, RuntimeError)
 
 
 # --- bad input ------------------------------------------------------------------------------------
@@ -226,6 +265,13 @@ def test_parameters_must_be_finite(bad):
         model[2].bias[1] = bad
     with pytest.raises(FloatingPointError, match=r"must be finite, but 2\.bias contains"):
         Objective(model, [TERMS["value"]], [points()])
+
+
+def test_data_must_match_the_points():
+    with pytest.raises(
+        ValueError, match=r"'fit': data 'y' must have one row .* N = 3, got .*\[4, 1"
+    ):
+        Objective(build("tanh"), [measured(points(4, 1), captured=False)], [points(3)])
 
 
 def test_weights_must_match_the_points():

@@ -18,6 +18,7 @@ from pinncurv.diffops import (
     evaluate,
     make_plan,
 )
+from pinncurv.diffops.coordinates import as_dim, as_dims
 from pinncurv.jets import Contraction
 from tests import oracles
 from tests.networks import KINDS, build, points
@@ -234,6 +235,30 @@ def test_an_operator_that_cannot_be_hashed():
 def test_coordinate_out_of_range_raises(operator):
     with pytest.raises(IndexError, match=r"between -3 and 2 for points with 3 coordinates, got"):
         evaluate({"o": operator}, build("tanh", D), points(2, D))
+
+
+# under pytest the annotations of the operators themselves speak first
+
+
+def test_dims_that_are_no_sequence_raise():
+    with pytest.raises(TypeError, match=r"dims must be a sequence of integers, got 0.*dims=\[0\]"):
+        as_dims(0)
+
+
+@pytest.mark.parametrize("dim", [0.0, True, "0", None])
+def test_coordinates_that_are_no_integers_raise(dim):
+    message = rf"must be an integer .* got '?{dim}'? of type {type(dim).__name__}\. Write"
+    with pytest.raises(TypeError, match=message):
+        as_dim(dim)
+    with pytest.raises(TypeError, match=message):
+        as_dims([dim])
+
+
+def test_a_truth_value_is_no_coordinate():
+    with pytest.raises(TypeError, match=r"must be an integer .* got True"):
+        Partial(True)
+    with pytest.raises(TypeError, match=r"must be an integer .* got True"):
+        Laplacian(dims=[0, True])
 
 
 @pytest.mark.parametrize("kind", [Gradient, Laplacian])

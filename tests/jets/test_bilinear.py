@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pinncurv.jets import Jet, record
+from pinncurv.jets import Jet, Layout, record
 from tests.jets.layouts import CASES, N, channels, check
 
 WEIGHT = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(2, 3)
@@ -91,10 +91,24 @@ def test_prod_of_everything():
     torch.testing.assert_close(torch.prod(jet).data, by_hand.data)
 
 
-def test_jets_of_different_passes_do_not_mix():
-    first, second = CASES["laplacian"], CASES["gradient"]
+@pytest.mark.parametrize(
+    "combine",
+    [
+        torch.mul,
+        torch.add,
+        lambda a, b: torch.cat([a, b], 1),
+        lambda a, b: torch.stack([a, b], -1),
+        lambda a, b: torch.einsum("ni,ni->n", a, b),
+        lambda a, b: torch.where(torch.tensor([True, False]), a, b),
+    ],
+    ids=["mul", "add", "cat", "stack", "einsum", "where"],
+)
+def test_jets_of_different_passes_do_not_mix(combine):
+    """Even with equally many channels."""
+    case = CASES["laplacian"]
+    other = Layout(case.layout.directions, case.layout.contractions)
     with pytest.raises(ValueError, match="same pass"):
-        _ = Jet(channels(first, 2), first.layout) * Jet(channels(second, 2), second.layout)
+        combine(Jet(channels(case, 2), case.layout), Jet(channels(case, 2), other))
 
 
 def test_einsum_of_three_jets_raises():

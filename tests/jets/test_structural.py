@@ -278,6 +278,7 @@ MIXING = {
     "broadcast_sum": lambda x: x[:, 0] + x[:, :1],
     "broadcast_constant": lambda x: x[:, 0] * torch.ones(N, 1, dtype=torch.float64),
     "add_constant": lambda x: x[:, 0] + torch.ones(N, 1, dtype=torch.float64),
+    "where_jets": lambda x: torch.where(MASK, x[:, 0], x[:, :1]),
     "where": lambda x: torch.where(torch.ones(2, 1, 1).bool(), x, x),
 }
 
@@ -294,6 +295,24 @@ def test_mixing_the_points_is_refused_with_coefficients_per_point(name):
     case = CASES["point_matrix"]
     with pytest.raises(ValueError, match="first axis must stay the axis of the points"):
         MIXING[name](Jet(channels(case, 3), case.layout))
+
+
+@pytest.mark.parametrize("name", ["broadcast_jets", "broadcast_sum", "where_jets"])
+def test_broadcasting_points_against_points_is_refused_always(name):
+    """[N] against [N, 1] is a bug in a plain forward pass, too."""
+    case = CASES["laplacian"]
+    message = r"broadcasting shapes \(3,\) and \(3, 1\) .* \(in no module\).*unsqueeze\(-1\)"
+    with pytest.raises(ValueError, match=message):
+        MIXING[name](Jet(channels(case, 3), case.layout))
+
+
+@pytest.mark.parametrize("name", ["where_constant", "where_number_first"])
+def test_constants_without_the_points_axis_are_fine_when_recording(name):
+    case = CASES["point_matrix"]
+    jet = Jet(channels(case, 2, 3), case.layout)
+    wanted = FUNCTIONS[name](Jet(jet.data, CASES["laplacian"].layout)).value
+    with record([]):
+        assert torch.equal(FUNCTIONS[name](jet).value, wanted)
 
 
 @pytest.mark.parametrize("name", ["sum", "mean", "cat", "index", "shuffle", "left_matmul", "gram"])

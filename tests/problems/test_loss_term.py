@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pinncurv.diffops import Gradient, Laplacian, Partial, Value
 from pinncurv.problems import Box, LossTerm, dirichlet
-from pinncurv.problems.signature import check_operators
+from pinncurv.problems.signature import check_data, check_operators
 
 POINTS = Box.unit(2).interior(5)
 
@@ -234,6 +234,116 @@ def test_bad_declarations() -> None:
         _term(lambda x: x, operators={})
     with pytest.raises(TypeError, match=r"'u' must be an object, got the class Value. Write Value"):
         check_operators("term", {"u": Value})
+
+
+# --- data at the points ---------------------------------------------------------------------------
+
+
+def _measured(**data: Tensor) -> LossTerm:
+    return _term(lambda x, u, y: u - y, name="fit", data=data)
+
+
+def test_data_are_arguments_of_the_residual(generator: torch.Generator) -> None:
+    """Next to the values, converted to the points' dtype unless they are no real numbers."""
+    model, x = _model(generator), _x(generator)
+    y, mask = torch.rand(5, 1, generator=generator), torch.tensor([1, 0, 1, 1, 0]).bool()
+    term = _term(lambda x, u, y, mask: mask[:, None] * (u - y), data={"y": y, "mask": mask})
+    torch.testing.assert_close(term.evaluate(model, x), mask[:, None] * (model(x) - y))
+    converted = term.to(x)
+    assert {name: t.dtype for name, t in converted.data.items()} == {
+        "y": torch.float64,
+        "mask": torch.bool,
+    }
+    assert converted.to(x) is converted
+
+
+def test_data_at_a_part_of_the_points(generator: torch.Generator) -> None:
+    """They are cut like the points; the term itself does not change."""
+    model, x, y = _model(generator), _x(generator), _x(generator)[:, :1]
+    term = _measured(y=y)
+    part = slice(1, 3)
+    torch.testing.assert_close(
+        term.at(part).evaluate(model, x[part]), term.evaluate(model, x)[part]
+    )
+    assert term.data["y"] is y
+    assert term.at(part).weight == term.weight
+
+
+def test_data_broadcast_to_all_pairs_of_points(generator: torch.Generator) -> None:
+    """[N] against [N, 1] is found for data as for anything else."""
+    x = _x(generator)
+    with pytest.raises(ValueError, match=r"'fit': .* 1 component\(s\) .* \[N\] was broadcast"):
+        _measured(y=x[:, 0]).evaluate(_model(generator), x)
+
+
+def test_data_for_other_points(generator: torch.Generator) -> None:
+    """Found before any work, or by the residual."""
+    x = _x(generator)
+    term = _measured(y=x[:3, :1])
+    with pytest.raises(
+        ValueError, match=r"'fit': data 'y' must have one row per point, N = 5, got"
+    ):
+        term.check_points(x)
+    with pytest.raises(
+        ValueError, match=r"'fit': .* N = 5 points and values .* 'y': \[3, 1\]}: The size of tensor"
+    ):
+        term.evaluate(_model(generator), x)
+
+
+@pytest.mark.parametrize(
+    ("residual", "data", "match"),
+    [
+        (
+            lambda x, u, y: u,
+            {"z": torch.ones(5)},
+            r"(?s)without an operator or data: 'y'.*Data.*'z'",
+        ),
+        (lambda x, u: u, {"y": torch.ones(5)}, r"Data without an argument: 'y'"),
+        (lambda x, u: u, {"u": torch.ones(5)}, r"different names, got 'u' in both"),
+        (lambda x, u, y: u, {"y": torch.tensor(1.0)}, r"data 'y' must have one row .* number"),
+        (lambda x, u, **y: u, {"y-z": torch.ones(5)}, r"names of data must be .* got 'y-z'"),
+    ],
+    ids=["other name", "not accepted", "name of an operator", "number", "no identifier"],
+)
+def test_bad_data(residual: Callable[..., Tensor], data: dict[str, Tensor], match: str) -> None:
+    """Found at construction."""
+    with pytest.raises(ValueError, match=match):
+        _term(residual, data=data)
+
+
+def test_data_must_be_tensors() -> None:
+    """Lists are not converted, since their dtype would be a guess."""
+    with pytest.raises(TypeError, match=r"'term': data 'y' must be a tensor, got list"):
+        check_data("term", {"y": [1.0, 2.0]}, ["u"])
+
+
+# --- errors from inside the residual --------------------------------------------------------------
+
+
+def test_dtype_of_the_residual(generator: torch.Generator) -> None:
+    """Double precision constants in a float32 network are named, not handed on."""
+    model, x = _model(generator).float(), _x(generator).float()
+    term = _term(lambda x, u: u - x[:, :1].double(), name="interior")
+    with pytest.raises(
+        ValueError, match=r"'interior': .* dtype of the points, torch.float32, got torch.float64"
+    ):
+        term.evaluate(model, x)
+
+
+def test_other_errors_in_the_residual_are_handed_on(generator: torch.Generator) -> None:
+    """Only shapes have an explanation to add."""
+
+    def residual(x: Tensor, u: Tensor) -> Tensor:
+        raise RuntimeError("solver did not converge")
+
+    with pytest.raises(RuntimeError, match=r"^solver did not converge$"):
+        _term(residual).evaluate(_model(generator), _x(generator))
+
+
+def test_residual_must_return_a_tensor(generator: torch.Generator) -> None:
+    """A forgotten return."""
+    with pytest.raises(TypeError, match=r"'term': the residual must return a tensor .* NoneType"):
+        _term(lambda x, u: None).evaluate(_model(generator), _x(generator))
 
 
 def test_terms_are_immutable(generator: torch.Generator) -> None:

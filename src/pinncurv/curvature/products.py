@@ -103,22 +103,18 @@ def jacobian_adjoint_product(
 def _scaled_outer_sum(
     G: Float[Tensor, "V S N d_out"], Z: Float[Tensor, "S N d_in"], u: Float[Tensor, "V N"]
 ) -> Float[Tensor, "d_out d_in"]:
-    """Return Σ_nsv u_vn g_vns z_nsᵀ; the narrower of the two is scaled."""
-    V, S, N, d_out = G.shape
-    d_in = Z.shape[-1]
+    """Return Σ_nsv u_vn g_vns z_nsᵀ; the narrower of the two is scaled and comes first."""
+    d_in, d_out = Z.shape[-1], G.shape[-1]
     total = None
-    for v in range(V):
-        scale = u[v].unsqueeze(-1)
-        for block in _channel_blocks(S, N * min(d_in, d_out)):
-            left, right = G[v, block], Z[block]
-            if d_out <= d_in:
-                left = left * scale
-            else:
-                right = right * scale
-            left, right = left.reshape(-1, d_out).t(), right.reshape(-1, d_in)
+    for component, scale in zip(G, u.unsqueeze(-1), strict=True):
+        narrow, wide = (component, Z) if d_out <= d_in else (Z, component)
+        S, N, width = narrow.shape
+        for block in _channel_blocks(S, N * width):
+            left = (narrow[block] * scale).reshape(-1, width).t()
+            right = wide[block].reshape(-1, wide.shape[-1])
             total = left @ right if total is None else total.addmm_(left, right)
     assert total is not None
-    return total
+    return total if d_out <= d_in else total.t()
 
 
 def jacobian_rows(

@@ -1,8 +1,8 @@
 """Differential operators: what to read off a jet.
 
-``operator.py`` is what an operator must declare, ``operators.py`` are the shipped ones, and
-``plan.py`` evaluates several of them in one pass. A new operator is a subclass of
-``DifferentialOperator`` anywhere.
+``operator.py`` is what an operator must declare, ``operators.py`` are the shipped ones on the
+coordinates of ``coordinates.py``, and ``plan.py`` evaluates several of them in one pass. A new
+operator is a subclass of ``DifferentialOperator`` anywhere.
 """
 
 from pinncurv.diffops.operator import Channels, DifferentialOperator, Requirement

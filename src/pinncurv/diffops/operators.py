@@ -2,82 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from operator import index
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pinncurv.diffops.coordinates import as_dim, as_dims, standard_basis
 from pinncurv.diffops.operator import Channels, DifferentialOperator, Requirement
 from pinncurv.jets import Contraction
 
 PointFunction = Callable[[Tensor], Tensor]
-
-
-def _standard_basis(x: Tensor, dims: Sequence[int] | None) -> tuple[Tensor, ...]:
-    """Return the unit vectors of some coordinates (all of them for None).
-
-    Raises:
-        IndexError: If a coordinate does not exist.
-        ValueError: If two of them are the same, counted from the front and from the end.
-    """
-    d = x.shape[-1]
-    chosen = range(d) if dims is None else dims
-    for dim in chosen:
-        if not -d <= dim < d:
-            raise IndexError(
-                f"A coordinate must be between {-d} and {d - 1} for points with {d} coordinates, "
-                f"got {dim}. Coordinates count from 0."
-            )
-    if len({dim % d for dim in chosen}) != len(chosen):
-        raise ValueError(
-            f"dims must name different coordinates, got {list(chosen)} for points with {d} "
-            "coordinates. Name each once."
-        )
-    identity = torch.eye(d, dtype=x.dtype, device=x.device)
-    return tuple(identity[dim] for dim in chosen)
-
-
-def _as_dims(dims: Sequence[int] | None) -> tuple[int, ...] | None:
-    """Make coordinates hashable; reject repetitions, which would count a derivative twice.
-
-    Raises:
-        TypeError: If they are no sequence of integers.
-        ValueError: If there is none, or one is repeated.
-    """
-    if dims is None:
-        return None
-    if not isinstance(dims, Iterable):
-        raise TypeError(
-            f"dims must be a sequence of integers, got {dims!r}. Write dims=[{dims!r}] for one "
-            "coordinate, or None for all."
-        )
-    as_tuple = tuple(_as_dim(dim) for dim in dims)
-    if len(set(as_tuple)) != len(as_tuple) or not as_tuple:
-        raise ValueError(
-            f"dims must name one or more different coordinates, got {list(as_tuple)}. Name each "
-            "once, or pass None for all."
-        )
-    return as_tuple
-
-
-def _as_dim(dim: int) -> int:
-    """Make a coordinate an integer; reject what only compares like one.
-
-    Raises:
-        TypeError: If it is no integer.
-    """
-    try:
-        if isinstance(dim, bool):
-            raise TypeError
-        return index(dim)
-    except TypeError:
-        raise TypeError(
-            f"A coordinate must be an integer that counts from 0, got {dim!r} of type "
-            f"{type(dim).__name__}. Write e.g. Partial(0) or Laplacian(dims=[0, 1])."
-        ) from None
 
 
 @dataclass(frozen=True)
@@ -110,11 +46,11 @@ class Gradient(DifferentialOperator):
 
     def __post_init__(self) -> None:
         """Make the coordinates hashable."""
-        object.__setattr__(self, "dims", _as_dims(self.dims))
+        object.__setattr__(self, "dims", as_dims(self.dims))
 
     def require(self, x: Float[Tensor, "N d"]) -> Requirement:
         """Need one direction per coordinate."""
-        return Requirement(_standard_basis(x, self.dims))
+        return Requirement(standard_basis(x, self.dims))
 
     def read(self, channels: Channels) -> Tensor:
         """Stack the partial derivatives along a new last axis."""
@@ -135,11 +71,11 @@ class Partial(DifferentialOperator):
 
     def __post_init__(self) -> None:
         """Check the coordinate."""
-        object.__setattr__(self, "dim", _as_dim(self.dim))
+        object.__setattr__(self, "dim", as_dim(self.dim))
 
     def require(self, x: Float[Tensor, "N d"]) -> Requirement:
         """Need one direction."""
-        return Requirement(_standard_basis(x, (self.dim,)))
+        return Requirement(standard_basis(x, (self.dim,)))
 
     def read(self, channels: Channels) -> Tensor:
         """Return the derivative."""
@@ -192,11 +128,11 @@ class Laplacian(DifferentialOperator):
 
     def __post_init__(self) -> None:
         """Make the coordinates hashable."""
-        object.__setattr__(self, "dims", _as_dims(self.dims))
+        object.__setattr__(self, "dims", as_dims(self.dims))
 
     def require(self, x: Float[Tensor, "N d"]) -> Requirement:
         """Need one direction per coordinate, and their sum."""
-        basis = _standard_basis(x, self.dims)
+        basis = standard_basis(x, self.dims)
         return Requirement(basis, (Contraction(tuple(range(len(basis)))),))
 
     def read(self, channels: Channels) -> Tensor:
@@ -224,7 +160,7 @@ class SecondOrder(DifferentialOperator):
 
     def __post_init__(self) -> None:
         """Make the coordinates hashable."""
-        object.__setattr__(self, "dims", _as_dims(self.dims))
+        object.__setattr__(self, "dims", as_dims(self.dims))
 
     @staticmethod
     def from_factors(factors: Tensor | PointFunction) -> DifferentialOperator:
@@ -251,7 +187,7 @@ class SecondOrder(DifferentialOperator):
         nonzero = matrix.ne(0).any(0) if matrix.ndim == 2 else torch.ones(len(dims))
         used = nonzero.nonzero().flatten().tolist()
         matrix = matrix[..., used, :][..., used]
-        basis = _standard_basis(x, [dims[i] for i in used])
+        basis = standard_basis(x, [dims[i] for i in used])
         indices = tuple(range(len(used)))
         diagonal = matrix.diagonal(dim1=-2, dim2=-1)
         if torch.equal(matrix, torch.diag_embed(diagonal)):

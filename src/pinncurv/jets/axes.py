@@ -40,30 +40,46 @@ def trailing_view(jet: Jet, ndim: int) -> Tensor:
     """View the channels so that the value's axes align from the right with ``ndim`` axes.
 
     Raises:
-        ValueError: If this moves the points from the first axis: ``[N]`` against ``[N, 1]`` is
-            ``[N, N]``, every point with every other, which is never meant.
+        ValueError: If this moves the points where what follows relies on their axis.
     """
-    data = jet.data
-    missing = ndim - jet.ndim
-    if missing <= 0:
-        return data
-    if jet.ndim:
-        raise ValueError(
-            f"The first axis must stay the axis of the points, but a value of shape "
-            f"{tuple(jet.shape)} is broadcast against one with {ndim} axes, which moves it (in "
-            f"{calling_module()}). Insert the missing axes behind it, e.g. by unsqueeze(-1)."
-        )
-    return data.reshape(data.shape[0], *(1,) * missing, *data.shape[1:])
+    if 0 < jet.ndim < ndim:
+        point_axis_mixed(jet, "broadcast_tensors")
+    return prepend_axes(jet.data, ndim - jet.ndim)
+
+
+def prepend_axes(data: Tensor, number: int) -> Tensor:
+    """Insert axes of size one between the channels and the value's axes."""
+    return data.reshape(data.shape[0], *(1,) * number, *data.shape[1:]) if number > 0 else data
 
 
 def broadcast_together(first: Jet, second: Jet) -> tuple[Tensor, Tensor]:
-    """View the channels of two jets so that their values align from the right."""
-    if first.layout is not second.layout:
+    """View the channels of two jets so that their values align from the right.
+
+    Raises:
+        ValueError: If they come from different passes, or their points do not align: ``[N]``
+            against ``[N, 1]`` is ``[N, N]``, every point with every other, which is never meant.
+    """
+    check_same_pass(first, second)
+    if first.ndim != second.ndim and first.ndim and second.ndim:
+        raise ValueError(
+            "The first axis must stay the axis of the points, but broadcasting shapes "
+            f"{tuple(first.shape)} and {tuple(second.shape)} pairs every point with every other "
+            f"(in {calling_module()}). Insert the missing axes behind it, e.g. by unsqueeze(-1)."
+        )
+    return trailing_view(first, second.ndim), trailing_view(second, first.ndim)
+
+
+def check_same_pass(*jets: Jet) -> None:
+    """Check that the channels of jets mean the same.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    if any(jet.layout is not jets[0].layout for jet in jets[1:]):
         raise ValueError(
             "Jets must come from the same pass to be combined, but their layouts differ "
             f"(in {calling_module()}). Seed one jet and derive both from it."
         )
-    return trailing_view(first, second.ndim), trailing_view(second, first.ndim)
 
 
 def point_axis_mixed(jet: Jet, name: str) -> None:

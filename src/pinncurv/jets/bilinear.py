@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pinncurv.jets.axes import broadcast_together, channel_dim, point_axis_mixed, trailing_view
+from pinncurv.jets.axes import (
+    broadcast_together,
+    channel_dim,
+    check_same_pass,
+    point_axis_mixed,
+    trailing_view,
+)
 from pinncurv.jets.jet import Jet, register_rule
 from pinncurv.jets.linear import scale
 
@@ -134,6 +140,7 @@ def einsum(equation: str, *operands: Any) -> Jet:
         return torch.einsum(with_channels, *filled)
 
     jets = [operands[i] for i in positions]
+    check_same_pass(*jets)
     if len(jets) == 1:
         return jets[0].like(contract(jets[0].data))
     return product_rule(contract, jets[0].data, jets[1].data, jet=jets[0])

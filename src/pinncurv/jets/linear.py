@@ -20,7 +20,9 @@ class _LinearMap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, data: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(data, weight)
-        output = data.matmul(weight.t())
+        # a product with one column is a matrix-vector product, which is several times faster
+        column = weight.shape[0] == 1
+        output = data.matmul(weight[0]).unsqueeze(-1) if column else data.matmul(weight.t())
         if bias is not None:
             output[0].add_(bias)
         return output

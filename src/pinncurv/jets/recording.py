@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -58,7 +58,7 @@ def active_tape() -> Tape | None:
 
 
 @contextmanager
-def record(parameters: Iterator[Tensor] | list[Tensor]) -> Iterator[Tape]:
+def record(parameters: Iterable[Tensor]) -> Iterator[Tape]:
     """Record the linear maps with these parameters that jets pass through inside the block."""
     tape = Tape(frozenset(id(parameter) for parameter in parameters))
     token = _ACTIVE.set(tape)

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pinncurv.jets.axes import channel_dim, channel_dims, point_axis_mixed, trailing_view
+from pinncurv.jets.axes import (
+    broadcast_together,
+    channel_dim,
+    channel_dims,
+    check_same_pass,
+    point_axis_mixed,
+    prepend_axes,
+    trailing_view,
+)
 from pinncurv.jets.jet import Jet, lift, register_rule
 
 
@@ -199,11 +207,10 @@ def unbind(input: Jet, dim: int = 0) -> tuple[Jet, ...]:
 
 
 def _lift_all(tensors: Sequence[Any]) -> list[Jet]:
-    """Turn the constants among jets into jets."""
-    reference = next(tensor for tensor in tensors if isinstance(tensor, Jet))
-    return [
-        tensor if isinstance(tensor, Jet) else lift(tensor, like=reference) for tensor in tensors
-    ]
+    """Turn the constants among jets of one pass into jets."""
+    jets = [tensor for tensor in tensors if isinstance(tensor, Jet)]
+    check_same_pass(*jets)
+    return [tensor if isinstance(tensor, Jet) else lift(tensor, like=jets[0]) for tensor in tensors]
 
 
 @register_rule(torch.cat, torch.concat, torch.concatenate)
@@ -236,16 +243,19 @@ def hstack(tensors: Sequence[Any]) -> Jet:
 def where(condition: Tensor, input: Any, other: Any) -> Jet:
     """Choose between two jets; the condition is constant almost everywhere."""
     reference = input if isinstance(input, Jet) else other
-    first, second = (
-        branch
-        if isinstance(branch, Jet)
-        else lift(torch.as_tensor(branch, dtype=reference.dtype), like=reference)
-        for branch in (input, other)
-    )
-    ndim = max(condition.ndim, first.ndim, second.ndim)
-    return reference.like(
-        torch.where(condition, trailing_view(first, ndim), trailing_view(second, ndim))
-    )
+    if isinstance(input, Jet) and isinstance(other, Jet):
+        broadcast_together(input, other)  # checks that they can be combined
+    ndim = max(getattr(part, "ndim", 0) for part in (condition, input, other))
+    first, second = (_view_lifted(branch, reference, ndim) for branch in (input, other))
+    return reference.like(torch.where(condition, first, second))
+
+
+def _view_lifted(branch: Any, reference: Jet, ndim: int) -> Tensor:
+    """View the channels of a jet, or of a constant, whose first axis need not be the points."""
+    if isinstance(branch, Jet):
+        return trailing_view(branch, ndim)
+    constant = torch.as_tensor(branch, dtype=reference.dtype, device=reference.device)
+    return prepend_axes(lift(constant, like=reference).data, ndim - constant.ndim)
 
 
 @register_rule(Tensor.where)

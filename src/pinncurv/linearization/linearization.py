@@ -26,8 +26,7 @@ class Linearization:
 
     Iterating yields the chunks. Without a chunk size they are computed at once and kept, in blocks
     of points that stay in the cache; with a chunk size every iteration recomputes them one by one,
-    so that memory does not grow with N.
-    ``linearize`` builds it after checking its arguments.
+    so that memory does not grow with N. ``linearize`` builds it after checking its arguments.
 
     Args:
         term: The loss term.

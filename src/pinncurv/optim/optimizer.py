@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from itertools import chain
 from typing import Any
 
@@ -19,6 +19,7 @@ from pinncurv.optim.damping import ConstantDamping, DampingRule
 from pinncurv.optim.preconditioner import Intervals, Preconditioner
 from pinncurv.optim.protocols import (
     Curvature,
+    Evaluation,
     Inverse,
     LeastSquares,
     LinearizedLoss,
@@ -76,6 +77,7 @@ class CurvatureOptimizer(Optimizer):
         lr: Default for the groups' ``lr``.
 
     Raises:
+        TypeError: If the damping is to adapt but cannot be set.
         ValueError: If a setting is out of range.
     """
 
@@ -94,6 +96,12 @@ class CurvatureOptimizer(Optimizer):
     ) -> None:
         if max_halvings < 0:
             raise ValueError(f"max_halvings must be at least 0, got {max_halvings}.")
+        adapts = not isinstance(damping, ConstantDamping | None)
+        if adapts and not is_dataclass(inverse):
+            raise TypeError(
+                "With a damping that adapts, the inverse must be a dataclass with a field damping, "
+                f"got {type(inverse).__name__}. Decorate it with @dataclass(frozen=True)."
+            )
         super().__init__(params, {"lr": lr})
         self.preconditioner = Preconditioner(
             curvature, inverse, average, Intervals() if intervals is None else intervals
@@ -159,7 +167,7 @@ class CurvatureOptimizer(Optimizer):
         """Linearize, from the evaluation that ended the last step if it was the same point."""
         landing, self._landing = self._landing, None
         if landing is not None and landing.is_at(objective, self._trained_parameters()):
-            return landing.evaluation.linearize()
+            return _linearize(landing.evaluation)
         return _linearize(objective)
 
     def _all_parameters(self) -> list[Tensor]:
@@ -239,7 +247,8 @@ class CurvatureOptimizer(Optimizer):
             new_loss = trial.move(attempt.update, scale)
             if new_loss <= loss:  # False for NaN
                 break
-        accepted = new_loss <= loss
+        moved = new_loss < loss or trial.moved
+        accepted = math.isfinite(new_loss) and new_loss <= loss and moved
         if not accepted:
             trial.restore()
         taken = scale if accepted else 0.0
@@ -252,7 +261,7 @@ class CurvatureOptimizer(Optimizer):
             damping=attempt.damping,
             predicted_decrease=attempt.proposal.predicted_decrease,
             accepted=accepted,
-            reason=_reason(accepted, scale, new_loss),
+            reason=_reason(accepted, moved, scale, new_loss),
             scale=taken,
             solver=attempt.solver,
         )
@@ -357,18 +366,20 @@ class _Attempt:
     solver: dict[str, Any]
 
 
-def _linearize(objective: LeastSquares) -> LinearizedLoss:
+def _linearize(source: LeastSquares | Evaluation) -> LinearizedLoss:
     """Linearize, with a graph for those who need one."""
     with torch.enable_grad():
-        return objective.linearize()
+        return source.linearize()
 
 
-def _reason(accepted: bool, scale: float, new_loss: float) -> str:
+def _reason(accepted: bool, moved: bool, scale: float, new_loss: float) -> str:
     """Say why a step was not taken as proposed."""
-    if not accepted:
-        what = "raised the loss" if math.isfinite(new_loss) else "made the loss non-finite"
-        return f"rejected: the update {what} even at {scale:g} of its length"
-    return f"shortened to {scale:g} of its length: the loss rose" if scale < 1 else ""
+    if accepted:
+        return f"shortened to {scale:g} of its length: the loss rose" if scale < 1 else ""
+    if not moved:
+        return f"rejected: at {scale:g} of its length, the update no longer moves the parameters"
+    what = "raised the loss" if math.isfinite(new_loss) else "made the loss non-finite"
+    return f"rejected: the update {what} even at {scale:g} of its length"
 
 
 def _solver_report(inverse: Any) -> dict[str, Any]:

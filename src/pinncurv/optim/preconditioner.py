@@ -83,7 +83,9 @@ class Preconditioner:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go to a saved state; operators are rebuilt from it."""
-        self.state = dict(state)
+        saved = dict(state)
+        self.state.clear()  # in place: the optimizer's state dictionary holds this one too
+        self.state.update(saved)
         self.forget()
 
     def forget(self) -> None:

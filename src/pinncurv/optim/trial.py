@@ -74,6 +74,11 @@ class Trial:
         self.landing = Landing(self.objective, self.parameters, placed, evaluation)
         return evaluation.loss
 
+    @property
+    def moved(self) -> bool:
+        """Whether the parameters are not at θ; an update may be below their resolution."""
+        return not all(map(torch.equal, self.parameters, self._start))
+
     def restore(self) -> None:
         """Set the parameters back to θ, bit for bit."""
         self.landing = None

@@ -2,20 +2,18 @@
 
 import copy
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from pinncurv.diffops import DifferentialOperator, evaluate
+from pinncurv.problems.residual import Residual, call_residual
 from pinncurv.problems.samplers import Sampler
 from pinncurv.problems.signature import check_data, check_operators, check_signature
 
-Residual = Callable[..., Tensor]
 Weight = float | Tensor | Callable[[Tensor], Tensor]
 
 
@@ -147,49 +145,7 @@ class LossTerm:
             ValueError: If the shapes of values and data do not fit together, or the residual has
                 not one row per point, another dtype than the points, or mixes the points.
         """
-        values = {**values, **self.data}
-        residual = self._call_residual(x, values)
-        num_points = x.shape[0]
-        if residual.ndim == 1:
-            residual = residual.unsqueeze(1)
-        if residual.ndim != 2 or residual.shape[0] != num_points:
-            raise ValueError(
-                f"Term '{self.name}': the residual must have shape [N] or [N, V] with N = "
-                f"{num_points} points, got {list(residual.shape)} from values of shapes "
-                f"{_shapes(values)}. Keep the points as first dimension and at most one more "
-                "dimension."
-            )
-        if residual.dtype != x.dtype:
-            dtypes = {name: str(value.dtype) for name, value in values.items()}
-            raise ValueError(
-                f"Term '{self.name}': the residual must have the dtype of the points, {x.dtype}, "
-                f"got {residual.dtype} from values of dtypes {dtypes}. Pass tensors by data=, which "
-                "are converted, or write tensor.to(x) in the residual."
-            )
-        if residual.shape[1] == num_points > 1:
-            self._check_not_broadcast(x, values, residual.shape[1])
-        return residual
-
-    def _call_residual(self, x: Tensor, values: Mapping[str, Tensor]) -> Tensor:
-        """Call the residual function; explain shapes that do not fit together."""
-        try:
-            residual = self.residual(x, **values)
-        except RuntimeError as error:
-            # subclasses (out of memory, not implemented, ...) and other messages speak for themselves
-            if type(error) is not RuntimeError or not re.search("size|shape", str(error).lower()):
-                raise
-            raise ValueError(
-                f"Term '{self.name}': the residual must accept any block of the points, but it "
-                f"failed for N = {x.shape[0]} points and values of shapes {_shapes(values)}: "
-                f"{error} Points are processed in blocks: pass tensors with one row per point by "
-                "data= of LossTerm instead of capturing them."
-            ) from error
-        if not isinstance(residual, Tensor):
-            raise TypeError(
-                f"Term '{self.name}': the residual must return a tensor [N] or [N, V], got "
-                f"{type(residual).__name__}. Return what must vanish."
-            )
-        return residual
+        return call_residual(self.name, self.residual, x, {**values, **self.data})
 
     def weights(self, x: Tensor) -> float | Tensor:
         """Return the weights of the points.
@@ -281,24 +237,6 @@ class LossTerm:
                     f"N = {x.shape[0]}, got shape {list(tensor.shape)}. Keep the data's points, "
                     "e.g. with points=Fixed(x), or use a function of x in the residual."
                 )
-
-    def _check_not_broadcast(self, x: Tensor, values: Mapping[str, Tensor], columns: int) -> None:
-        """Raise if [N, N] came from [N] against [N, 1]: one point alone has fewer components."""
-        with torch.no_grad():
-            first = self.residual(x[:1], **{name: value[:1] for name, value in values.items()})
-        components = first.shape[1] if first.ndim == 2 else 1
-        if components != columns:
-            raise ValueError(
-                f"Term '{self.name}': the residual has shape [{columns}, {columns}] for "
-                f"N = {columns} points, but {components} component(s) for the first point alone. "
-                "A tensor of shape [N] was broadcast against one of shape [N, 1] to [N, N]. "
-                f"Values and data have the shapes {_shapes(values)}; make all of them [N, ...], "
-                "e.g. by f[:, None] or sum(dim=-1, keepdim=True)."
-            )
-
-
-def _shapes(values: Mapping[str, Tensor]) -> dict[str, list[int]]:
-    return {name: list(value.shape) for name, value in values.items()}
 
 
 def _checked_number(term: str, weight: Any) -> float:

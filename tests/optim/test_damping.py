@@ -1,0 +1,184 @@
+"""Damping that adapts: up when a step raises the loss, down when the model predicts well."""
+
+import math
+
+import pytest
+import torch
+
+from pinncurv import presets
+from pinncurv.curvature import KFAC, GaussNewton
+from pinncurv.linops import Damped, DenseLinearOperator, FactorDamping
+from pinncurv.optim import (
+    ConstantDamping,
+    CurvatureOptimizer,
+    FixedStep,
+    LevenbergMarquardt,
+    QuadraticModel,
+)
+from tests.optim.cases import Obstacle, flat, linear_fit, network, poisson, same, values
+
+
+def dense(linearizations):
+    """Build JᵀJ with an inverse."""
+    rows = linearizations[0].rows
+    return DenseLinearOperator(rows.T @ rows, [p.shape for p in linearizations[0].parameters])
+
+
+def adaptive(parameters, damping=1e-2, **settings) -> CurvatureOptimizer:
+    rule = LevenbergMarquardt(**settings)
+    return CurvatureOptimizer(parameters, dense, Damped(damping), QuadraticModel(), damping=rule)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "expected"),
+    [(1.0, 1.0), (0.76, 1.0), (0.75, 3.0), (0.5, 3.0), (0.25, 3.0), (0.24, 6.0), (-1.0, 6.0)],
+)
+def test_after_a_step_that_was_taken(ratio, expected):
+    assert LevenbergMarquardt().accepted(3.0, ratio) == expected
+
+
+def test_without_a_prediction_every_step_counts_as_good():
+    assert LevenbergMarquardt().accepted(3.0, math.nan) == 1.0
+
+
+def test_bounds():
+    rule = LevenbergMarquardt(minimum=1e-3, maximum=1e3)
+    assert rule.accepted(2e-3, 1.0) == 1e-3
+    assert rule.accepted(900.0, 0.0) == 1e3
+    assert rule.rejected(900.0) == 1e3
+    assert rule.rejected(2.0) == 16.0
+    assert rule.rejected(0.0) == 1e-3  # no factor would lead away from zero
+
+
+def test_constant():
+    rule = ConstantDamping()
+    assert rule.accepted(3.0, 0.1) == rule.rejected(3.0) == 3.0
+    assert rule.retries == 0
+
+
+def test_good_predictions_shrink_the_damping():
+    """A linear problem is predicted well."""
+    fit = linear_fit(1.0, -2.0)
+    optimizer = adaptive(fit.parameters, damping=1e-2)
+    for k in range(4):
+        record = optimizer.step(fit)
+        assert record.accepted
+        assert record.damping == pytest.approx(1e-2 / 3**k)
+
+
+def test_poor_predictions_grow_the_damping():
+    fit = linear_fit(1.0, -2.0)
+    optimizer = adaptive(fit.parameters, damping=1e-2)
+    before = fit.loss().item()
+    bad = Obstacle(fit, lambda loss, distance: 0.9 * before)
+    assert optimizer.step(bad).accepted
+    assert optimizer.step(fit).damping == pytest.approx(2e-2)
+
+
+@pytest.mark.parametrize("failures", [1, 3])
+@pytest.mark.parametrize("bad", [1e3, math.nan, math.inf])
+def test_rejected_steps_are_tried_again_with_more_damping(failures, bad):
+    """Within one step, without halving, from the same point."""
+    fit = linear_fit(1.0, -2.0)
+    optimizer = adaptive(fit.parameters, damping=1.0)
+    count = []
+
+    def elsewhere(loss, distance):
+        count.append(distance)
+        return bad if len(count) <= failures else loss
+
+    record = optimizer.step(Obstacle(fit, elsewhere))
+    assert record.accepted
+    assert (record.scale, record.reason) == (1.0, "")
+    assert record.damping == 8.0**failures
+    assert len(count) == failures + 1
+    start = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    # the quadratic model scales the direction, with the damping in it
+    damping = 8.0**failures
+    torch.testing.assert_close(flat(fit.parameters), start * (1 - 1 / (1 + damping)))
+    assert optimizer.step(fit).damping == pytest.approx(
+        damping / 3 if _ratio(record) > 0.75 else damping
+    )
+
+
+def _ratio(record):
+    return (record.loss - record.new_loss) / record.predicted_decrease
+
+
+def test_retries_run_out():
+    fit = linear_fit(1.0, -2.0)
+    optimizer = adaptive(fit.parameters, damping=1.0, max_retries=2)
+    before = values(fit.parameters)
+    obstacle = Obstacle(fit, lambda loss, distance: 1e3)
+    record = optimizer.step(obstacle)
+    assert not record.accepted
+    assert "rejected: the update raised the loss" in record.reason
+    assert len(obstacle.evaluated) == 3
+    assert record.damping == 64.0
+    assert same(before, values(fit.parameters))
+    assert optimizer.step(fit).damping == 512.0
+
+
+def test_no_retries_halve_instead():
+    fit = linear_fit(1.0, -2.0)
+    optimizer = adaptive(fit.parameters, damping=1.0, max_retries=0)
+    record = optimizer.step(Obstacle(fit, lambda loss, d: loss if d < 0.5 else 1e3))
+    assert record.accepted
+    assert record.scale == 0.25
+    assert record.damping == 1.0
+
+
+@pytest.mark.parametrize("chunk_size", [None, 5])
+def test_adaptive_damping_of_a_network(chunk_size):
+    """Retries need the linearization at the point of before, also if it is recomputed."""
+    model = network()
+    optimizer = presets.gauss_newton(model.parameters(), 1e-3, rule=LevenbergMarquardt())
+    objective = poisson(model, chunk_size=chunk_size)
+    records = [optimizer.step(objective) for _ in range(6)]
+    dampings = [record.damping for record in records]
+    assert max(dampings) > 1e-3  # the first steps are too bold
+    losses = [record.loss for record in records]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_damping_of_kronecker_factors_adapts():
+    model = network()
+    optimizer = CurvatureOptimizer(
+        model.parameters(), KFAC(), FactorDamping(1e-6), damping=LevenbergMarquardt()
+    )
+    objective = poisson(model)
+    dampings = {optimizer.step(objective).damping for _ in range(4)}
+    assert len(dampings) > 1
+
+
+def test_adaptive_damping_with_a_fixed_step():
+    model = network()
+    optimizer = CurvatureOptimizer(
+        model.parameters(),
+        GaussNewton(),
+        Damped(1.0),
+        FixedStep(0.01),
+        damping=LevenbergMarquardt(shrink=2.0),
+    )
+    objective = poisson(model)
+    assert [optimizer.step(objective).damping for _ in range(3)] == [1.0, 0.5, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"shrink": 1.0}, "must be greater than 1, got 1.0"),
+        ({"grow": 0.5}, "must be greater than 1"),
+        ({"reject": math.nan}, "must be greater than 1"),
+        ({"poor": 0.8}, "poor <= good"),
+        ({"good": math.nan}, "poor <= good"),
+        ({"minimum": 0.0}, "0 < minimum"),
+        ({"minimum": 1.0, "maximum": 0.1}, "minimum <= maximum"),
+        ({"maximum": math.inf}, "maximum < inf"),
+        ({"max_retries": -1}, "max_retries must be at least 0, got -1"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        LevenbergMarquardt(**settings)

@@ -1,0 +1,295 @@
+"""The state: saved and loaded in the middle of a run, copied, and moved to another dtype."""
+
+import copy
+import io
+import math
+
+import pytest
+import torch
+
+from pinncurv import presets
+from pinncurv.linops import Damped
+from pinncurv.optim import CurvatureOptimizer, FirstOrder, Intervals
+from tests.optim.cases import (
+    OPTIMIZERS,
+    LeastSquaresFit,
+    fixed,
+    flat,
+    gram,
+    linear_fit,
+    network,
+    poisson,
+    same,
+    values,
+)
+
+
+def through_a_file(state):
+    """Save and load as a careful user does."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def comparable(record):
+    """Return a record without tensors; NaN equals NaN."""
+    names = ("loss", "new_loss", "step_size", "momentum", "damping", "predicted_decrease", "reason")
+    return [repr(getattr(record, name)) for name in names]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_round_trip_in_the_middle_of_a_run(name):
+    """Bit for bit the same run, wherever it was cut, also between two refreshments."""
+    model, steps = network(), 5
+    optimizer, saved, records = OPTIMIZERS[name](model.parameters()), {}, []
+    frozen = poisson(model)  # the same batch twice in a row, so that linearizations are reused
+    for step in range(steps):
+        if step in (1, 4):
+            saved[step] = through_a_file([model.state_dict(), optimizer.state_dict()])
+        records.append(optimizer.step(frozen if step < 2 else poisson(model, seed=step)))
+    for start, (weights, state) in saved.items():
+        twin = network(seed=7)
+        twin.load_state_dict(weights)
+        resumed = OPTIMIZERS[name](twin.parameters())
+        resumed.load_state_dict(state)
+        for step in range(start, steps):
+            record = resumed.step(poisson(twin, seed=0 if step < 2 else step))
+            assert comparable(record) == comparable(records[step])
+        assert same(values(twin), values(model))
+        assert_equal_states(resumed, optimizer)
+
+
+def assert_equal_states(left, right):
+    a, b = left.state_dict(), right.state_dict()
+    torch.testing.assert_close(a["state"], b["state"], rtol=0, atol=0)
+    assert a["param_groups"] == b["param_groups"]
+
+
+@pytest.mark.parametrize("name", ["kfac_star", "kfac_intervals"])
+def test_loading_does_not_tie_two_optimizers_together(name):
+    model = network()
+    first = OPTIMIZERS[name](model.parameters())
+    first.step(poisson(model))
+    second = OPTIMIZERS[name](model.parameters())
+    second.load_state_dict(first.state_dict())
+    before = copy.deepcopy(first.state_dict())
+    second.step(poisson(model))
+    torch.testing.assert_close(first.state_dict()["state"], before["state"], rtol=0, atol=0)
+    assert second.state_dict()["state"]["curvature"]["step"] == 2
+
+
+def test_loading_into_a_run():
+    """Going back to a checkpoint with the same optimizer."""
+    model = network()
+    optimizer = presets.kfac_star(model.parameters())
+    optimizer.step(poisson(model))
+    checkpoint = through_a_file([model.state_dict(), optimizer.state_dict()])
+    runs = []
+    for _ in range(2):
+        model.load_state_dict(checkpoint[0])
+        optimizer.load_state_dict(through_a_file(checkpoint[1]))
+        for step in range(3):
+            optimizer.step(poisson(model, seed=step))
+        runs.append(values(model))
+    assert same(*runs)
+
+
+@pytest.mark.parametrize("name", ["kfac", "adaptive_intervals"])
+def test_deep_copy(name):
+    """A copy of model and optimizer goes on as the original does, and apart from it."""
+    model = network()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    for step in range(2):
+        optimizer.step(poisson(model, seed=step))
+    twin, copied = copy.deepcopy((model, optimizer))
+    before = values(twin)
+    for step in range(2):
+        optimizer.step(poisson(model, seed=step))
+    assert same(before, values(twin))
+    for step in range(2):
+        copied.step(poisson(twin, seed=step))
+    assert same(values(model), values(twin))
+    assert_equal_states(optimizer, copied)
+
+
+# --- what must not be loaded ----------------------------------------------------------------------
+
+
+def test_state_of_another_class():
+    model = network()
+    adam = torch.optim.Adam(model.parameters())
+    FirstOrder(adam).step(poisson(model))
+    optimizer = presets.kfac_star(model.parameters())
+    with pytest.raises(ValueError, match="must come from a CurvatureOptimizer"):
+        optimizer.load_state_dict(adam.state_dict())
+    assert optimizer.step(poisson(model)).accepted
+
+
+@pytest.mark.parametrize(
+    ("widths", "message"),
+    [
+        ((2, 5, 1), r"'previous_update' of parameter 0 has shape \[4, 2\], the parameter has"),
+        ((2, 4, 4, 1), "must belong to the same network|doesn't match the size"),
+    ],
+)
+def test_state_of_another_network(widths, message):
+    model, other = network(), network(*widths)
+    source = presets.kfac_star(model.parameters())
+    source.step(poisson(model))
+    optimizer, clean = presets.kfac_star(other.parameters()), network(*widths)
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(source.state_dict())
+    optimizer.step(poisson(other))  # nothing of it was taken
+    presets.kfac_star(clean.parameters()).step(poisson(clean))
+    assert same(values(other), values(clean))
+
+
+@pytest.mark.parametrize("name", ["engd", "engd_diagonal"])
+def test_state_of_another_curvature(name):
+    model = network()
+    source = OPTIMIZERS["kfac"](model.parameters())
+    source.step(poisson(model))
+    optimizer = OPTIMIZERS[name](model.parameters())
+    optimizer.load_state_dict(source.state_dict())
+    before = values(model)
+    with pytest.raises(ValueError, match="must have the shapes .* of the present one, got"):
+        optimizer.step(poisson(model))
+    assert same(before, values(model))
+
+
+def test_state_is_data():
+    """Numbers, strings, tensors and containers of them, whatever the optimizer."""
+    model = network()
+    optimizer = OPTIMIZERS["kfac_intervals"](model.parameters())
+    optimizer.step(poisson(model))
+    shared = optimizer.state_dict()["state"]["curvature"]
+    assert set(shared) == {"step", "damping", "average", "inverted"}
+    assert (shared["step"], shared["damping"]) == (1, 1e-3)
+    assert all(isinstance(tensor, torch.Tensor) for tensor in shared["average"])
+
+
+def test_an_operator_that_cannot_be_saved():
+    """Without tensors to save, a loaded state estimates the curvature anew."""
+    runs = []
+    for load in (False, True):
+        fit = linear_fit(1.0, 2.0)  # its curvature is constant, so that it makes no difference
+        optimizer = fixed(
+            fit.parameters, 0.3, curvature=gram, inverse=Damped(1e-3), intervals=Intervals(3, 3)
+        )
+        optimizer.step(fit)
+        if load:
+            state = through_a_file(optimizer.state_dict())
+            optimizer = fixed(
+                fit.parameters, 0.3, curvature=gram, inverse=Damped(1e-3), intervals=Intervals(3, 3)
+            )
+            optimizer.load_state_dict(state)
+        optimizer.step(fit)
+        runs.append(flat(fit.parameters))
+    torch.testing.assert_close(*runs, rtol=1e-12, atol=0)
+
+
+# --- another dtype, another device ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_float32(name):
+    model = network(dtype=torch.float32)
+    objective, optimizer = poisson(model), OPTIMIZERS[name](model.parameters())
+    start = objective.loss().item()
+    for _ in range(2):
+        record = optimizer.step(objective)
+        assert math.isfinite(record.new_loss)
+    assert objective.loss().item() < start
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("source", "target"), [(torch.float32, torch.float64), (torch.float64, torch.float32)]
+)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_another_dtype_between_two_steps(name, source, target):
+    """All that is kept follows, also between two refreshments."""
+    model = network(dtype=source)
+    optimizer = OPTIMIZERS[name](model.parameters())
+    optimizer.step(poisson(model))
+    model.to(target)
+    before = poisson(model).loss().item()
+    for _ in range(2):
+        record = optimizer.step(poisson(model))
+    assert record.new_loss < before
+    kept = [t for p in model.parameters() for t in optimizer.state[p].values()]
+    assert all(tensor.dtype == target for tensor in kept)
+
+
+def test_a_batch_of_another_dtype():
+    """The points did not move with the network: an error, and no harm done."""
+    model = network()
+    objective, optimizer = poisson(model), presets.kfac_star(model.parameters())
+    optimizer.step(objective)
+    model.float()
+    before = values(model)
+    with pytest.raises((RuntimeError, ValueError), match="dtype"):
+        optimizer.step(objective)
+    assert same(before, values(model))
+    assert optimizer.step(poisson(model)).accepted
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_another_device_between_two_steps(name):
+    model, twin = network(), network()
+    optimizer, reference = (OPTIMIZERS[name](m.parameters()) for m in (model, twin))
+    for device in ("cpu", "cuda", "cpu"):
+        model.to(device)
+        record = optimizer.step(on_the_device(model))
+        expected = reference.step(poisson(twin))
+        assert record.accepted == expected.accepted
+        assert all(p.device.type == device for p in model.parameters())
+        for a, b in zip(values(model), values(twin), strict=True):
+            torch.testing.assert_close(a.cpu(), b, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_loading_on_another_device(name):
+    model, twin = network(), network().cuda()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    optimizer.step(poisson(model))
+    resumed = OPTIMIZERS[name](twin.parameters())
+    twin.load_state_dict(model.state_dict())
+    resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+    expected, record = optimizer.step(poisson(model)), resumed.step(on_the_device(twin))
+    assert record.loss == pytest.approx(expected.loss, rel=1e-9)
+    for a, b in zip(values(twin), values(model), strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-6, atol=1e-9)
+
+
+def on_the_device(model):
+    """Return the points of the CPU on the device of the network."""
+    objective = poisson(model)
+    assert all(x.device == next(model.parameters()).device for x in objective.points)
+    return objective
+
+
+def test_parameters_of_two_dtypes():
+    """One operator acts on all parameters, so they share a dtype."""
+    model = network()
+    model[0].float()
+    with pytest.raises((RuntimeError, ValueError), match="dtype"):
+        fixed(model.parameters()).step(poisson(model))
+
+
+def test_a_fit_of_ones_own_is_saved_too():
+    """Per-parameter state in the order of the groups."""
+    fit = LeastSquaresFit(
+        [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))],
+        lambda p: torch.cat([2 * p[0], p[1]]),
+    )
+    optimizer = CurvatureOptimizer(fit.parameters[::-1], gram, Damped(1e-2))
+    optimizer.step(fit)
+    state = through_a_file(optimizer.state_dict())["state"]
+    assert state[0]["previous_update"].shape == (3,)
+    assert state[1]["previous_update"].shape == (2,)

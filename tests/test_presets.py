@@ -1,0 +1,206 @@
+"""Presets are compositions that a user could write, with every setting where it belongs."""
+
+import math
+
+import pytest
+import torch
+
+from pinncurv import presets
+from pinncurv.curvature import (
+    KFAC,
+    BlockDiagonalGaussNewton,
+    DiagonalGaussNewton,
+    GaussNewton,
+    expand,
+    reduce,
+)
+from pinncurv.linops import Damped, FactorDamping, same, trace_norm
+from pinncurv.optim import (
+    ConstantDamping,
+    CurvatureOptimizer,
+    ExponentialAverage,
+    FixedStep,
+    GridLineSearch,
+    HeavyBall,
+    Intervals,
+    LevenbergMarquardt,
+    QuadraticModel,
+    from_first,
+    from_identity,
+    from_zero,
+)
+from tests.optim.cases import network, poisson, values
+
+RULE = LevenbergMarquardt(grow=3.0)
+
+
+def composition(optimizer: CurvatureOptimizer) -> tuple:
+    """Return all that an optimizer is composed of."""
+    part = optimizer.preconditioner
+    assert part.intervals == Intervals()
+    assert optimizer.max_halvings == 30
+    assert optimizer.defaults == {"lr": 1.0}
+    return (
+        part.curvature,
+        part.inverse,
+        optimizer.step_size,
+        part.average,
+        optimizer.momentum,
+        optimizer.damping,
+    )
+
+
+CONSTANT = ConstantDamping()
+GRID = GridLineSearch(-30, 0)
+
+
+@pytest.mark.parametrize(
+    ("build", "settings", "expected"),
+    [
+        (
+            presets.kfac,
+            {},
+            (KFAC(), FactorDamping(1e-8), GRID, ExponentialAverage(0.95, from_identity), None),
+        ),
+        (
+            presets.kfac,
+            {
+                "damping": 1e-3,
+                "decay": 0.5,
+                "momentum": 0.25,
+                "start": from_zero,
+                "sharing": reduce,
+                "heuristic": trace_norm,
+            },
+            (
+                KFAC(reduce),
+                FactorDamping(1e-3, trace_norm),
+                GRID,
+                ExponentialAverage(0.5, from_zero),
+                HeavyBall(0.25),
+            ),
+        ),
+        (
+            presets.kfac_star,
+            {},
+            (
+                KFAC(expand),
+                FactorDamping(1e-8, same),
+                QuadraticModel(),
+                ExponentialAverage(0.95, from_identity),
+                None,
+            ),
+        ),
+        (
+            presets.kfac_star,
+            {
+                "damping": 1e-3,
+                "decay": 0.5,
+                "start": from_first,
+                "sharing": reduce,
+                "heuristic": trace_norm,
+            },
+            (
+                KFAC(reduce),
+                FactorDamping(1e-3, trace_norm),
+                QuadraticModel(),
+                ExponentialAverage(0.5, from_first),
+                None,
+            ),
+        ),
+        (presets.engd, {}, (GaussNewton(), Damped(1e-10), GRID, None, None)),
+        (
+            presets.engd_per_layer,
+            {},
+            (BlockDiagonalGaussNewton(), Damped(1e-10), GRID, None, None),
+        ),
+        (presets.engd_diagonal, {}, (DiagonalGaussNewton(), Damped(1e-6), GRID, None, None)),
+        *[
+            (
+                build,
+                {"damping": 1e-3, "decay": 0.5, "start": from_first, "step_size": FixedStep(0.1)},
+                (
+                    curvature,
+                    Damped(1e-3),
+                    FixedStep(0.1),
+                    ExponentialAverage(0.5, from_first),
+                    None,
+                ),
+            )
+            for build, curvature in [
+                (presets.engd, GaussNewton()),
+                (presets.engd_per_layer, BlockDiagonalGaussNewton()),
+                (presets.engd_diagonal, DiagonalGaussNewton()),
+            ]
+        ],
+        (presets.gauss_newton, {}, (GaussNewton(), Damped(1e-12), QuadraticModel(), None, None)),
+        (
+            presets.gauss_newton,
+            {"damping": 1e-3, "use_momentum": False, "rule": RULE},
+            (GaussNewton(), Damped(1e-3), QuadraticModel(use_momentum=False), None, None, RULE),
+        ),
+    ],
+)
+def test_composition(build, settings, expected):
+    received = composition(build(network().parameters(), **settings))
+    assert received == (*expected, CONSTANT)[:6]
+
+
+BUILDS = {
+    "kfac": presets.kfac,
+    "kfac_star": presets.kfac_star,
+    "engd": presets.engd,
+    "engd_per_layer": presets.engd_per_layer,
+    "engd_diagonal": presets.engd_diagonal,
+    "gauss_newton": presets.gauss_newton,
+}
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_defaults_train(name):
+    model = network()
+    objective, optimizer = poisson(model), BUILDS[name](model.parameters())
+    losses = [optimizer.step(objective).loss for _ in range(3)]
+    losses.append(objective.loss().item())
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0]
+    assert all(parameter.isfinite().all() for parameter in values(model))
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_groups(name):
+    model = network()
+    groups = [{"params": model[0].parameters(), "lr": 0.5}, {"params": model[2].parameters()}]
+    optimizer = BUILDS[name](groups)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 1.0]
+
+
+@pytest.mark.parametrize("name", BUILDS)
+@pytest.mark.parametrize("damping", [-1.0, math.nan, math.inf])
+def test_damping_must_be_valid(name, damping):
+    with pytest.raises(ValueError, match="damping must be a finite number >= 0"):
+        BUILDS[name](network().parameters(), damping=damping)
+
+
+@pytest.mark.parametrize("name", [name for name in BUILDS if name != "gauss_newton"])
+@pytest.mark.parametrize("decay", [1.0, -0.5, math.nan])
+def test_decay_must_be_valid(name, decay):
+    with pytest.raises(ValueError, match=r"decay of an average must be in \[0, 1\)"):
+        BUILDS[name](network().parameters(), decay=decay)
+
+
+def test_momentum_must_be_valid():
+    with pytest.raises(ValueError, match=r"momentum must be in \[0, 1\)"):
+        presets.kfac(network().parameters(), momentum=1.0)
+
+
+def test_gauss_newton_solves_a_small_problem():
+    """Quadratic convergence near the end: the loss of an overparametrized fit vanishes."""
+    model = network(2, 12, 1)
+    objective, optimizer = poisson(model, n=6), presets.gauss_newton(model.parameters())
+    for _ in range(40):
+        record = optimizer.step(objective)
+        if record.new_loss < 1e-20:
+            break
+    assert record.new_loss < 1e-20
+    assert torch.tensor(record.loss).isfinite()
