@@ -55,7 +55,7 @@ def test_any_number_of_terms(terms, name):
     assert objective.loss().item() < 0.9 * losses[0]
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", ["kfac_star", "engd_diagonal", "adaptive_intervals"])
 def test_chunks_change_rounding_only(name):
     runs = []
     for chunk_size in (None, 4):

@@ -1,5 +1,6 @@
 """Steps that are not taken: the parameters come back bit for bit, and the record says why."""
 
+import itertools
 import math
 
 import pytest
@@ -68,9 +69,7 @@ def test_halving():
     record = fixed(model.parameters(), 0.1).step(obstacle)
     assert record.accepted
     lengths = obstacle.evaluated
-    assert all(
-        a == pytest.approx(2 * b, rel=1e-6) for a, b in zip(lengths, lengths[1:], strict=False)
-    )
+    assert all(a == pytest.approx(2 * b, rel=1e-6) for a, b in itertools.pairwise(lengths))
     assert record.scale == 0.5 ** (len(lengths) - 1) < 1
     assert record.step_size == 0.1 * record.scale
     assert record.reason == f"shortened to {record.scale:g} of its length: the loss rose"
@@ -114,7 +113,7 @@ def test_a_rejected_step_drops_momentum_and_previous_update(momentum):
     assert same(values(model), values(twin))
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", ["kfac", "engd", "kfac_intervals", "adaptive_intervals"])
 def test_every_optimizer_recovers(name):
     model = network()
     objective, optimizer = poisson(model), OPTIMIZERS[name](model.parameters())
