@@ -31,6 +31,24 @@ def channel_dim(jet: Jet, dim: int, new_axes: int = 0) -> int:
     return dim % max(ndim, 1) + 1
 
 
+def free_dim(jet: Jet, dim: int, name: str) -> int:
+    """Return where an axis is in the stored channels, and refuse the points' where that is wrong.
+
+    Args:
+        jet: The jet.
+        dim: The axis of the value that a function mixes, cuts or removes.
+        name: The function, for the error message.
+
+    Raises:
+        IndexError: If the value has no such axis.
+        ValueError: See ``point_axis_mixed``.
+    """
+    axis = channel_dim(jet, dim)
+    if axis == 1:
+        point_axis_mixed(jet, name)
+    return axis
+
+
 def channel_dims(jet: Jet, dims: Sequence[int]) -> list[int]:
     """Return where several axes of the value are in the stored channels."""
     return [channel_dim(jet, dim) for dim in dims]

@@ -14,6 +14,7 @@ from pinncurv.jets.axes import (
     channel_dim,
     channel_dims,
     check_same_pass,
+    free_dim,
     point_axis_mixed,
     prepend_axes,
     trailing_view,
@@ -47,9 +48,7 @@ def flatten(input: Jet, start_dim: int = 0, end_dim: int = -1) -> Jet:
 @register_rule(torch.unflatten)
 def unflatten(input: Jet, dim: int, sizes: Sequence[int]) -> Jet:
     """Split one axis of the value into several."""
-    axis = channel_dim(input, dim)
-    if axis == 1:
-        point_axis_mixed(input, "unflatten")
+    axis = free_dim(input, dim, "unflatten")
     return input.like(input.data.unflatten(axis, sizes))
 
 
@@ -155,54 +154,42 @@ def getitem(input: Jet, index: Any) -> Jet:
 @register_rule(torch.narrow)
 def narrow(input: Jet, dim: int, start: int, length: int) -> Jet:
     """Cut a range out of one axis."""
-    axis = channel_dim(input, dim)
-    if axis == 1:
-        point_axis_mixed(input, "narrow")
+    axis = free_dim(input, dim, "narrow")
     return input.like(input.data.narrow(axis, start, length))
 
 
 @register_rule(torch.select)
 def select(input: Jet, dim: int, index: int) -> Jet:
     """Take one slice of one axis."""
-    axis = channel_dim(input, dim)
-    if axis == 1:
-        point_axis_mixed(input, "select")
+    axis = free_dim(input, dim, "select")
     return input.like(input.data.select(axis, index))
 
 
 @register_rule(torch.index_select)
 def index_select(input: Jet, dim: int, index: Tensor) -> Jet:
     """Take slices of one axis."""
-    axis = channel_dim(input, dim)
-    if axis == 1:
-        point_axis_mixed(input, "index_select")
+    axis = free_dim(input, dim, "index_select")
     return input.like(input.data.index_select(axis, index))
 
 
 @register_rule(torch.split, torch.functional.split)
 def split(input: Jet, split_size: int | list[int], dim: int = 0) -> tuple[Jet, ...]:
     """Split along one axis into pieces of given sizes."""
-    axis = channel_dim(input, dim)
-    if axis == 1:
-        point_axis_mixed(input, "split")
+    axis = free_dim(input, dim, "split")
     return tuple(input.like(part) for part in input.data.split(split_size, axis))
 
 
 @register_rule(torch.chunk)
 def chunk(input: Jet, chunks: int, dim: int = 0) -> tuple[Jet, ...]:
     """Split along one axis into a number of pieces."""
-    axis = channel_dim(input, dim)
-    if axis == 1:
-        point_axis_mixed(input, "chunk")
+    axis = free_dim(input, dim, "chunk")
     return tuple(input.like(part) for part in input.data.chunk(chunks, axis))
 
 
 @register_rule(torch.unbind)
 def unbind(input: Jet, dim: int = 0) -> tuple[Jet, ...]:
     """Take all slices of one axis."""
-    axis = channel_dim(input, dim)
-    if axis == 1:
-        point_axis_mixed(input, "unbind")
+    axis = free_dim(input, dim, "unbind")
     return tuple(input.like(part) for part in input.data.unbind(axis))
 
 
