@@ -457,3 +457,28 @@ def test_terms_that_use_different_layers():
         )
         linearization = linearize(term, model, x)
         oracles.assert_close(naive_jacobian(linearization), oracles.jacobian(term, model, x))
+
+
+def test_a_trainable_tensor_outside_the_network_is_refused():
+    factor = nn.Parameter(torch.ones((), dtype=torch.float64))
+    term = LossTerm({"u": Value()}, lambda x, u: factor * u - 1, Fixed(points()))
+    with pytest.raises(UncapturedParameterError, match="no parameter of the network"):
+        linearize(term, build("no_bias"), points())
+
+
+def test_mixed_dtypes_are_refused_by_name():
+    model = build("no_bias")
+    list(model.modules())[-1].float()
+    term = LossTerm({"u": Value()}, lambda x, u: u - 1, Fixed(points()))
+    with pytest.raises(ValueError, match=r"parameter \S+ in torch.float32"):
+        linearize(term, model, points())
+
+
+def test_non_finite_parameters_are_refused_by_name():
+    model = build("no_bias")
+    name, parameter = next(model.named_parameters())
+    with torch.no_grad():
+        parameter[0] = torch.nan
+    term = LossTerm({"u": Value()}, lambda x, u: u - 1, Fixed(points()))
+    with pytest.raises(FloatingPointError, match=name):
+        linearize(term, model, points())

@@ -60,7 +60,13 @@ GRID = GridLineSearch(-30, 0)
         (
             presets.kfac,
             {},
-            (KFAC(), FactorDamping(1e-8), GRID, ExponentialAverage(0.95, from_identity), None),
+            (
+                KFAC(),
+                FactorDamping(1e-8),
+                GRID,
+                ExponentialAverage(0.95, from_identity),
+                HeavyBall(0.75),
+            ),
         ),
         (
             presets.kfac,

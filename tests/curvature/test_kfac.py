@@ -379,3 +379,9 @@ def test_blocks_have_the_trace_of_expand_bounded_by_gauss_newton():
     exact = GaussNewtonLinearOperator.from_linearizations(linearized).to_dense().trace()
     S = linearized[0].layers["0.weight"].Z.shape[0]
     assert exact <= S**2 * len(x) * kfac([term], model, [x]).trace()
+
+
+def test_a_choice_that_was_made_is_not_overridden():
+    linearization = linearize(TERMS["poisson"], build("no_bias"), points(), fisher=Empirical())
+    with pytest.raises(ValueError, match=r"linearized with Empirical.*ForwardOnly"):
+        KFACLinearOperator.from_linearizations([linearization], fisher=ForwardOnly())

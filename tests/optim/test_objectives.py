@@ -156,6 +156,9 @@ class Evaluated(LeastSquaresFit):
                 twin = LeastSquaresFit(fit.parameters, lambda parameters: residual)
                 return twin.linearize()
 
+            def is_current(self):
+                return True
+
         return Evaluation()
 
 

@@ -280,3 +280,16 @@ def test_the_record_is_complete():
     assert len(record.solver["reports"]) > 0
     with pytest.raises(AttributeError):
         record.loss = 0.0
+
+
+def test_parameters_never_overflow_behind_a_saturated_network():
+    """With tanh the loss stays finite while a weight is infinite."""
+    model = network()
+    optimizer = CurvatureOptimizer(
+        model.parameters(), GaussNewton(), Damped(1e-3), FixedStep(1e308), max_halvings=0
+    )
+    before = values(model)
+    record = optimizer.step(poisson(model))
+    assert not record.accepted
+    assert "non-finite" in record.reason
+    assert same(values(model), before)

@@ -10,9 +10,13 @@ from curvlinops._torch_base import PyTorchLinearOperator
 from jaxtyping import Float
 from torch import Tensor
 
-from pinncurv.curvature.jacobian import JacobianLinearOperator, fill_jacobian_rows
+from pinncurv.curvature.jacobian import (
+    JacobianLinearOperator,
+    check_exact,
+    fill_jacobian_rows,
+)
 from pinncurv.curvature.parameters import ParameterSpace
-from pinncurv.curvature.products import joint_jacobian_rows, squared_jacobian_sums
+from pinncurv.curvature.products import joint_jacobian_rows
 from pinncurv.linearization import Linearization
 from pinncurv.linops import (
     CGInverseLinearOperator,
@@ -20,6 +24,7 @@ from pinncurv.linops import (
     DenseLinearOperator,
     DiagonalLinearOperator,
     SymmetricLinearOperator,
+    from_joint,
 )
 
 # Largest number of Jacobian entries that are held at a time while a dense matrix is summed up.
@@ -89,15 +94,15 @@ class GaussNewtonLinearOperator(SymmetricLinearOperator):
         return matrix
 
     def diagonal(self) -> Float[Tensor, " D"]:
-        """Return the diagonal, without any row of the Jacobian."""
+        """Return the diagonal, summed over blocks of points."""
         return gauss_newton_diagonal(self.jacobian.linearizations, self.jacobian.space).diagonal()
 
     def inverse(self, damping: float, dense_limit: int = 2048) -> PyTorchLinearOperator:
         """Return (JᵀJ + λI)⁻¹.
 
         By a dense eigendecomposition up to ``dense_limit`` parameters, else by conjugate
-        gradients to a relative residual of 1e-10, preconditioned by the inverse diagonal blocks
-        of JᵀJ's diagonal.
+        gradients to a relative residual of 1e-10, preconditioned by the inverse of
+        its damped diagonal.
 
         Args:
             damping: λ, a finite number >= 0.
@@ -118,22 +123,37 @@ def _point_blocks(n: int, row_elements: int) -> Iterator[slice]:
         yield slice(start, min(n, start + step))
 
 
+def _layer_rows(
+    linearizations: Sequence[Linearization], space: ParameterSpace
+) -> Iterator[tuple[int, Float[Tensor, "rows n"]]]:
+    """Yield rows of each layer's Jacobian on its joint matrix, a block of points at a time.
+
+    Raises:
+        ValueError: If a linearization has other output gradients than the exact ones.
+    """
+    check_exact(linearizations)
+    for linearization in linearizations:
+        for chunk in linearization:
+            n, V = chunk.residual.shape
+            for i, block in enumerate(space.blocks):
+                layer = chunk.layers.get(space.weight_name(block))
+                if layer is not None:
+                    for points in _point_blocks(n, V * block.numel):
+                        yield i, joint_jacobian_rows(layer, points)
+
+
 def gauss_newton_diagonal(
     linearizations: Sequence[Linearization], space: ParameterSpace
 ) -> DiagonalLinearOperator:
     """Return the diagonal of the exact Gauss-Newton matrix as an operator."""
-    totals = [torch.zeros_like(parameter) for parameter in space.parameters.values()]
-    for linearization in linearizations:
-        for chunk in linearization:
-            for block in space.blocks:
-                layer = chunk.layers.get(space.weight_name(block))
-                if layer is None:
-                    continue
-                weight, bias = squared_jacobian_sums(layer)
-                totals[block.weight] += weight
-                if block.bias is not None and bias is not None:
-                    totals[block.bias] += bias
-    return DiagonalLinearOperator([total.detach() for total in totals])
+    joints = [
+        torch.zeros(1, *block.shape, dtype=space.dtype, device=space.device)
+        for block in space.blocks
+    ]
+    for i, rows in _layer_rows(linearizations, space):
+        joints[i] += rows.square().sum(0).reshape(joints[i].shape)
+    diagonals = from_joint([joint[0] for joint in joints], space.blocks)
+    return DiagonalLinearOperator([diagonal.contiguous() for diagonal in diagonals])
 
 
 def gauss_newton_blocks(
@@ -144,16 +164,8 @@ def gauss_newton_blocks(
         torch.zeros(block.numel, block.numel, dtype=space.dtype, device=space.device)
         for block in space.blocks
     ]
-    for linearization in linearizations:
-        for chunk in linearization:
-            n, V = chunk.residual.shape
-            for block, matrix in zip(space.blocks, matrices, strict=True):
-                layer = chunk.layers.get(space.weight_name(block))
-                if layer is None:
-                    continue
-                for points in _point_blocks(n, V * block.numel):
-                    rows = joint_jacobian_rows(layer, points)
-                    matrix.addmm_(rows.t(), rows)
+    for i, rows in _layer_rows(linearizations, space):
+        matrices[i].addmm_(rows.t(), rows)
     return DenseBlockDiagonalLinearOperator(matrices, space.blocks, space.shapes)
 
 

@@ -14,6 +14,21 @@ from pinncurv.linearization import LayerLinearization, Linearization, Type2
 from pinncurv.linops import LayerBlock
 
 
+def check_exact(linearizations: Sequence[Linearization]) -> None:
+    """Check that linearizations have the exact output gradients.
+
+    Raises:
+        ValueError: If one has not; names its term.
+    """
+    for linearization in linearizations:
+        if linearization.fisher != Type2():
+            raise ValueError(
+                f"The Jacobian needs the exact output gradients, but term "
+                f"'{linearization.term.name}' was linearized with {linearization.fisher}. "
+                "Linearize with fisher=Type2(), the default."
+            )
+
+
 class JacobianLinearOperator(PyTorchLinearOperator):
     """The Jacobian of the scaled residuals.
 
@@ -30,14 +45,8 @@ class JacobianLinearOperator(PyTorchLinearOperator):
     """
 
     def __init__(self, linearizations: Sequence[Linearization], space: ParameterSpace) -> None:
+        check_exact(linearizations)
         self.linearizations = tuple(linearizations)
-        for linearization in self.linearizations:
-            if linearization.fisher != Type2():
-                raise ValueError(
-                    f"The Jacobian needs the exact output gradients, but term "
-                    f"'{linearization.term.name}' was linearized with {linearization.fisher}. "
-                    "Linearize with fisher=Type2(), the default."
-                )
         self.space = space
         out_shapes = [(len(lin.x), lin.num_components) for lin in self.linearizations]
         super().__init__([tuple(shape) for shape in space.shapes], out_shapes)

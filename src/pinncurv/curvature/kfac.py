@@ -109,12 +109,14 @@ class KFACLinearOperator(SumKroneckerLinearOperator):
         Args:
             linearizations: One per term.
             sharing: How the channels enter the factors: ``expand`` or ``reduce``.
-            fisher: Which output gradients to take; the exact ones by default.
+            fisher: Which output gradients to take; those of the linearizations by default.
+
+        Raises:
+            ValueError: If the linearizations were made with another choice than ``fisher``.
         """
         space = ParameterSpace.from_linearizations(linearizations)
         by_term = [
-            _term_factors(linearization, space, sharing, fisher or Type2())
-            for linearization in linearizations
+            _term_factors(linearization, space, sharing, fisher) for linearization in linearizations
         ]
         return cls(
             list(zip(*by_term, strict=True)),
@@ -125,13 +127,21 @@ class KFACLinearOperator(SumKroneckerLinearOperator):
 
 
 def _term_factors(
-    linearization: Linearization, space: ParameterSpace, sharing: WeightSharing, fisher: Fisher
+    linearization: Linearization,
+    space: ParameterSpace,
+    sharing: WeightSharing,
+    fisher: Fisher | None,
 ) -> list[KroneckerFactors]:
     """Sum the factors of every layer over the chunks of one term."""
+    made = linearization.fisher
+    if fisher is not None and made not in (Type2(), fisher):
+        raise ValueError(
+            f"Term '{linearization.term.name}' was linearized with {made}, which can't be turned "
+            f"into {fisher}. Linearize with fisher=Type2(), the default."
+        )
     sums: list[tuple[Tensor, Tensor] | None] = [None] * len(space.blocks)
     for chunk in linearization:
-        # a choice that was made when linearizing is not made twice
-        chosen = chunk if linearization.fisher != Type2() else chunk.with_fisher(fisher)
+        chosen = chunk if fisher is None or made == fisher else chunk.with_fisher(fisher)
         for i, block in enumerate(space.blocks):
             layer = chosen.layers.get(space.weight_name(block))
             if layer is None:

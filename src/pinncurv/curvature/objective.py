@@ -17,6 +17,7 @@ from pinncurv.linearization import (
     Chunk,
     Linearization,
     check_compatible,
+    check_finite_parameters,
     points_per_block,
     trainable_parameters,
 )
@@ -131,10 +132,18 @@ class Evaluation:
     Args:
         loss: L.
         linearize: Returns the linearization at these parameters, which must not have changed.
+        objective: The objective.
+        fingerprint: What the objective depended on.
     """
 
     loss: float
     linearize: Callable[[], LinearizedObjective]
+    objective: Objective
+    fingerprint: tuple[object, ...]
+
+    def is_current(self) -> bool:
+        """Whether parameters, buffers, points and data are those that were evaluated."""
+        return self.fingerprint == self.objective.fingerprint()
 
 
 class Objective:
@@ -231,9 +240,22 @@ class Objective:
         """
         if self.chunk_size is not None:
             with torch.no_grad():
-                return Evaluation(float(self.loss()), self.linearize)
+                return Evaluation(float(self.loss()), self.linearize, self, self.fingerprint())
         linearized = self.linearize()
-        return Evaluation(sum(linearized.term_losses.values()), lambda: linearized)
+        loss = sum(linearized.term_losses.values())
+        return Evaluation(loss, lambda: linearized, self, self.fingerprint())
+
+    def fingerprint(self) -> tuple[object, ...]:
+        """Return what changes when a tensor that the loss depends on is replaced or written to.
+
+        Writes through ``tensor.data`` and plain attributes of modules leave no trace.
+        """
+        tensors = [*self.model.parameters(), *self.model.buffers(), *self.points]
+        for term in self.terms:
+            tensors += [*term.data.values()]
+            tensors += [term.weight] if isinstance(term.weight, Tensor) else []
+        state = [(id(tensor), tensor._version, tensor.requires_grad) for tensor in tensors]
+        return (self.model.training, *state)
 
     def _cut(self, term: LossTerm, x: Tensor) -> Iterator[_Block]:
         """Cut the points of a term into the blocks that are evaluated at a time."""
@@ -262,17 +284,3 @@ class _Block:
     def loss(self, model: Module) -> Tensor:
         """Return what these points contribute to the loss."""
         return 0.5 * (self.term.evaluate(model, self.x) * self.scale).square().sum()
-
-
-def check_finite_parameters(model: Module) -> None:
-    """Check that no parameter is NaN or infinite.
-
-    Raises:
-        FloatingPointError: If one is; names it.
-    """
-    bad = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
-    if bad:
-        raise FloatingPointError(
-            f"The parameters must be finite, but {', '.join(bad)} contains NaN or infinity. "
-            "Initialize the network again, or load a checkpoint from before it diverged."
-        )

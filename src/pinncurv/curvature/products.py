@@ -135,25 +135,3 @@ def joint_jacobian_rows(layer: LayerLinearization, points: slice) -> Float[Tenso
     weight, bias = jacobian_rows(layer, points)
     joint = weight if bias is None else torch.cat([weight, bias[..., None]], -1)
     return joint.flatten(0, 1).flatten(1)
-
-
-def squared_jacobian_sums(
-    layer: LayerLinearization,
-) -> tuple[Float[Tensor, "d_out d_in"], Float[Tensor, " d_out"] | None]:
-    """Sum the squared entries of the layer's Jacobian over points and components.
-
-    Σ_n (Σ_s g_nso z_nsi)² = Σ_st Σ_n (g_nso g_nto) (z_nsi z_nti)
-
-    The right side needs S (S + 1) / 2 matrix products and no N x d_out x d_in tensor.
-    """
-    G, Z = output_gradients(layer), layer.Z
-    V, S, _, d_out = G.shape
-    weight = Z.new_zeros(d_out, Z.shape[-1])
-    for s in range(S):
-        for t in range(s + 1):
-            inputs = Z[s] * Z[t]
-            for v in range(V):
-                weight.addmm_((G[v, s] * G[v, t]).t(), inputs, alpha=1.0 if s == t else 2.0)
-    if layer.bias is None:
-        return weight, None
-    return weight, value_channels(layer, G, 1).square().sum((0, 1))

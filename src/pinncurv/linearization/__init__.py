@@ -11,7 +11,12 @@ from pinncurv.linearization.capture import (
 )
 from pinncurv.linearization.fisher import Empirical, Fisher, ForwardOnly, Type2
 from pinncurv.linearization.layers import Chunk, LayerLinearization
-from pinncurv.linearization.linearization import Linearization, check_compatible, linearize
+from pinncurv.linearization.linearization import (
+    Linearization,
+    check_compatible,
+    check_finite_parameters,
+    linearize,
+)
 
 __all__ = [
     "Chunk",
@@ -23,6 +28,7 @@ __all__ = [
     "Type2",
     "UncapturedParameterError",
     "check_compatible",
+    "check_finite_parameters",
     "linearize",
     "points_per_block",
     "trainable_parameters",

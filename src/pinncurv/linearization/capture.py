@@ -56,7 +56,7 @@ def linearize_points(
     with torch.enable_grad(), record(list(parameters.values())) as tape:
         residual = term.evaluate(model, x)
     names = {id(parameter): name for name, parameter in parameters.items()}
-    check_captured(residual, names, term.name)
+    check_captured(residual, names, {id(call.output) for call in tape.calls}, term.name)
     detached = residual.detach()
     gradients = _pull_back(residual, tape.calls, _unit_vectors(detached, scale))
     layers = _collect_layers(tape.calls, gradients, names, len(x))
@@ -72,14 +72,20 @@ class UncapturedParameterError(ValueError):
     """A parameter enters the loss other than as weight or bias of a linear layer."""
 
 
-def check_captured(residual: Tensor, names: dict[int, str], term: str) -> None:
+def check_captured(residual: Tensor, names: dict[int, str], recorded: set[int], term: str) -> None:
     """Check that the parameters enter a recorded residual through linear layers only.
 
-    Linear layers are cut from the graph while they are recorded, so a parameter that the graph
-    still reaches is used in another way.
+    Linear layers are cut from the graph while they are recorded, so what the graph still reaches
+    and requires a gradient is used in another way.
+
+    Args:
+        residual: The residual, in the graph.
+        names: Names of the trainable parameters by their id.
+        recorded: Ids of the recorded outputs, the roots of the graph.
+        term: Name of the term.
 
     Raises:
-        UncapturedParameterError: If there is such a parameter; names it and its first use.
+        UncapturedParameterError: If there is such a tensor; names it and its first use.
     """
     uses: dict[str, str] = {}
     pending: list[tuple[Any, str]] = [(residual.grad_fn, "the residual")]
@@ -89,9 +95,10 @@ def check_captured(residual: Tensor, names: dict[int, str], term: str) -> None:
         if node is None or node in seen:
             continue
         seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) in names:
-            uses.setdefault(names[id(variable)], user)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in recorded:
+            foreign = f"a tensor of shape {list(leaf.shape)} that is no parameter of the network"
+            uses.setdefault(names.get(id(leaf), foreign), user)
         name = node.name()
         pending.extend((following, name) for following, _ in node.next_functions)
     if uses:

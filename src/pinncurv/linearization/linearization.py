@@ -127,8 +127,10 @@ def linearize(
         RuntimeError: In inference mode, in which there is no backward pass.
         ValueError: If the points, dtypes or parameters do not fit; names the term.
         UncapturedParameterError: If a parameter is used outside linear layers.
+        FloatingPointError: If a parameter is not finite; names it.
     """
     check_compatible(term, model, x)
+    check_finite_parameters(model)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 or None, got {chunk_size}.")
     return Linearization(term, model, x, fisher, chunk_size)
@@ -141,15 +143,30 @@ def check_compatible(term: LossTerm, model: Module, x: Tensor) -> None:
         ValueError: If the points do not fit the term, or their dtype or device the network's.
     """
     term.check_points(x)
-    parameter = next((p for p in model.parameters() if p.requires_grad), None)
-    if parameter is None:
+    parameters = trainable_parameters(model)
+    if not parameters:
         raise ValueError(
             f"The network {type(model).__name__} must have a parameter that requires a gradient, "
             "got none. Call requires_grad_() on the layers to train."
         )
-    if (x.dtype, x.device) != (parameter.dtype, parameter.device):
-        raise ValueError(
-            f"Points and network must agree in dtype and device, got points in {x.dtype} on "
-            f"{x.device} for term '{term.name}' and a network in {parameter.dtype} on "
-            f"{parameter.device}. Convert one of them with .to(...)."
+    for name, parameter in parameters.items():
+        if (x.dtype, x.device) != (parameter.dtype, parameter.device):
+            raise ValueError(
+                f"Points and network must agree in dtype and device, got points in {x.dtype} on "
+                f"{x.device} for term '{term.name}' and parameter {name} in {parameter.dtype} on "
+                f"{parameter.device}. Convert one of them with .to(...)."
+            )
+
+
+def check_finite_parameters(model: Module) -> None:
+    """Check that no parameter is NaN or infinite.
+
+    Raises:
+        FloatingPointError: If one is; names it.
+    """
+    bad = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
+    if bad:
+        raise FloatingPointError(
+            f"The parameters must be finite, but {', '.join(bad)} contains NaN or infinity. "
+            "Initialize the network again, or load a checkpoint from before it diverged."
         )

@@ -70,6 +70,10 @@ class Evaluation(Protocol):
         """Linearize where it was evaluated, at little or no further cost."""
         ...
 
+    def is_current(self) -> bool:
+        """Whether all that the evaluation depends on is as it was then."""
+        ...
+
 
 @runtime_checkable
 class Evaluable(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,6 +32,7 @@ class Landing:
         """Whether the next step starts here, on the same objective and parameters."""
         return (
             objective is self.objective
+            and self.evaluation.is_current()
             and {id(p) for p in parameters} == {id(p) for p in self.parameters}
             and all(map(_unchanged, self.parameters, self.values))
         )
@@ -64,8 +66,10 @@ class Trial:
             self.restore()
 
     def move(self, update: Sequence[Tensor], scale: float) -> float:
-        """Set the parameters to θ + scale · update and return L there."""
+        """Set the parameters to θ + scale · update and return L there; NaN if they overflow."""
         self._place(update, scale)
+        if not all(bool(parameter.sum().isfinite()) for parameter in self.parameters):
+            return math.nan  # a saturated network would hide it from the loss
         if not isinstance(self.objective, Evaluable):
             return float(self.objective.loss())
         with torch.enable_grad():
