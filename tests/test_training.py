@@ -114,6 +114,7 @@ def test_every_preset(name):
         lambda p: torch.optim.Adam(p, lr=1e-2),
         lambda p: torch.optim.LBFGS(p, line_search_fn="strong_wolfe"),
     ],
+    ids=["adam", "lbfgs"],
 )
 def test_optimizers_of_torch(build):
     run = Run(poisson2d(200, 40), perceptron(2, 16, 1))
