@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, cast, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -74,12 +76,46 @@ def _check_effect(before: Settings, after: Settings) -> None:
 
 
 def _parse(arguments: Sequence[str]) -> CommandLine:
-    return tyro.cli(
-        CommandLine,
-        args=arguments,
-        prog="train.py",
-        config=(tyro.conf.FlagConversionOff,),
-    )
+    try:
+        return tyro.cli(
+            CommandLine,
+            args=arguments,
+            prog="train.py",
+            config=(tyro.conf.FlagConversionOff,),
+        )
+    except SystemExit as stop:
+        if stop.code:
+            for near in _near_misses(arguments):
+                print(f"Perhaps you meant {near}.", file=sys.stderr)
+        raise
+
+
+def _near_misses(arguments: Sequence[str]) -> Iterator[str]:
+    """Yield the choices that the unknown ones among the arguments resemble."""
+    known, flag = dict(_choices(CommandLine)), ""
+    for argument in arguments:
+        if argument.startswith("--"):
+            flag, _, value = argument.replace("_", "-").partition("=")
+        else:
+            value = argument
+        choices = known.get(flag, ())
+        if value and value not in choices:
+            near = difflib.get_close_matches(value.lower(), choices, n=3)
+            if near:
+                yield f"{flag} {' or '.join(near)}"
+
+
+def _choices(group: type, prefix: str = "--") -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield the flags that have choices, and these."""
+    for name, hint in get_type_hints(group).items():
+        # The settings themselves are no group on the command line.
+        flag = "" if hint is Settings else name.replace("_", "-")
+        if dataclasses.is_dataclass(hint):
+            yield from _choices(cast(type, hint), f"{prefix}{flag}." if flag else prefix)
+        else:
+            for part in (hint, *get_args(hint)):
+                if get_origin(part) is Literal:
+                    yield prefix + flag, get_args(part)
 
 
 def _stored_arguments(path: Path, option: str) -> list[str]:

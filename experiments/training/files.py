@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+# Ends the name of a file that is being written.
+PARTIAL = ".partial"
+
 
 def write_atomically(path: Path, content: bytes, keep: Path | None = None) -> None:
     """Write a file completely, or not at all.
@@ -14,7 +17,7 @@ def write_atomically(path: Path, content: bytes, keep: Path | None = None) -> No
         content: Its new content.
         keep: Where the old file goes; it is lost if None.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(path.name + PARTIAL)
     with partial.open("wb") as file:
         file.write(content)
         file.flush()

@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 from experiments.training import checkpoint
+from experiments.training.errors import first_line
 from experiments.training.metrics import MetricsFile
 from experiments.training.progress import Progress
 from experiments.training.settings import Settings
@@ -127,9 +128,7 @@ def train(
     budget = Budget(settings.seconds, settings.steps)
     identity = settings.identity(trainer.name)
     clock = _CheckpointClock(settings)
-    first = trainer.measure(None)
-    metrics = MetricsFile(folder, list(first), trainer.step)
-    record = None
+    metrics = record = None
 
     def save() -> None:
         trainer.check_finite()
@@ -137,6 +136,8 @@ def train(
         clock.reset()
 
     try:
+        first = trainer.measure(None)
+        metrics = MetricsFile(folder, list(first), trainer.step)
         if metrics.last_step < trainer.step == 0:
             metrics.append(first)
         progress.start(trainer, first["rmse"])
@@ -155,7 +156,10 @@ def train(
             save()
     except (FloatingPointError, FactorizationError) as error:
         return str(error)
+    except (RuntimeError, MemoryError) as error:  # out of memory, mostly; others may fit
+        return f"{type(error).__name__}: {first_line(error)}"
     finally:
-        metrics.close()
+        if metrics is not None:
+            metrics.close()
         progress.stop()
     return INTERRUPTED if interruption.requested and not budget.spent(trainer) else FINISHED

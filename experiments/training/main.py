@@ -14,7 +14,7 @@ from rich.console import Console
 from experiments.training import checkpoint, figure, summary
 from experiments.training.command_line import CommandLine, parse
 from experiments.training.environment import describe_environment
-from experiments.training.errors import UserError
+from experiments.training.errors import UserError, first_line
 from experiments.training.loop import FINISHED, INTERRUPTED, Interruption, train
 from experiments.training.problems import PROBLEMS, build_problem
 from experiments.training.progress import Progress
@@ -24,6 +24,7 @@ from experiments.training.trainer import Trainer
 from pinncurv.problems import Problem
 
 _USER_ERROR, _FAILURE, _INTERRUPTED = 2, 1, 130
+_DEVICES = ("cpu", "cuda", "mps")
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,8 @@ def _trainer(name: str, settings: Settings, problem: Problem, device: torch.devi
         return Trainer(name, settings, problem, device)
     except (UserError, ValueError) as error:
         raise UserError(f"{name}: {error}") from error
+    except (RuntimeError, MemoryError) as error:
+        raise UserError(f"{name} cannot be set up: {first_line(error)}") from error
 
 
 def _restore(trainers: Sequence[Trainer], settings: Settings, folder: RunFolder) -> None:
@@ -128,11 +131,12 @@ def find_device(name: str) -> torch.device:
     """
     try:
         device = torch.device(name)
+        if device.type not in _DEVICES:
+            raise NotImplementedError(f"it is none of {', '.join(_DEVICES)}")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
         raise UserError(
-            f"--device {name} cannot be used here ({reason}). Use cpu"
+            f"--device {name} cannot be used here ({first_line(error)}). Use cpu"
             f"{' or cuda' if torch.cuda.is_available() else ''}."
         ) from error
     return device
@@ -171,10 +175,13 @@ def _close(job: Job, results: dict[str, summary.Result], console: Console) -> No
     console.print()
     summary.show(results, job.title, console)
     summary.save(results, path)
-    models = {trainer.name: trainer.model for trainer in job.trainers if trainer.name in results}
+    measured = {name for name, result in results.items() if result.metrics}
+    models = {trainer.name: trainer.model for trainer in job.trainers if trainer.name in measured}
     coordinates = PROBLEMS[job.settings.problem].coordinates
-    picture = figure.draw(path, job.trainers[0].problem, models, coordinates, job.title)
-    lines = [f"figure: {picture}", f"metrics, checkpoints, settings: {path}"]
+    lines = [f"metrics, checkpoints, settings: {path}"]
+    if models:
+        picture = figure.draw(path, job.trainers[0].problem, models, coordinates, job.title)
+        lines.insert(0, f"figure: {picture}")
     for name, result in results.items():
         if result.outcome not in (FINISHED, INTERRUPTED):
             lines.append(f"{name} stopped: {result.outcome}")

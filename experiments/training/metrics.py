@@ -11,6 +11,7 @@ from pathlib import Path
 from experiments.training.files import write_atomically
 
 METRICS = "metrics.csv"
+_TEXTS = ("accepted", "reason")
 
 Value = float | int | bool | str
 
@@ -49,14 +50,17 @@ class MetricsFile:
 
 
 def read_metrics(folder: Path) -> dict[str, list[float]]:
-    """Return the numbers of the metrics by column; NaN for empty cells.
+    """Return the numbers of the metrics by column; NaN for empty cells, nothing without a file.
 
     Args:
         folder: Where the file is.
     """
-    with (folder / METRICS).open(newline="") as file:
+    path = folder / METRICS
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    names = [name for name in (rows[0] if rows else ()) if name not in ("accepted", "reason")]
+    names = [name for name in (rows[0] if rows else ()) if name not in _TEXTS]
     return {name: [float(row[name] or "nan") for row in rows] for name in names}
 
 
@@ -68,7 +72,21 @@ def _complete_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     """Return the rows that were written to the end."""
     if not path.exists():
         return []
-    text = path.read_text()
+    text = path.read_text(errors="replace")
     with io.StringIO(text[: text.rfind("\n") + 1], newline="") as lines:
         rows = list(csv.DictReader(lines))
-    return [row for row in rows if row.keys() == set(columns) and None not in row.values()]
+    return [row for row in rows if _is_complete(row, columns)]
+
+
+def _is_complete(row: Mapping[str, str | None], columns: Sequence[str]) -> bool:
+    """Return whether a row has all its cells, and numbers in them."""
+    if row.keys() != set(columns) or None in row.values():
+        return False
+    try:
+        int(row["step"] or "")
+        for name, cell in row.items():
+            if name not in _TEXTS:
+                float(cell or "nan")
+    except ValueError:
+        return False
+    return True

@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from experiments.training.errors import UserError, first_line
+
 
 class Sine(nn.Module):
     """The sine as an activation."""
@@ -41,7 +43,22 @@ def build_network(
         seed: Seed of the initialization, which is drawn on the CPU in ``dtype``.
         dtype: Type of the parameters.
         device: Where the network ends up.
+
+    Raises:
+        UserError: If it does not fit into memory, or the device does not know the type.
     """
+    try:
+        return _build_network(widths, activation, seed, dtype, device)
+    except (RuntimeError, TypeError, MemoryError) as error:
+        raise UserError(
+            f"the network {'-'.join(map(str, widths))} cannot be built ({first_line(error)}). "
+            "Change --hidden, --dtype or --device."
+        ) from error
+
+
+def _build_network(
+    widths: Sequence[int], activation: str, seed: int, dtype: torch.dtype, device: torch.device
+) -> nn.Sequential:
     layers: list[nn.Module] = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -155,6 +155,8 @@ class KFACSettings(CurvatureSettings):
     """Add λ to every Kronecker factor (as in the paper), or invert C + λI exactly."""
     heuristic: Literal["same", "trace-norm"] = "same"
     """How factor damping distributes λ over the two factors."""
+    merge_terms: bool = False
+    """Whether factor damping merges the factors of both terms into one pair before inverting."""
 
     def curvature(self) -> Curvature:
         """Return what builds the operator."""
@@ -164,7 +166,8 @@ class KFACSettings(CurvatureSettings):
         """Return what inverts it."""
         if self.inverse == "exact":
             return Damped(self.damping)
-        return FactorDamping(self.damping, HEURISTICS[self.heuristic])
+        groups = ((0, 1),) if self.merge_terms else None  # every problem here has two terms
+        return FactorDamping(self.damping, HEURISTICS[self.heuristic], groups)
 
 
 @dataclass(frozen=True)
@@ -297,7 +300,7 @@ class Presets:
     """Exact Gauss-Newton: step size and momentum from the exact quadratic model."""
     adam: AdamSettings = AdamSettings()
     """Adam."""
-    kfac: KFACSettings = KFACSettings(step_size="line-search")
+    kfac: KFACSettings = KFACSettings(step_size="line-search", momentum=0.75)
     """KFAC: line search and heavy-ball momentum."""
     engd: GaussNewtonSettings = GaussNewtonSettings(
         damping=1e-10, step_size="line-search", start="zero"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from experiments.training.errors import UserError
-from experiments.training.files import write_atomically
+from experiments.training.files import PARTIAL, write_atomically
 from experiments.training.settings import Settings
 
 try:
@@ -28,6 +28,9 @@ except ImportError:  # Windows: two runs in one folder go unnoticed there.
 CONFIG = "config.json"
 ENVIRONMENT = "environment.json"
 _LOCK = ".lock"
+
+# All that a run leaves behind that is killed before it has written its settings.
+_REMNANTS = {_LOCK, CONFIG + PARTIAL}
 
 
 class RunFolder:
@@ -70,7 +73,7 @@ class RunFolder:
         path = _unused(problem) if path is None else path
         try:
             path.mkdir(parents=True, exist_ok=True)
-            used = any(path.iterdir())
+            used = any(entry.name not in _REMNANTS for entry in path.iterdir())
         except OSError as error:
             raise UserError(
                 f"Cannot create the run folder {path} ({error.strerror}). Choose another one with "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -30,6 +31,12 @@ _POSITIVE = (
     *("seconds", "steps", "threads", "chunk_size"),
     *("checkpoint_seconds", "checkpoint_steps"),
 )
+
+# Of every optimizer that has them; torch checks these too late, or not at all.
+_POSITIVE_OF_OPTIMIZERS = ("lr", "max-iter", "max-eval", "history-size")
+
+# More threads than cores are of no use, but a run may come from a larger machine.
+_MOST_THREADS = max(os.cpu_count() or 1, 256)
 
 
 @dataclass(frozen=True)
@@ -121,10 +128,17 @@ def _check(settings: Settings) -> None:
     for name, value in _leaves(dataclasses.asdict(settings)):
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"--{name} must be a finite number, got {value}.")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise UserError(f"--{name} must be an integer of 64 bits, got {value}.")
+        positive = name.rpartition(".")[2] in _POSITIVE_OF_OPTIMIZERS
+        if positive and value is not None and value <= 0:
+            raise UserError(f"--{name} must be positive, got {value}.")
     for name in _POSITIVE:
         value = getattr(settings, name)
         if value is not None and value <= 0:
             raise UserError(f"--{name.replace('_', '-')} must be positive or None, got {value}.")
+    if settings.threads is not None and settings.threads > _MOST_THREADS:
+        raise UserError(f"--threads must be at most {_MOST_THREADS}, got {settings.threads}.")
     for name in ("resample_every", "record_every"):
         if getattr(settings, name) < 0:
             value = getattr(settings, name)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import math
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +55,7 @@ def show(results: Mapping[str, Result], title: str, console: Console) -> None:
     for heading in ("steps", "time [s]", "loss", "RMSE", "relative error"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, result in results.items():
-        row = result.metrics
+        row = defaultdict(lambda: math.nan, result.metrics)  # empty if the start failed
         table.add_row(
             name,
             f"{row['step']:.0f}",
@@ -71,7 +73,7 @@ def show(results: Mapping[str, Result], title: str, console: Console) -> None:
 def save(results: Mapping[str, Result], path: Path) -> None:
     """Write the table as CSV, with the losses of all terms and how each training ended."""
     buffer = io.StringIO(newline="")
-    columns = ["optimizer", "outcome", *next(iter(results.values())).metrics]
+    columns = ["optimizer", "outcome", *max((r.metrics for r in results.values()), key=len)]
     writer = csv.DictWriter(buffer, columns)
     writer.writeheader()
     for name, result in results.items():

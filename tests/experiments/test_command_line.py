@@ -9,7 +9,8 @@ import pytest
 
 from experiments.training.command_line import as_arguments, parse
 from experiments.training.errors import UserError
-from experiments.training.settings import Settings
+from experiments.training.optimizers import LBFGSSettings, SGDSettings
+from experiments.training.settings import Seeds, Settings
 from tests.experiments.runs import ALL
 
 
@@ -54,6 +55,21 @@ def test_unknown_names_are_answered_with_the_known_ones(
 ) -> None:
     text = error_of(capsys, *arguments)
     assert re.search(message, text), text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "near"),
+    [
+        (["--optimizers", "adam", "kfacstar"], "--optimizers kfac-star"),
+        (["--problem", "poisson2"], "--problem poisson2d or poisson"),
+        (["--activation=tanhh"], "--activation tanh."),
+        (["--kfac.sharing", "expnd"], "--kfac.sharing expand."),
+    ],
+)
+def test_near_misses_of_choices_are_named(
+    arguments: list[str], near: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert f"Perhaps you meant {near}" in error_of(capsys, *arguments)
 
 
 def test_settings_survive_the_way_through_arguments() -> None:
@@ -114,6 +130,11 @@ def test_resume_excludes_another_folder(tmp_path: Path) -> None:
         (Settings(hidden=(3, 0)), "--hidden must be positive widths"),
         (Settings(optimizers=()), "--optimizers must be one or more different"),
         (Settings(optimizers=("adam", "adam")), "--optimizers must be one or more different"),
+        (Settings(threads=1_000_000), "--threads must be at most"),
+        (Settings(lbfgs=LBFGSSettings(history_size=0)), "--lbfgs.history-size must be positive"),
+        (Settings(lbfgs=LBFGSSettings(max_iter=-1)), "--lbfgs.max-iter must be positive"),
+        (Settings(sgd=SGDSettings(lr=0.0)), "--sgd.lr must be positive"),
+        (Settings(seeds=Seeds(points=10**26)), "--seeds.points must be an integer of 64 bits"),
         (Settings(dimension=3), "The dimension of poisson2d is fixed"),
     ],
 )

@@ -12,6 +12,7 @@ import pytest
 
 from experiments.training import figure, files
 from experiments.training.checkpoint import CURRENT, PREVIOUS, DamagedCheckpointError, read
+from experiments.training.metrics import METRICS, MetricsFile
 from tests.experiments.runs import ALL, TINY, resume, rows, same, start, state
 
 ROOT = Path(__file__).parents[2]
@@ -86,6 +87,17 @@ def test_elapsed_time_is_counted_on(tmp_path: Path) -> None:
     before = state(run, "adam")["seconds"]
     resume(run, "--steps", "4")
     assert state(run, "adam")["seconds"] > before > 0
+
+
+@pytest.mark.parametrize("torn", [b",", b"x1,", b"\xff,"])
+def test_a_torn_row_counts_as_not_written(torn: bytes, tmp_path: Path) -> None:
+    columns = ["step", "loss", "reason"]
+    path = tmp_path / METRICS
+    path.write_bytes(b"step,loss,reason\n0,1.0,\n" + torn + b"2.0,\n2,,why\n")
+    metrics = MetricsFile(tmp_path, columns, 2)
+    metrics.close()
+    assert metrics.last_step == 2
+    assert path.read_text().split() == ["step,loss,reason", "0,1.0,", "2,,why"]
 
 
 def test_more_optimizers_can_join(tmp_path: Path) -> None:

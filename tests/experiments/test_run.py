@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from experiments.training import figure
 from experiments.training.loop import is_recorded
 from experiments.training.metrics import read_metrics
 from experiments.training.run_folder import RunFolder
@@ -81,9 +82,13 @@ def test_records_are_ever_sparser_or_regular() -> None:
     [
         (["--kfac-star.damping", "nan"], "--kfac-star.damping must be a finite number, got nan"),
         (["--kfac-star.damping", "-1"], "kfac-star: damping must be a finite number >= 0"),
-        (["--adam.lr", "-1"], "adam: "),
+        (["--adam.lr", "-1"], "--adam.lr must be positive, got -1.0"),
         (["--seconds", "-3"], "--seconds must be positive or None, got -3.0"),
         (["--device", "gpu"], "--device gpu cannot be used here"),
+        (["--device", "meta"], "it is none of cpu, cuda, mps"),
+        (["--threads", "1000000"], "--threads must be at most"),
+        (["--hidden", "100000000000"], "kfac-star: the network 2-100000000000-1 cannot be built"),
+        (["--n-interior", "100000000000000"], "kfac-star cannot be set up: "),
         (["--n-interior", "0"], "must be an int of at least 1"),
     ],
 )
@@ -118,6 +123,12 @@ def test_a_used_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert start(tmp_path, "--steps", "1") == 2
     assert f"Continue that run with --resume {tmp_path}" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_folder_of_a_run_killed_before_it_began_is_unused(tmp_path: Path) -> None:
+    (tmp_path / ".lock").touch()
+    (tmp_path / "config.json.partial").touch()
+    RunFolder.create(tmp_path, "poisson2d").close()
 
 
 def test_a_folder_that_another_run_writes_to_is_refused(
@@ -162,3 +173,28 @@ def test_a_diverging_run_stops_and_keeps_its_last_checkpoint(
     weights = state(run, "sgd")["model"].values()
     assert all(weight.isfinite().all() for weight in weights)
     assert rows(run, "adam")[-1]["step"] == "30"
+
+
+@pytest.mark.parametrize("method", ["advance", "measure"])
+def test_one_optimizer_out_of_memory_does_not_stop_the_others(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    working = getattr(Trainer, method)
+
+    def fail(trainer: Trainer, *arguments: object) -> object:
+        if trainer.name == "sgd" and (method == "measure" or trainer.step == 2):
+            raise RuntimeError("out of memory\ntrace of C++")
+        return working(trainer, *arguments)
+
+    monkeypatch.setattr(Trainer, method, fail)
+    monkeypatch.setattr(figure, "draw", lambda folder, *_: folder / figure.FIGURE)
+    run = tmp_path / "run"
+    options = ["--steps", "3", "--checkpoint-steps", "1"]
+    assert start(run, "--optimizers", "sgd", "adam", *options) == 1
+    printed = capsys.readouterr().out
+    assert "sgd stopped: RuntimeError: out of memory\n" in printed
+    assert "figure: " in printed
+    assert rows(run, "adam")[-1]["step"] == "3"
+    assert "sgd,RuntimeError: out of memory," in (run / "summary.csv").read_text()
+    if method == "advance":
+        assert state(run, "sgd")["step"] == 2

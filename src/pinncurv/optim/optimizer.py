@@ -244,7 +244,7 @@ class CurvatureOptimizer(Optimizer):
         scale, new_loss = 1.0, math.nan
         for halving in range(halvings + 1):
             scale = 0.5**halving
-            new_loss = trial.move(attempt.update, scale)
+            new_loss = trial.move(attempt.update, scale, limit=loss if halving else None)
             if new_loss <= loss:  # False for NaN
                 break
         moved = new_loss < loss or trial.moved

@@ -65,13 +65,27 @@ class Trial:
         finally:
             self.restore()
 
-    def move(self, update: Sequence[Tensor], scale: float) -> float:
-        """Set the parameters to θ + scale · update and return L there; NaN if they overflow."""
+    def move(self, update: Sequence[Tensor], scale: float, limit: float | None = None) -> float:
+        """Set the parameters to θ + scale · update and return L there.
+
+        Args:
+            update: The update.
+            scale: Which multiple of it to take.
+            limit: Above it nothing is kept for a next step. A first look at the loss without a
+                graph pays where the step is likely to be rejected.
+
+        Returns:
+            L; NaN if the parameters overflow.
+        """
         self._place(update, scale)
         if not all(bool(parameter.sum().isfinite()) for parameter in self.parameters):
             return math.nan  # a saturated network would hide it from the loss
         if not isinstance(self.objective, Evaluable):
             return float(self.objective.loss())
+        if limit is not None:
+            loss = float(self.objective.loss())
+            if not loss <= limit:
+                return loss
         with torch.enable_grad():
             evaluation = self.objective.evaluate()
         placed = [parameter.clone() for parameter in self.parameters]
