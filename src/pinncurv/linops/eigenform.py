@@ -12,7 +12,7 @@ from torch import Tensor
 from pinncurv.linops.blocks import LayerBlock
 from pinncurv.linops.layerwise import LayerwiseLinearOperator
 from pinncurv.linops.operator import check_damping
-from pinncurv.linops.psd import FactorizationError, FactorizationReport
+from pinncurv.linops.psd import FactorizationError, FactorizationReport, is_singular
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,8 @@ class KroneckerEigenLinearOperator(KroneckerCongruenceLinearOperator):
 
     def _check_nonsingular(self) -> None:
         for block, S in zip(self.blocks, self.scales, strict=True):
-            smallest, largest = S.min().item(), S.max().item()
-            if not smallest > S.numel() * torch.finfo(S.dtype).eps * largest:
+            if is_singular(S):
+                smallest, largest = S.min().item(), S.max().item()
                 raise FactorizationError(
                     f"The block of layer {block.name} must be nonsingular to be inverted without "
                     f"damping, received eigenvalues in [{smallest:.1e}, {largest:.1e}]. "

@@ -20,6 +20,7 @@ from pinncurv.linops.psd import (
     FactorizationReport,
     check_nonsingular,
     eigh,
+    is_singular,
     symmetrize,
 )
 from pinncurv.linops.simultaneous import diagonalize
@@ -262,8 +263,8 @@ def _invert_two(pairs: Sequence[_DampedPair]) -> _LayerInverse:
 
 def _check_nonsingular(eigenvalues: Tensor, name: str) -> None:
     """Check that an undamped sum of Kronecker products is nonsingular, and not only by rounding."""
-    smallest, largest = eigenvalues.min().item(), eigenvalues.max().item()
-    if not smallest > eigenvalues.numel() * torch.finfo(eigenvalues.dtype).eps * largest:
+    if is_singular(eigenvalues):
+        smallest, largest = eigenvalues.min().item(), eigenvalues.max().item()
         raise FactorizationError(
             f"The Kronecker products of {name} must have a nonsingular sum to be inverted without "
             f"damping, received eigenvalues in [{smallest:.1e}, {largest:.1e}] up to scale. "

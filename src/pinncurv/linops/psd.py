@@ -249,6 +249,15 @@ def _pivots_are_credible(L: Tensor, floor: float) -> bool:
     return pivots.min().item() >= sqrt(floor)
 
 
+def is_singular(eigenvalues: Tensor) -> bool:
+    """Whether eigenvalues of any shape belong to a numerically singular matrix.
+
+    m_min <= n ε m_max, or an eigenvalue is NaN
+    """
+    rounding = eigenvalues.numel() * torch.finfo(eigenvalues.dtype).eps
+    return not eigenvalues.min().item() > rounding * eigenvalues.max().item()
+
+
 def check_nonsingular(factorization: EigenFactorization) -> None:
     """Check that all eigenvalues are positive, and not only so by rounding.
 
@@ -263,8 +272,8 @@ def check_nonsingular(factorization: EigenFactorization) -> None:
     report, m = factorization.report, factorization.eigenvalues
     if report.floor > 0:
         return
-    smallest, largest = m[0].item(), m[-1].item()
-    if not smallest > len(m) * torch.finfo(m.dtype).eps * largest:
+    if is_singular(m):
+        smallest, largest = m[0].item(), m[-1].item()
         raise FactorizationError(
             f"{report.name} must be nonsingular to be inverted without damping, received "
             f"eigenvalues in [{smallest:.1e}, {largest:.1e}]. Pass damping > 0."
