@@ -72,9 +72,29 @@ def test_halving():
     assert all(a == pytest.approx(2 * b, rel=1e-6) for a, b in itertools.pairwise(lengths))
     assert record.scale == 0.5 ** (len(lengths) - 1) < 1
     assert record.step_size == 0.1 * record.scale
-    assert record.reason == f"shortened to {record.scale:g} of its length: the loss rose"
+    assert record.reason == f"shortened to {record.scale:g} of its length: more raised the loss"
     assert torch.linalg.vector_norm(flat(model) - start).item() == pytest.approx(lengths[-1])
     assert 5e-4 <= lengths[-1] < 1e-3
+
+
+def test_a_step_after_a_shortened_one_starts_where_that_ended():
+    """Twice its scale, or four times where the first trial worked; a rejected one starts anew."""
+    model = network()
+    longest = {"length": 1e-3}
+    obstacle = Obstacle(poisson(model), lambda loss, d: loss if d < longest["length"] else 1e9)
+    optimizer = fixed(model.parameters(), 0.1)
+    first = optimizer.step(obstacle)
+    obstacle.evaluated.clear()
+    second = optimizer.step(obstacle)
+    assert len(obstacle.evaluated) == 2 - round(math.log2(second.scale / first.scale))
+    longest["length"] = math.inf
+    scales = [optimizer.step(obstacle).scale for _ in range(8)]
+    assert scales[0] == 2 * second.scale
+    assert scales == [min(1, 4**k * scales[0]) for k in range(8)]
+    longest["length"] = 0.0
+    assert not optimizer.step(obstacle).accepted
+    longest["length"] = math.inf
+    assert optimizer.step(obstacle).scale == 1
 
 
 def test_an_update_that_was_shortened_is_remembered_as_it_was_taken():

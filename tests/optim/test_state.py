@@ -164,7 +164,7 @@ def test_state_is_data():
     optimizer = OPTIMIZERS["kfac_intervals"](model.parameters())
     optimizer.step(poisson(model))
     shared = optimizer.state_dict()["state"]["curvature"]
-    assert set(shared) == {"step", "damping", "average", "inverted"}
+    assert set(shared) == {"step", "damping", "average", "inverted", "halvings"}
     assert (shared["step"], shared["damping"]) == (1, 1e-3)
     assert all(isinstance(tensor, torch.Tensor) for tensor in shared["average"])
 

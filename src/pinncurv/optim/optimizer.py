@@ -61,7 +61,8 @@ class CurvatureOptimizer(Optimizer):
 
     Every step sees one batch: loss, gradient, curvature and line search all come from the
     objective that is passed to ``step``. An update that raises the loss or makes it non-finite is
-    halved a few times and then rejected, with the parameters restored.
+    halved a few times and then rejected, with the parameters restored. A step after one that was
+    shortened starts from two to four times its scale, which saves the trials that would fail again.
 
     Args:
         params: Parameters or parameter groups; ``lr`` (default 1) multiplies a group's update.
@@ -240,11 +241,9 @@ class CurvatureOptimizer(Optimizer):
     def _try(self, attempt: _Attempt, trial: Trial) -> StepRecord:
         """Apply an update; shorten it while the loss rises, or reject it."""
         loss = sum(attempt.term_losses.values())
-        halvings = 0 if self.damping.retries else self.max_halvings
-        scale, new_loss = 1.0, math.nan
-        for halving in range(halvings + 1):
-            scale = 0.5**halving
-            new_loss = trial.move(attempt.update, scale, limit=loss if halving else None)
+        scale, new_loss = math.nan, math.nan
+        for scale in self._scales():
+            new_loss = trial.move(attempt.update, scale, limit=loss if scale < 1 else None)
             if new_loss <= loss:  # False for NaN
                 break
         moved = new_loss < loss or trial.moved
@@ -266,6 +265,12 @@ class CurvatureOptimizer(Optimizer):
             solver=attempt.solver,
         )
 
+    def _scales(self) -> Iterator[float]:
+        """Yield which multiples of an update to try, from what worked last to the shortest."""
+        halvings = 0 if self.damping.retries else self.max_halvings
+        first = min(self.preconditioner.state["halvings"], halvings)
+        yield from (0.5**halving for halving in range(first, halvings + 1))
+
     def _settle(self, attempt: _Attempt, trial: Trial, record: StepRecord) -> None:
         """Remember what the next step needs."""
         self._landing = trial.landing
@@ -278,7 +283,14 @@ class CurvatureOptimizer(Optimizer):
             predicted = record.predicted_decrease
             ratio = (record.loss - record.new_loss) / predicted if predicted else math.nan
             self.preconditioner.damping = self.damping.accepted(record.damping, ratio)
+        self._remember_halvings(record)
         self.preconditioner.state["step"] += 1
+
+    def _remember_halvings(self, record: StepRecord) -> None:
+        """Start the next step longer than this one by a factor of two, or four if it began here."""
+        state = self.preconditioner.state
+        taken = round(-math.log2(record.scale)) if record.accepted else 0
+        state["halvings"] = max(0, taken - (2 if taken == state["halvings"] else 1))
 
     def _remembered(self, parameters: Sequence[Tensor], key: str) -> list[Tensor] | None:
         """Return what is remembered of each parameter, on its device; None at the start."""
@@ -375,7 +387,7 @@ def _linearize(source: LeastSquares | Evaluation) -> LinearizedLoss:
 def _reason(accepted: bool, moved: bool, scale: float, new_loss: float) -> str:
     """Say why a step was not taken as proposed."""
     if accepted:
-        return f"shortened to {scale:g} of its length: the loss rose" if scale < 1 else ""
+        return f"shortened to {scale:g} of its length: more raised the loss" if scale < 1 else ""
     if not moved:
         return f"rejected: at {scale:g} of its length, the update no longer moves the parameters"
     what = "raised the loss" if math.isfinite(new_loss) else "made the loss non-finite"

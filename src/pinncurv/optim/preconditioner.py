@@ -68,6 +68,7 @@ class Preconditioner:
             "damping": float(inverse.damping),
             "average": None,
             "inverted": None,
+            "halvings": 0,
         }
         self.forget()
 
