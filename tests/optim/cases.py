@@ -160,7 +160,7 @@ class PlainLinearized:
     """The residual of one term and its Jacobian, computed at once."""
 
     parameters: list[Tensor]
-    residual: Tensor
+    vector: Tensor
     rows: Tensor
 
     @property
@@ -168,16 +168,20 @@ class PlainLinearized:
         return [self]
 
     @property
+    def residual(self) -> list[Tensor]:
+        return [self.vector]
+
+    @property
     def term_losses(self) -> dict[str, float]:
-        return {"fit": 0.5 * float(self.residual @ self.residual)}
+        return {"fit": 0.5 * float(self.vector @ self.vector)}
 
     @property
     def jacobian(self) -> MatrixOperator:
         shapes = [tuple(parameter.shape) for parameter in self.parameters]
-        return MatrixOperator(self.rows, shapes, [(len(self.residual),)])
+        return MatrixOperator(self.rows, shapes, [(len(self.vector),)])
 
     def gradient(self) -> list[Tensor]:
-        parts = (self.rows.T @ self.residual).split([p.numel() for p in self.parameters])
+        parts = (self.rows.T @ self.vector).split([p.numel() for p in self.parameters])
         return [part.view_as(p) for part, p in zip(parts, self.parameters, strict=True)]
 
 

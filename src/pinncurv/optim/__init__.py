@@ -1,16 +1,17 @@
 """Optimization with any curvature operator, on any objective that is a sum of squares.
 
 ``optimizer.py`` composes a curvature with its inverse (``preconditioner.py``), a step size
-(``step_sizes.py``), a momentum, an average (``averaging.py``) and a damping that may adapt
-(``damping.py``); ``trial.py`` tries an update before it is taken. ``protocols.py`` says what is
-asked of each, so that none needs to come from this package. ``first_order.py`` steps optimizers of
-torch the same way.
+(``step_sizes.py``), a momentum (``momentum.py``), an average (``averaging.py``) and a damping that
+may adapt (``damping.py``); ``trial.py`` tries an update before it is taken. ``protocols.py`` says
+what is asked of each, so that none needs to come from this package. ``first_order.py`` steps
+optimizers of torch the same way.
 """
 
 from pinncurv.optim.averaging import ExponentialAverage, from_first, from_identity, from_zero
 from pinncurv.optim.damping import ConstantDamping, DampingRule, LevenbergMarquardt
 from pinncurv.optim.first_order import FirstOrder
-from pinncurv.optim.optimizer import CurvatureOptimizer, HeavyBall
+from pinncurv.optim.momentum import Descent, HeavyBall, Momentum, Spring
+from pinncurv.optim.optimizer import CurvatureOptimizer
 from pinncurv.optim.preconditioner import Intervals, Preconditioner
 from pinncurv.optim.protocols import (
     Curvature,
@@ -20,6 +21,7 @@ from pinncurv.optim.protocols import (
     Inverse,
     LeastSquares,
     LinearizedLoss,
+    ResidualInverse,
     StepRecord,
 )
 from pinncurv.optim.step_sizes import (
@@ -36,6 +38,7 @@ __all__ = [
     "Curvature",
     "CurvatureOptimizer",
     "DampingRule",
+    "Descent",
     "Differentiable",
     "Evaluable",
     "Evaluation",
@@ -49,10 +52,13 @@ __all__ = [
     "LeastSquares",
     "LevenbergMarquardt",
     "LinearizedLoss",
+    "Momentum",
     "Preconditioner",
     "Proposal",
     "QuadraticModel",
+    "ResidualInverse",
     "Situation",
+    "Spring",
     "StepRecord",
     "StepSize",
     "from_first",

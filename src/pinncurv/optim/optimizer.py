@@ -10,12 +10,12 @@ from itertools import chain
 from typing import Any
 
 import torch
-from curvlinops._torch_base import PyTorchLinearOperator
 from torch import Tensor
 from torch.optim import Optimizer
 
 from pinncurv.optim.averaging import ExponentialAverage
 from pinncurv.optim.damping import ConstantDamping, DampingRule
+from pinncurv.optim.momentum import Descent, Momentum
 from pinncurv.optim.preconditioner import Intervals, Preconditioner
 from pinncurv.optim.protocols import (
     Curvature,
@@ -31,27 +31,6 @@ from pinncurv.optim.trial import Landing, Trial
 
 # The key of the state that belongs to no single parameter.
 _SHARED = "curvature"
-
-
-@dataclass(frozen=True)
-class HeavyBall:
-    """Momentum on the preconditioned gradient.
-
-    b_k = μ b_{k-1} + Δ_k, and the step goes along b_k
-
-    Args:
-        momentum: μ, in [0, 1).
-
-    Raises:
-        ValueError: If the momentum is not in [0, 1).
-    """
-
-    momentum: float
-
-    def __post_init__(self) -> None:
-        """Check the momentum."""
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"The momentum must be in [0, 1), got {self.momentum}.")
 
 
 class CurvatureOptimizer(Optimizer):
@@ -89,7 +68,7 @@ class CurvatureOptimizer(Optimizer):
         inverse: Inverse,
         step_size: StepSize | None = None,
         average: ExponentialAverage | None = None,
-        momentum: HeavyBall | None = None,
+        momentum: Momentum | None = None,
         damping: DampingRule | None = None,
         intervals: Intervals | None = None,
         max_halvings: int = 30,
@@ -195,30 +174,31 @@ class CurvatureOptimizer(Optimizer):
         """Find a direction and how far to go along it."""
         parameters = linearized.parameters
         inverse = self.preconditioner.invert()
-        direction = self._direction(parameters, gradient, inverse)
+        descent = Descent(linearized, gradient, inverse, self.preconditioner.is_current)
+        direction = self._direction(descent, parameters)
         previous = self._remembered(parameters, "previous_update")
         losses = dict(linearized.term_losses)
         damping = self.preconditioner.damping
-        loss = sum(losses.values())
-        proposal = self.step_size.propose(
-            Situation(loss, linearized, gradient, direction, previous, damping, trial.loss_at)
+        situation = Situation(
+            sum(losses.values()),
+            linearized,
+            gradient,
+            direction,
+            previous,
+            damping,
+            trial.loss_at,
+            inverse,
         )
-        update = self._update(parameters, proposal, direction, previous)
+        proposal = self.step_size.propose(situation)
+        chosen = direction if proposal.direction is None else proposal.direction
+        update = self._update(parameters, proposal, chosen, previous)
         return _Attempt(losses, damping, direction, proposal, update, _solver_report(inverse))
 
-    def _direction(
-        self,
-        parameters: Sequence[Tensor],
-        gradient: list[Tensor],
-        inverse: PyTorchLinearOperator,
-    ) -> list[Tensor]:
+    def _direction(self, descent: Descent, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Return the preconditioned gradient, with momentum if there is any."""
-        direction: list[Tensor] = [-part for part in inverse @ gradient]
-        buffer = self._remembered(parameters, "momentum_buffer") if self.momentum else None
-        if self.momentum is None or buffer is None:
-            return direction
-        mu = self.momentum.momentum
-        return [part.add(old, alpha=mu) for part, old in zip(direction, buffer, strict=True)]
+        if self.momentum is None:
+            return descent.step()
+        return self.momentum.direction(descent, self._remembered(parameters, "momentum_buffer"))
 
     def _update(
         self,

@@ -115,6 +115,11 @@ class Preconditioner:
         if kept is not None and (kept.device, kept.dtype) != (parameter.device, parameter.dtype):
             self.forget()
 
+    @property
+    def is_current(self) -> bool:
+        """Whether the inverse belongs to the linearization of this step alone."""
+        return self.intervals == Intervals() and self.average is None
+
     def invert(self) -> PyTorchLinearOperator:
         """Return the inverse with the current damping, computed when either has changed."""
         if self._inverse is None or self._inverse_damping != self.damping:

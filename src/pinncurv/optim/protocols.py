@@ -34,6 +34,11 @@ class LinearizedLoss(Protocol):
         ...
 
     @property
+    def residual(self) -> Sequence[Tensor]:
+        """r̃, in the form in which J returns its image."""
+        ...
+
+    @property
     def term_losses(self) -> Mapping[str, float]:
         """The terms of the loss by name."""
         ...
@@ -107,6 +112,15 @@ class Inverse(Protocol):
 
     def __call__(self, operator: Any) -> PyTorchLinearOperator:
         """Return the inverse of an operator."""
+        ...
+
+
+@runtime_checkable
+class ResidualInverse(Protocol):
+    """An inverse that knows the Jacobian. Optional: it saves digits where λ is small."""
+
+    def solve_residual(self, residual: Sequence[Tensor]) -> list[Tensor]:
+        """Return (JᵀJ + λI)⁻¹ Jᵀ u for u in the form of the residual."""
         ...
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from curvlinops._torch_base import PyTorchLinearOperator
 from torch import Tensor
 
 from pinncurv.optim.protocols import LinearizedLoss
@@ -25,6 +26,7 @@ class Situation:
         previous: δ, the previous update, or None.
         damping: λ.
         try_update: Evaluates L on the same batch with an update added, and restores.
+        inverse: What the direction was computed with.
     """
 
     loss: float
@@ -34,6 +36,7 @@ class Situation:
     previous: Sequence[Tensor] | None
     damping: float
     try_update: Callable[[Sequence[Tensor], float], float]
+    inverse: PyTorchLinearOperator | None = None
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,14 @@ class Proposal:
         momentum: μ.
         predicted_decrease: What a model promises; NaN without one.
         new_loss: L after the update if it was evaluated; NaN otherwise.
+        direction: What to take in place of Δ, if not None.
     """
 
     step_size: float
     momentum: float = 0.0
     predicted_decrease: float = math.nan
     new_loss: float = math.nan
+    direction: Sequence[Tensor] | None = None
 
 
 class StepSize(ABC):
