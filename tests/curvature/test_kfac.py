@@ -385,3 +385,39 @@ def test_a_choice_that_was_made_is_not_overridden():
     linearization = linearize(TERMS["poisson"], build("no_bias"), points(), fisher=Empirical())
     with pytest.raises(ValueError, match=r"linearized with Empirical.*ForwardOnly"):
         KFACLinearOperator.from_linearizations([linearization], fisher=ForwardOnly())
+
+
+# --- merged terms ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_merged_terms_are_one_product_of_the_merged_factors(sharing):
+    """Σ_t B_t ⊗ A_t ≈ (Σ_t B_t) ⊗ (Σ_t tr(B_t) A_t / Σ_t tr(B_t)), with the trace of the sum."""
+    terms = [TERMS["poisson"], TERMS["vector"], TERMS["value"]]
+    model, batch = build("gated"), [points(n) for n in (3, 4, 2)]
+    linearized = [linearize(t, model, x) for t, x in zip(terms, batch, strict=True)]
+    rule = SHARINGS[sharing][0]
+    whole = KFACLinearOperator.from_linearizations(linearized, rule)
+    merged = KFAC(sharing=rule, merge_terms=True)(linearized)
+    assert merged.terms == ("poisson+vector+value",)
+    torch.testing.assert_close(merged.trace(), whole.trace())
+    for (pair,), pairs in zip(merged.factors, whole.factors, strict=True):
+        A, B = torch.zeros_like(pair.A), torch.zeros_like(pair.B)
+        for each in pairs:
+            A += each.B.trace() * each.A
+            B += each.B
+        torch.testing.assert_close(pair.B, B)
+        torch.testing.assert_close(pair.A, A / B.trace())
+    assert (merged.to_dense() - whole.to_dense()).norm() > 1e-3 * whole.to_dense().norm()
+    check_operator(merged, merged.to_dense(), tolerance=1e-10)
+
+
+def test_merging_equal_terms_is_exact():
+    """Two equal terms have equal A, and a term alone has nothing to merge with."""
+    model, x, term = build("gated"), points(), TERMS["vector"]
+    twin = dataclasses.replace(term, name="twin")
+    linearized = [linearize(t, model, x) for t in (term, twin)]
+    for chosen in (linearized, linearized[:1]):
+        torch.testing.assert_close(
+            KFAC(merge_terms=True)(chosen).to_dense(), KFAC()(chosen).to_dense()
+        )

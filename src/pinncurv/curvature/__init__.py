@@ -15,6 +15,12 @@ from pinncurv.curvature.gauss_newton import (
     gauss_newton_blocks,
     gauss_newton_diagonal,
 )
+from pinncurv.curvature.hessian import (
+    Hessian,
+    HessianLinearOperator,
+    ResidualHessian,
+    ResidualHessianLinearOperator,
+)
 from pinncurv.curvature.jacobian import JacobianLinearOperator
 from pinncurv.curvature.kfac import (
     KFAC,
@@ -27,6 +33,12 @@ from pinncurv.curvature.kfac import (
 )
 from pinncurv.curvature.objective import LinearizedObjective, Objective
 from pinncurv.curvature.parameters import ParameterSpace
+from pinncurv.curvature.subspace import (
+    InSubspace,
+    SubspaceGaussNewton,
+    SubspaceGaussNewtonLinearOperator,
+    SubspaceInverseLinearOperator,
+)
 
 __all__ = [
     "KFAC",
@@ -36,6 +48,9 @@ __all__ = [
     "Expand",
     "GaussNewton",
     "GaussNewtonLinearOperator",
+    "Hessian",
+    "HessianLinearOperator",
+    "InSubspace",
     "JacobianLinearOperator",
     "KFACLinearOperator",
     "LinearizedObjective",
@@ -43,6 +58,11 @@ __all__ = [
     "ParameterCoverage",
     "ParameterSpace",
     "Reduce",
+    "ResidualHessian",
+    "ResidualHessianLinearOperator",
+    "SubspaceGaussNewton",
+    "SubspaceGaussNewtonLinearOperator",
+    "SubspaceInverseLinearOperator",
     "WeightSharing",
     "coverage",
     "expand",

@@ -14,7 +14,7 @@ from torch import Tensor
 from pinncurv.curvature.parameters import ParameterSpace
 from pinncurv.curvature.products import value_channels
 from pinncurv.linearization import Fisher, LayerLinearization, Linearization, Type2
-from pinncurv.linops import KroneckerFactors, LayerBlock, SumKroneckerLinearOperator
+from pinncurv.linops import KroneckerFactors, LayerBlock, SumKroneckerLinearOperator, merge
 
 
 def gram(X: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
@@ -103,6 +103,7 @@ class KFACLinearOperator(SumKroneckerLinearOperator):
         linearizations: Sequence[Linearization],
         sharing: WeightSharing = expand,
         fisher: Fisher | None = None,
+        merge_terms: bool = False,
     ) -> KFACLinearOperator:
         """Build the operator.
 
@@ -110,6 +111,8 @@ class KFACLinearOperator(SumKroneckerLinearOperator):
             linearizations: One per term.
             sharing: How the channels enter the factors: ``expand`` or ``reduce``.
             fisher: Which output gradients to take; those of the linearizations by default.
+            merge_terms: Whether one product per layer approximates the sum over the terms, see
+                ``linops.merge``. It preserves the trace, and its damped inverse is cheap.
 
         Raises:
             ValueError: If the linearizations were made with another choice than ``fisher``.
@@ -118,12 +121,11 @@ class KFACLinearOperator(SumKroneckerLinearOperator):
         by_term = [
             _term_factors(linearization, space, sharing, fisher) for linearization in linearizations
         ]
-        return cls(
-            list(zip(*by_term, strict=True)),
-            space.blocks,
-            space.shapes,
-            [linearization.term.name for linearization in linearizations],
-        )
+        factors = list(zip(*by_term, strict=True))
+        names = [linearization.term.name for linearization in linearizations]
+        if merge_terms:
+            factors, names = [(merge(layer),) for layer in factors], ["+".join(names)]
+        return cls(factors, space.blocks, space.shapes, names)
 
 
 def _term_factors(
@@ -185,11 +187,16 @@ class KFAC:
     Args:
         sharing: How the channels enter the factors: ``expand`` or ``reduce``.
         fisher: Which output gradients to take.
+        merge_terms: Whether one product per layer approximates the sum over the terms:
+            Σ_t B_t ⊗ A_t ≈ (Σ_t B_t) ⊗ (Σ_t tr(B_t) A_t / Σ_t tr(B_t)).
     """
 
     sharing: WeightSharing = expand
     fisher: Fisher = field(default_factory=Type2)
+    merge_terms: bool = False
 
     def __call__(self, linearizations: Sequence[Linearization]) -> KFACLinearOperator:
         """Build the operator."""
-        return KFACLinearOperator.from_linearizations(linearizations, self.sharing, self.fisher)
+        return KFACLinearOperator.from_linearizations(
+            linearizations, self.sharing, self.fisher, self.merge_terms
+        )

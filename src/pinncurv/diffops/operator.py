@@ -53,7 +53,7 @@ class DifferentialOperator(ABC):
         """Whether ``require`` depends on more than the points' number of coordinates."""
         return False
 
-    def at(self, part: slice) -> DifferentialOperator:
+    def at(self, part: slice | Tensor) -> DifferentialOperator:
         """Return the operator at a part of the points: cut the coefficients given per point."""
         return self
 

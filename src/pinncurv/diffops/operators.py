@@ -99,7 +99,7 @@ class Directional(DifferentialOperator):
         """Whether the direction differs from point to point."""
         return not isinstance(self.direction, Tensor) or self.direction.ndim == 2
 
-    def at(self, part: slice) -> DifferentialOperator:
+    def at(self, part: slice | Tensor) -> DifferentialOperator:
         """Return the operator at a part of the points."""
         if isinstance(self.direction, Tensor) and self.direction.ndim == 2:
             return replace(self, direction=self.direction[part])
@@ -172,7 +172,7 @@ class SecondOrder(DifferentialOperator):
         """Whether the matrix differs from point to point."""
         return not isinstance(self.matrix, Tensor) or self.matrix.ndim == 3
 
-    def at(self, part: slice) -> DifferentialOperator:
+    def at(self, part: slice | Tensor) -> DifferentialOperator:
         """Return the operator at a part of the points."""
         if isinstance(self.matrix, Tensor) and self.matrix.ndim == 3:
             return replace(self, matrix=self.matrix[part])
@@ -218,7 +218,7 @@ class FactoredSecondOrder(DifferentialOperator):
         """Whether the factors differ from point to point."""
         return not isinstance(self.factors, Tensor) or self.factors.ndim == 3
 
-    def at(self, part: slice) -> DifferentialOperator:
+    def at(self, part: slice | Tensor) -> DifferentialOperator:
         """Return the operator at a part of the points."""
         if isinstance(self.factors, Tensor) and self.factors.ndim == 3:
             return replace(self, factors=self.factors[part])

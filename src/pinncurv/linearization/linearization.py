@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import Module
 
@@ -99,7 +99,20 @@ class Linearization:
     def _current_versions(self) -> tuple[int, ...]:
         return tuple(parameter._version for parameter in self.parameters.values())
 
-    def _linearize(self, part: slice) -> Chunk:
+    def at(self, points: Int[Tensor, " m"]) -> Linearization:
+        """Linearize anew at some of the points, as parts of all: with the same scale w_n / N.
+
+        Args:
+            points: Which points.
+        """
+        part = Linearization.__new__(Linearization)
+        part.__dict__.update(vars(self))
+        part.term, part.x, part.chunk_size = self.term.at(points), self.x[points], None
+        part._scale = self._scale if isinstance(self._scale, float) else self._scale[points]
+        part._kept = [self._linearize(points)]
+        return part
+
+    def _linearize(self, part: slice | Tensor) -> Chunk:
         """Run one forward and one backward pass at a part of the points."""
         scale = self._scale if isinstance(self._scale, float) else self._scale[part]
         term = self.term.at(part)

@@ -9,6 +9,7 @@ left product, ``to_dense``, ``diagonal``, ``trace`` and ``inverse(damping)``.
 - ``eigenform``: operators that are diagonal in a Kronecker-factored basis (EKFAC, inverses).
 - ``dense``: dense, dense block-diagonal and diagonal operators.
 - ``inverses``, ``kronecker_inverse``: the inverse (C + λ I)⁻¹.
+- ``restriction``: operators on some layers, and operators made of several such.
 - ``factor_damping``, ``simultaneous``: the inverse with damping in every Kronecker factor.
 - ``cg``: preconditioned conjugate gradients.
 - ``psd``: the one path for factorizations of positive semidefinite matrices.
@@ -58,10 +59,18 @@ from pinncurv.linops.psd import (
     factorize,
     symmetrize,
 )
+from pinncurv.linops.restriction import (
+    BlockDiagonalLinearOperator,
+    RestrictedLinearOperator,
+    Selection,
+    block_diagonal,
+    restrict,
+)
 from pinncurv.linops.simultaneous import SimultaneousDiagonalization, diagonalize
 
 __all__ = [
     "Averageable",
+    "BlockDiagonalLinearOperator",
     "BlockFactorizedInverseLinearOperator",
     "CGInverseLinearOperator",
     "CGNotConverged",
@@ -85,9 +94,12 @@ __all__ = [
     "KroneckerFactors",
     "LayerBlock",
     "LayerwiseLinearOperator",
+    "RestrictedLinearOperator",
+    "Selection",
     "SimultaneousDiagonalization",
     "SumKroneckerLinearOperator",
     "SymmetricLinearOperator",
+    "block_diagonal",
     "check_blocks",
     "check_damping",
     "conjugate_gradients",
@@ -98,6 +110,7 @@ __all__ = [
     "flat_positions",
     "from_joint",
     "merge",
+    "restrict",
     "same",
     "symmetrize",
     "to_joint",

@@ -67,7 +67,7 @@ class LossTerm:
         elif not callable(self.weight):
             object.__setattr__(self, "weight", _checked_number(self.name, self.weight))
 
-    def at(self, part: slice) -> "LossTerm":
+    def at(self, part: slice | Tensor) -> "LossTerm":
         """Return the term with the operators and the data at a part of the points.
 
         Only data and coefficients that are given as tensors, one per point, make a difference.

@@ -1,0 +1,238 @@
+"""What an approximation does to a step: its direction, its decrease, and solver iterations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from curvlinops._torch_base import PyTorchLinearOperator
+from jaxtyping import Float
+from torch import Tensor
+
+from pinncurv.comparison.checks import check_same_space, check_square
+from pinncurv.comparison.products import apply, flat_vector
+from pinncurv.linops import CGRecord, check_damping, conjugate_gradients
+
+
+def step_cosine(
+    first: PyTorchLinearOperator,
+    second: PyTorchLinearOperator,
+    gradient: Tensor | Sequence[Tensor],
+) -> float:
+    """Return the cosine of the angle between the steps of two inverses.
+
+    cos = sᵀt / (‖s‖ ‖t‖),  s = −P₁⁻¹ g, t = −P₂⁻¹ g
+
+    Args:
+        first: P₁⁻¹.
+        second: P₂⁻¹.
+        gradient: g ``[D]``, or a list of tensors in parameter order.
+
+    Returns:
+        The cosine, in [-1, 1].
+
+    Raises:
+        ValueError: If the operators or the gradient don't fit or are not finite, or a step is
+            zero.
+    """
+    check_same_space(first, second)
+    g = flat_vector(gradient, first, "gradient")
+    s, t = apply(first, g), apply(second, g)
+    norms = (s.norm() * t.norm()).item()
+    if norms == 0:
+        raise ValueError(
+            "The steps must not be zero to have an angle, received steps of norms "
+            f"{s.norm().item():.1e} and {t.norm().item():.1e}. Pass a nonzero gradient."
+        )
+    return max(-1.0, min(1.0, torch.dot(s, t).item() / norms))
+
+
+@dataclass(frozen=True)
+class QuadraticDecrease:
+    """The minimum of the damped quadratic model along one direction.
+
+    m(αv) = α gᵀv + α²/2 vᵀ(C + λI)v,  α* = −slope / curvature,  −m(α*v) = slope² / (2 curvature)
+
+    Attributes:
+        slope: gᵀv, in units of the loss; negative for descent.
+        curvature: vᵀ(C + λI)v, in units of the loss.
+    """
+
+    slope: float
+    curvature: float
+
+    @property
+    def step_length(self) -> float:
+        """α*, the multiple of the direction that minimizes the model."""
+        return -self.slope / self.curvature
+
+    @property
+    def decrease(self) -> float:
+        """−m(α*v) >= 0, in units of the loss."""
+        return self.slope**2 / (2 * self.curvature)
+
+
+def quadratic_decrease(
+    operator: PyTorchLinearOperator,
+    damping: float,
+    gradient: Tensor | Sequence[Tensor],
+    direction: Tensor | Sequence[Tensor],
+) -> QuadraticDecrease:
+    """Minimize the damped quadratic model along a direction.
+
+    m(v) = gᵀv + 1/2 vᵀ(C + λI)v
+
+    Args:
+        operator: The symmetric positive semidefinite operator C.
+        damping: λ, a finite number >= 0.
+        gradient: g ``[D]``, or a list of tensors in parameter order.
+        direction: v, in either format.
+
+    Returns:
+        The best step length and the decrease there.
+
+    Raises:
+        ValueError: If sizes don't fit, something is not finite, or the curvature along the
+            direction is not positive.
+    """
+    check_square(operator)
+    g = flat_vector(gradient, operator, "gradient")
+    v = flat_vector(direction, operator, "direction")
+    curvature = torch.dot(v, apply(operator, v, check_damping(damping))).item()
+    if not curvature > 0:
+        raise ValueError(
+            "The curvature along the direction must be positive for the model to have a minimum, "
+            f"received vᵀ(C + λI)v = {curvature:.1e} for a v of norm {v.norm().item():.1e}. "
+            "Pass a nonzero direction or raise the damping."
+        )
+    return QuadraticDecrease(torch.dot(g, v).item(), curvature)
+
+
+def best_decrease(inverse: PyTorchLinearOperator, gradient: Tensor | Sequence[Tensor]) -> float:
+    """Return the largest decrease of the damped quadratic model in any direction.
+
+    −min_v m(v) = 1/2 gᵀ(C + λI)⁻¹g
+
+    Args:
+        inverse: (C + λI)⁻¹ of the exact operator.
+        gradient: g ``[D]``, or a list of tensors in parameter order.
+
+    Returns:
+        The decrease, in units of the loss.
+
+    Raises:
+        ValueError: If sizes don't fit or something is not finite.
+    """
+    g = flat_vector(gradient, inverse, "gradient")
+    return 0.5 * torch.dot(g, apply(inverse, g)).item()
+
+
+def decrease_fraction(
+    operator: PyTorchLinearOperator,
+    damping: float,
+    gradient: Tensor | Sequence[Tensor],
+    direction: Tensor | Sequence[Tensor],
+    inverse: PyTorchLinearOperator,
+) -> float:
+    """Return the share of the best possible decrease that one direction reaches.
+
+    (gᵀv)² / (vᵀ(C + λI)v · gᵀ(C + λI)⁻¹g)
+
+    It is the squared cosine between v and the exact step in the inner product of C + λI.
+
+    Args:
+        operator: The exact operator C.
+        damping: λ, a finite number >= 0.
+        gradient: g ``[D]``, or a list of tensors in parameter order.
+        direction: v, in either format.
+        inverse: (C + λI)⁻¹ of the exact operator.
+
+    Returns:
+        The share, in [0, 1] up to the error of the inverse.
+
+    Raises:
+        ValueError: If sizes don't fit, something is not finite, or there is nothing to decrease.
+    """
+    check_same_space(operator, inverse)
+    best = best_decrease(inverse, gradient)
+    if not best > 0:
+        raise ValueError(
+            f"The best decrease must be positive, received 1/2 gᵀ(C + λI)⁻¹g = {best:.1e}. "
+            "Pass a nonzero gradient and a positive definite inverse."
+        )
+    return quadratic_decrease(operator, damping, gradient, direction).decrease / best
+
+
+def subspace_overlap(U: Float[Tensor, "D K"], V: Float[Tensor, "D K"]) -> Float[Tensor, " K"]:
+    """Return how much the spans of the first k of two sets of vectors overlap, for every k.
+
+    ‖U_kᵀV_k‖² / k, k = 1, …, K
+
+    It is 1 for equal spans and about k/D for random ones.
+
+    Args:
+        U: Orthonormal vectors such as ``largest_eigenpairs(...).vectors``.
+        V: As many orthonormal vectors.
+
+    Returns:
+        One number in [0, 1] per k.
+
+    Raises:
+        ValueError: If the vectors are not orthonormal.
+    """
+    for name, X in (("U", U), ("V", V)):
+        deviation = (X.mT @ X - torch.eye(X.shape[1]).to(X)).abs().max().item()
+        if not deviation < torch.finfo(X.dtype).eps ** 0.5:
+            raise ValueError(
+                f"{name} must have orthonormal columns, received a deviation of {deviation:.1e}. "
+                "Orthogonalize them with torch.linalg.qr."
+            )
+    squares = (U.double().mT @ V.double()).square()
+    leading = squares.cumsum(0).cumsum(1).diagonal()
+    return leading / torch.arange(1, len(squares) + 1, device=squares.device)
+
+
+def cg_records(
+    operator: PyTorchLinearOperator,
+    damping: float,
+    gradient: Tensor | Sequence[Tensor],
+    preconditioners: Mapping[str, PyTorchLinearOperator | None],
+    *,
+    tolerance: float = 1e-6,
+    max_iterations: int | None = None,
+) -> dict[str, CGRecord]:
+    """Solve for the exact step with conjugate gradients under each of several preconditioners.
+
+    (C + λI) s = g  to  ‖g − (C + λI)s‖ ≤ tolerance ‖g‖
+
+    Args:
+        operator: The symmetric positive semidefinite operator C.
+        damping: λ, a finite number >= 0.
+        gradient: g ``[D]``, or a list of tensors in parameter order.
+        preconditioners: Approximations of (C + λI)⁻¹ by name; ``None`` for no preconditioner.
+        tolerance: Relative norm of the residual to reach.
+        max_iterations: Most iterations, by default 10 D.
+
+    Returns:
+        The records by name: iterations, residual norms, whether the tolerance was reached.
+
+    Raises:
+        ValueError: If sizes don't fit or the gradient is not finite.
+    """
+    check_square(operator)
+    damping = check_damping(damping)
+    g = flat_vector(gradient, operator, "gradient").to(operator.dtype)
+    records = {}
+    for name, preconditioner in preconditioners.items():
+        if preconditioner is not None:
+            check_same_space(operator, preconditioner)
+        records[name] = conjugate_gradients(
+            operator,
+            g,
+            damping=damping,
+            preconditioner=preconditioner,
+            tolerance=tolerance,
+            max_iterations=max_iterations,
+        ).record
+    return records

@@ -1,0 +1,260 @@
+"""The exact Gauss-Newton matrix on the span of the residual gradients at a few random points."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from pinncurv.curvature.jacobian import JacobianLinearOperator, check_exact
+from pinncurv.curvature.parameters import ParameterSpace
+from pinncurv.linearization import Chunk, LayerLinearization, Linearization
+from pinncurv.linops import SymmetricLinearOperator, check_damping, symmetrize
+
+# Temporaries of about this many elements stay in the cache.
+_BLOCK_ELEMENTS = 1 << 17
+
+
+class SubspaceGaussNewtonLinearOperator(SymmetricLinearOperator):
+    """The exact Gauss-Newton matrix, compressed to a subspace by an orthogonal projection.
+
+    Ĝ = Q Qᵀ JᵀJ Q Qᵀ = Q diag(σ²) Qᵀ,  Q an orthonormal basis of span {Jᵀe_i : i ∈ sample}
+
+    Where the eigenvalues of JᵀJ decay fast, as they do for PINNs, a sample not much larger than
+    the effective dimension tr JᵀJ (JᵀJ + λI)⁻¹ is enough. The basis is never formed: Q = J_mᵀ Y
+    with the m sampled rows J_m.
+    """
+
+    def __init__(
+        self,
+        rows: JacobianLinearOperator,
+        basis: Float[Tensor, "m k"],
+        singular_values: Float[Tensor, " k"],
+        images: Float[Tensor, "R k"],
+    ) -> None:
+        """Store the compressed matrix.
+
+        Args:
+            rows: J_m, the sampled rows of the Jacobian.
+            basis: Y, with J_mᵀ Y = Q.
+            singular_values: σ of J Q, descending.
+            images: P, the left singular vectors of J Q = P diag(σ).
+        """
+        super().__init__(rows.space.shapes, rows.space.device, rows.space.dtype)
+        self.rows = rows
+        self.basis = basis
+        self.singular_values = singular_values
+        self.images = images
+
+    @classmethod
+    def from_linearizations(
+        cls, linearizations: Sequence[Linearization], points: int = 100, seed: int = 0
+    ) -> SubspaceGaussNewtonLinearOperator:
+        """Build the operator.
+
+        Args:
+            linearizations: One per term, with the exact output gradients.
+            points: How many points to sample, in proportion to the terms' numbers of points.
+            seed: Which points.
+        """
+        check_exact(linearizations)
+        space = ParameterSpace.from_linearizations(linearizations)
+        chosen = sample_points([len(lin.x) for lin in linearizations], points, seed)
+        samples = [
+            lin.at(indices.to(lin.x.device))
+            for lin, indices in zip(linearizations, chosen, strict=True)
+        ]
+        T = _whitening(cross_kernel(samples, samples))
+        P, sigma, Wt = torch.linalg.svd(
+            cross_kernel(linearizations, samples) @ T, full_matrices=False
+        )
+        return cls(JacobianLinearOperator(samples, space), T @ Wt.mT, sigma, P)
+
+    def _matmat(self, X: list[Tensor]) -> list[Tensor]:
+        return self.spectral(self.singular_values.square(), X)
+
+    def spectral(self, values: Float[Tensor, " k"], X: list[Tensor]) -> list[Tensor]:
+        """Return Q diag(values) Qᵀ X."""
+        images = self.rows._matmat(X)
+        flat = torch.cat([image.flatten(end_dim=-2) for image in images]).to(values.dtype)
+        return self.combine(values.unsqueeze(-1) * (self.basis.mT @ flat))
+
+    def combine(self, coefficients: Float[Tensor, "k K"]) -> list[Tensor]:
+        """Return Q c for coefficients c."""
+        flat = (self.basis @ coefficients).to(self.dtype)
+        sizes = [shape.numel() for shape in self.rows._out_shape]
+        pieces = zip(flat.split(sizes), self.rows._out_shape, strict=True)
+        vectors = [piece.reshape(*shape, -1) for piece, shape in pieces]
+        return self.rows.adjoint()._matmat(vectors)
+
+    def inverse(self, damping: float) -> SubspaceInverseLinearOperator:
+        """Return (Ĝ + λI)⁻¹, which divides by λ outside of the subspace.
+
+        Args:
+            damping: λ, finite and > 0.
+        """
+        return SubspaceInverseLinearOperator(self, damping, 1 / _positive(damping))
+
+
+class SubspaceInverseLinearOperator(SymmetricLinearOperator):
+    """A damped inverse on the subspace, and a multiple of the identity outside of it.
+
+    Q diag(1 / (σ² + λ)) Qᵀ + c (I - Q Qᵀ)
+
+    Args:
+        operator: The compressed matrix.
+        damping: λ.
+        complement: c; zero for steps in the subspace.
+    """
+
+    def __init__(
+        self, operator: SubspaceGaussNewtonLinearOperator, damping: float, complement: float
+    ) -> None:
+        super().__init__(operator.shapes, operator.device, operator.dtype)
+        self.operator = operator
+        self.damping = check_damping(damping)
+        self.complement = complement
+
+    def _matmat(self, X: list[Tensor]) -> list[Tensor]:
+        values = 1 / (self.operator.singular_values.square() + self.damping) - self.complement
+        inside = self.operator.spectral(values, X)
+        if not self.complement:
+            return inside
+        return [y.add_(x, alpha=self.complement) for y, x in zip(inside, X, strict=True)]
+
+    def solve_residual(self, residual: Sequence[Tensor]) -> list[Tensor]:
+        """Return the inverse of Jᵀu, for c = 0 without Jᵀu and its rounding errors."""
+        operator = self.operator
+        u = torch.cat([part.flatten() for part in residual]).to(operator.images.dtype)
+        sigma = operator.singular_values
+        coefficients = sigma / (sigma.square() + self.damping) * (operator.images.mT @ u)
+        return [part.squeeze(-1) for part in operator.combine(coefficients.unsqueeze(-1))]
+
+
+def sample_points(numbers: Sequence[int], points: int, seed: int) -> list[Int[Tensor, " m"]]:
+    """Draw points without replacement, in proportion to the terms' numbers of points."""
+    generator = torch.Generator().manual_seed(seed)
+    share = min(1.0, points / sum(numbers))
+    return [
+        torch.randperm(n, generator=generator)[: max(1, round(share * n))].sort().values
+        for n in numbers
+    ]
+
+
+def _whitening(K: Float[Tensor, "m m"]) -> Float[Tensor, "m k"]:
+    """Return T with TᵀKT = I, on the numerically independent part of K."""
+    values, vectors = torch.linalg.eigh(symmetrize(K, "the kernel of the sampled points"))
+    kept = values > len(K) * torch.finfo(K.dtype).eps * values[-1]
+    return vectors[:, kept] / values[kept].sqrt()
+
+
+def _positive(damping: float) -> float:
+    if not check_damping(damping) > 0:
+        raise ValueError(
+            "The damping of a matrix of low rank must be positive, received 0. Pass damping > 0."
+        )
+    return damping
+
+
+def cross_kernel(
+    linearizations: Sequence[Linearization], samples: Sequence[Linearization]
+) -> Float[Tensor, "R m"]:
+    """Return J J_mᵀ in float64, a block of points at a time.
+
+    Args:
+        linearizations: One per term.
+        samples: The sampled points, one per term.
+    """
+    blocks = []
+    for linearization in linearizations:
+        for chunk in linearization:
+            row = [_chunk_kernel(chunk, part) for sample in samples for part in sample]
+            blocks.append(torch.cat(row, 1))
+    return torch.cat(blocks).to(torch.float64)
+
+
+def _chunk_kernel(left: Chunk, right: Chunk) -> Float[Tensor, "R m"]:
+    n, V = left.residual.shape
+    m, W = right.residual.shape
+    total = left.residual.new_zeros(n, V, m, W)
+    for name in left.layers.keys() & right.layers.keys():
+        total += layer_kernel(left.layers[name], right.layers[name])
+    return total.reshape(n * V, m * W)
+
+
+def layer_kernel(left: LayerLinearization, right: LayerLinearization) -> Float[Tensor, "n V m W"]:
+    """Return the layer's part of the kernel between two sets of points.
+
+    K_nv,mw = Σ_st (g_nvs · g_mwt) (z_ns · z_mt + [s and t carry the bias])
+    """
+    assert left.G is not None
+    assert right.G is not None
+    (S, n, _), (T, m, _) = left.Z.shape, right.Z.shape
+    kernel = left.Z.new_zeros(n, len(left.G), m, len(right.G))
+    step = max(1, _BLOCK_ELEMENTS // (T * m))
+    for start in range(0, n, step):
+        points = slice(start, start + step)
+        for s in range(S):
+            inputs = left.Z[s, points] @ right.Z.flatten(0, 1).t()
+            if left.bias is not None and s in left.value_channels:
+                for t in right.value_channels:
+                    inputs[:, t * m : (t + 1) * m] += 1
+            for v, G in enumerate(left.G):
+                for w, H in enumerate(right.G):
+                    outputs = G[s, points] @ H.flatten(0, 1).t()
+                    target = kernel[points, v, :, w]
+                    for t in range(T):
+                        part = slice(t * m, (t + 1) * m)
+                        target.addcmul_(outputs[:, part], inputs[:, part])
+    return kernel
+
+
+@dataclass(frozen=True)
+class SubspaceGaussNewton:
+    """Recipe: the exact Gauss-Newton matrix on the gradients of a few random points.
+
+    Q Qᵀ JᵀJ Q Qᵀ
+
+    Args:
+        points: How many points to sample.
+        seed: Which points.
+    """
+
+    points: int = 100
+    seed: int = 0
+
+    def __call__(
+        self, linearizations: Sequence[Linearization]
+    ) -> SubspaceGaussNewtonLinearOperator:
+        """Build the operator."""
+        return SubspaceGaussNewtonLinearOperator.from_linearizations(
+            linearizations, self.points, self.seed
+        )
+
+
+@dataclass(frozen=True)
+class InSubspace:
+    """The damped inverse on the subspace, and zero outside of it.
+
+    Q diag(1 / (σ² + λ)) Qᵀ
+
+    Its step is the exact minimizer of the damped quadratic model in the subspace.
+
+    Args:
+        damping: λ, a finite number >= 0.
+    """
+
+    damping: float
+
+    def __post_init__(self) -> None:
+        """Check the damping."""
+        check_damping(self.damping)
+
+    def __call__(
+        self, operator: SubspaceGaussNewtonLinearOperator
+    ) -> SubspaceInverseLinearOperator:
+        """Return the inverse."""
+        return SubspaceInverseLinearOperator(operator, self.damping, 0.0)

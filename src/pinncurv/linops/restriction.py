@@ -1,0 +1,341 @@
+"""Operators on the parameters of some layers only, and one operator made of several such."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import singledispatch
+
+import torch
+from curvlinops._torch_base import PyTorchLinearOperator
+from jaxtyping import Float
+from torch import Size, Tensor
+
+from pinncurv.linops.blocks import LayerBlock, check_blocks, flat_positions, from_joint, to_joint
+from pinncurv.linops.cg import CGInverseLinearOperator
+from pinncurv.linops.dense import (
+    DenseBlockDiagonalLinearOperator,
+    DenseLinearOperator,
+    DiagonalLinearOperator,
+)
+from pinncurv.linops.eigenform import (
+    KroneckerCongruenceLinearOperator,
+    KroneckerEigenLinearOperator,
+)
+from pinncurv.linops.inverses import Damped
+from pinncurv.linops.kronecker import SumKroneckerLinearOperator
+from pinncurv.linops.layerwise import LayerwiseLinearOperator
+from pinncurv.linops.operator import SymmetricLinearOperator
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The parameters of some layers, in the order in which they stand among all parameters.
+
+    Attributes:
+        positions: Their positions in the list of all parameters.
+        shapes: Their shapes.
+        blocks: The layers, whose positions count the selected parameters.
+    """
+
+    positions: tuple[int, ...]
+    shapes: tuple[Size, ...]
+    blocks: tuple[LayerBlock, ...]
+
+    @classmethod
+    def of(cls, blocks: Sequence[LayerBlock], shapes: Sequence[Sequence[int]]) -> Selection:
+        """Select the parameters of some layers.
+
+        Args:
+            blocks: The layers, whose positions count all parameters.
+            shapes: The shapes of all parameters.
+
+        Raises:
+            ValueError: If there is no layer, or one does not fit the shapes.
+        """
+        used = [p for block in blocks for p in (block.weight, block.bias) if p is not None]
+        positions = sorted(set(used))
+        if not used or positions[0] < 0 or positions[-1] >= len(shapes):
+            raise ValueError(
+                f"The layers must be one or more of those of the operator's {len(shapes)} "
+                f"parameters, received {list(blocks)}. Take them from operator.blocks or from "
+                "ParameterSpace.blocks."
+            )
+        local = {position: i for i, position in enumerate(positions)}
+        renumbered = tuple(
+            replace(
+                block,
+                weight=local[block.weight],
+                bias=None if block.bias is None else local[block.bias],
+            )
+            for block in blocks
+        )
+        selected = tuple(Size(shapes[position]) for position in positions)
+        check_blocks(renumbered, selected)
+        return cls(tuple(positions), selected, renumbered)
+
+
+class RestrictedLinearOperator(SymmetricLinearOperator):
+    """A symmetric operator on the parameters of some layers only, by products with the whole one.
+
+    P C Pᵀ, P selects parameters
+    """
+
+    def __init__(self, operator: PyTorchLinearOperator, blocks: Sequence[LayerBlock]) -> None:
+        """Store the operator.
+
+        Args:
+            operator: Any symmetric operator.
+            blocks: The layers to keep.
+
+        Raises:
+            ValueError: If there is no layer, or one does not fit the operator.
+        """
+        self.operator = operator
+        self.layers = tuple(blocks)
+        self.selection = Selection.of(blocks, operator._in_shape)
+        super().__init__(self.selection.shapes, operator.device, operator.dtype)
+
+    @property
+    def blocks(self) -> tuple[LayerBlock, ...]:
+        """The layers, whose positions count the selected parameters."""
+        return self.selection.blocks
+
+    def _matmat(self, X: list[Tensor]) -> list[Tensor]:
+        whole = [X[0].new_zeros(*shape, X[0].shape[-1]) for shape in self.operator._in_shape]
+        for position, x in zip(self.selection.positions, X, strict=True):
+            whole[position] = x
+        Y = self.operator._matmat(whole)
+        return [Y[position] for position in self.selection.positions]
+
+    def inverse(self, damping: float, dense_limit: int = 2048) -> PyTorchLinearOperator:
+        """Return the damped inverse.
+
+        (P C Pᵀ + λ I)⁻¹
+
+        Of an operator that is block diagonal over layers this is the restriction of its inverse.
+        Otherwise, by a dense eigendecomposition up to ``dense_limit`` parameters, else by conjugate
+        gradients.
+
+        Args:
+            damping: The damping λ, a finite number >= 0.
+            dense_limit: Largest dimension that is inverted as a dense matrix.
+
+        Returns:
+            The inverse, for a positive semidefinite operator.
+        """
+        if isinstance(self.operator, LayerwiseLinearOperator):
+            return restrict(self.operator.inverse(damping), self.layers)
+        if self.shape[0] <= dense_limit:
+            return DenseLinearOperator(self.to_dense(), self.shapes).inverse(damping)
+        return CGInverseLinearOperator(self, damping)
+
+
+@singledispatch
+def restrict(
+    operator: PyTorchLinearOperator, blocks: Sequence[LayerBlock]
+) -> SymmetricLinearOperator:
+    """Restrict a symmetric operator to the parameters of some layers.
+
+    C ↦ P C Pᵀ, P selects parameters
+
+    The result acts on the selected parameters alone, in their order among all of them: its spectrum
+    has no zeros of parameters that were left out, and its damped inverse is that of the block.
+    Operators of the structures in this package keep theirs. Register another structure with
+    ``@restrict.register``.
+
+    Args:
+        operator: Any symmetric operator on all parameters.
+        blocks: The layers to keep, from ``operator.blocks`` or ``ParameterSpace.blocks``.
+
+    Returns:
+        The restricted operator. Its ``blocks``, if it has them, count the selected parameters.
+
+    Raises:
+        ValueError: If there is no layer, or one does not fit the operator.
+    """
+    return RestrictedLinearOperator(operator, blocks)
+
+
+def _indices(operator: LayerwiseLinearOperator, blocks: Sequence[LayerBlock]) -> list[int]:
+    """Find layers in a block-diagonal operator."""
+    unknown = [block for block in blocks if block not in operator.blocks]
+    if unknown:
+        raise ValueError(
+            f"The layers must be among {[block.name for block in operator.blocks]} of the "
+            f"operator, received {unknown}. Take them from operator.blocks."
+        )
+    return [operator.blocks.index(block) for block in blocks]
+
+
+@restrict.register
+def _(
+    operator: SumKroneckerLinearOperator, blocks: Sequence[LayerBlock]
+) -> SumKroneckerLinearOperator:
+    factors = [operator.factors[i] for i in _indices(operator, blocks)]
+    selection = Selection.of(blocks, operator.shapes)
+    return SumKroneckerLinearOperator(factors, selection.blocks, selection.shapes, operator.terms)
+
+
+@restrict.register
+def _(
+    operator: KroneckerCongruenceLinearOperator, blocks: Sequence[LayerBlock]
+) -> KroneckerCongruenceLinearOperator:
+    indices, selection = _indices(operator, blocks), Selection.of(blocks, operator.shapes)
+    bases, scales = [operator.bases[i] for i in indices], [operator.scales[i] for i in indices]
+    kind = KroneckerCongruenceLinearOperator
+    if isinstance(operator, KroneckerEigenLinearOperator):
+        kind = KroneckerEigenLinearOperator
+    return kind(bases, scales, selection.blocks, selection.shapes, operator.dtype)
+
+
+@restrict.register
+def _(
+    operator: DenseBlockDiagonalLinearOperator, blocks: Sequence[LayerBlock]
+) -> DenseBlockDiagonalLinearOperator:
+    matrices = [operator.matrices[i] for i in _indices(operator, blocks)]
+    selection = Selection.of(blocks, operator.shapes)
+    return DenseBlockDiagonalLinearOperator(matrices, selection.blocks, selection.shapes)
+
+
+@restrict.register
+def _(operator: DiagonalLinearOperator, blocks: Sequence[LayerBlock]) -> DiagonalLinearOperator:
+    positions = Selection.of(blocks, operator.shapes).positions
+    return DiagonalLinearOperator([operator.diagonals[position] for position in positions])
+
+
+@restrict.register
+def _(operator: DenseLinearOperator, blocks: Sequence[LayerBlock]) -> DenseLinearOperator:
+    selection = Selection.of(blocks, operator.shapes)
+    entries = torch.arange(operator.shape[0], device=operator.device)
+    pieces = entries.split([shape.numel() for shape in operator.shapes])
+    kept = torch.cat([pieces[position] for position in selection.positions])
+    return DenseLinearOperator(operator.matrix[kept.unsqueeze(1), kept], selection.shapes)
+
+
+class BlockDiagonalLinearOperator(LayerwiseLinearOperator):
+    """Block diagonal over layers, with an operator of its own for each layer.
+
+    C = diag(C_1, …, C_L)
+    """
+
+    def __init__(
+        self, operators: Sequence[PyTorchLinearOperator], blocks: Sequence[LayerBlock]
+    ) -> None:
+        """Store the operators.
+
+        Args:
+            operators: One symmetric operator per layer, on that layer's parameters.
+            blocks: The layers, which cover each parameter exactly once.
+
+        Raises:
+            ValueError: If the blocks do not partition the parameters, or an operator does not fit
+                its layer or the other operators.
+        """
+        first = operators[0]
+        shapes = _shapes(blocks)
+        super().__init__(blocks, shapes, first.device, first.dtype)
+        self.operators = tuple(operators)
+        self.selections = tuple(Selection.of([block], shapes) for block in self.blocks)
+        for block, selection, operator in zip(blocks, self.selections, operators, strict=True):
+            expected = (list(selection.shapes), first.device, first.dtype)
+            received = (operator._in_shape, operator.device, operator.dtype)
+            if received != expected:
+                raise ValueError(
+                    f"The operator of layer {block.name} must act on (shapes, device, dtype) "
+                    f"{expected}, received {received}. Use restrict(operator, [block])."
+                )
+
+    def _apply(
+        self, layer: int, X: Float[Tensor, "*K d_out d_joint"]
+    ) -> Float[Tensor, "*K d_out d_joint"]:
+        blocks = self.selections[layer].blocks
+        return to_joint(self.operators[layer] @ from_joint([X], blocks), blocks)[0]
+
+    def block_to_dense(self, layer: int) -> Float[Tensor, "n n"]:
+        """One layer's block as a matrix on the row-major flattened joint matrix.
+
+        C_l
+
+        Args:
+            layer: Position of the layer in ``blocks``.
+
+        Returns:
+            The block as a matrix, ``n = d_out (d_in + 1)``.
+        """
+        operator, selection = self.operators[layer], self.selections[layer]
+        if isinstance(operator, SymmetricLinearOperator):
+            dense = operator.to_dense()
+        else:
+            dense = operator @ torch.eye(operator.shape[1], device=self.device, dtype=self.dtype)
+        (position,) = flat_positions(selection.blocks, selection.shapes)
+        return dense[position.unsqueeze(1), position]
+
+    def _block_diagonal(self, layer: int) -> Float[Tensor, "d_out d_joint"]:
+        return self.block_to_dense(layer).diagonal().reshape(self.blocks[layer].shape)
+
+    def inverse(self, damping: float) -> BlockDiagonalLinearOperator:
+        """Return the damped inverse, each block by its own operator.
+
+        diag((C_1 + λ I)⁻¹, …, (C_L + λ I)⁻¹)
+
+        Args:
+            damping: The damping λ, a finite number >= 0.
+
+        Returns:
+            The inverse. Operators without an inverse of their own are inverted by conjugate
+            gradients.
+        """
+        inverse = Damped(damping)
+        return BlockDiagonalLinearOperator(
+            [inverse(operator) for operator in self.operators], self.blocks
+        )
+
+
+def _shapes(blocks: Sequence[LayerBlock]) -> list[tuple[int, ...]]:
+    """Return the shapes of the parameters of some layers, in the order of their positions."""
+    shapes: dict[int, tuple[int, ...]] = {}
+    for block in blocks:
+        shapes[block.weight] = (block.d_out, block.d_in)
+        if block.bias is not None:
+            shapes[block.bias] = (block.d_out,)
+    return [shapes[position] for position in sorted(shapes)]
+
+
+def block_diagonal(
+    operators: Sequence[PyTorchLinearOperator], blocks: Sequence[LayerBlock]
+) -> BlockDiagonalLinearOperator:
+    """Take each layer's block from an operator of its own.
+
+    diag(P_1 C_1 P_1ᵀ, …, P_L C_L P_Lᵀ), P_l selects the parameters of layer l
+
+    For example KFAC for all layers but the last, which gets the exact block:
+
+        block_diagonal([kfac, kfac, exact], kfac.blocks)
+
+    Args:
+        operators: One per layer: on all parameters, of which the layer's block is taken, or on the
+            layer's parameters alone.
+        blocks: The layers, which cover each parameter exactly once.
+
+    Returns:
+        The operator, which is inverted layer by layer.
+
+    Raises:
+        ValueError: If there is not one operator per layer, or one does not fit.
+    """
+    if not blocks or len(operators) != len(blocks):
+        raise ValueError(
+            f"There must be one operator for each of the {len(blocks)} layers, received "
+            f"{len(operators)}. Repeat an operator that is meant for several layers."
+        )
+    shapes = _shapes(blocks)
+    return BlockDiagonalLinearOperator(
+        [
+            operator
+            if operator._in_shape == list(Selection.of([block], shapes).shapes)
+            else restrict(operator, [block])
+            for operator, block in zip(operators, blocks, strict=True)
+        ],
+        blocks,
+    )

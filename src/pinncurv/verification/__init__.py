@@ -1,0 +1,37 @@
+"""Checks of a user's own network, PDE, activation and curvature against brute force.
+
+    report = verify(model, terms, points, curvature=my_recipe)
+    print(report)  # a table, one line per check
+    report.raise_if_failed()
+
+``verify`` checks all of a training problem; ``verify_network``, ``verify_term``,
+``verify_activation``, ``verify_operator`` and ``verify_curvature`` check one part. Each works on a
+copy in float64 at a few points, returns a ``Report``, and never raises: what goes wrong is a check
+that failed, with the message. Keep the network small, since the right answers come from nested
+``torch.func`` transformations, point by point (``brute_force.py``).
+
+``report.py`` and ``checklist.py`` hold the results, ``instance.py`` makes the copies.
+"""
+
+from pinncurv.verification.activation import verify_activation
+from pinncurv.verification.brute_force import gauss_newton, hessian
+from pinncurv.verification.curvature import verify_curvature
+from pinncurv.verification.network import verify_network
+from pinncurv.verification.operator import verify_operator
+from pinncurv.verification.problem import verify
+from pinncurv.verification.report import Check, Report, VerificationError
+from pinncurv.verification.term import verify_term
+
+__all__ = [
+    "Check",
+    "Report",
+    "VerificationError",
+    "gauss_newton",
+    "hessian",
+    "verify",
+    "verify_activation",
+    "verify_curvature",
+    "verify_network",
+    "verify_operator",
+    "verify_term",
+]

@@ -1,0 +1,154 @@
+"""Making checks, where nothing that a check runs into may end the verification."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from pinncurv.verification.report import Check, Report
+
+T = TypeVar("T")
+TOLERANCE = 1e-9
+# Errors are relative to the largest entry, or to this number if that is smaller.
+_SMALLEST_SCALE = 1e-3
+
+
+class Checklist:
+    """The checks made so far.
+
+    Args:
+        subject: What is verified, for the names of the checks.
+    """
+
+    def __init__(self, subject: str) -> None:
+        self.subject = subject
+        self._checks: list[Check] = []
+
+    @property
+    def report(self) -> Report:
+        """The checks made so far."""
+        return Report(tuple(self._checks))
+
+    def compare(
+        self,
+        name: str,
+        received: Callable[[], Tensor],
+        expected: Callable[[], Tensor],
+        tolerance: float = TOLERANCE,
+    ) -> bool:
+        """Check that two tensors agree.
+
+        max |received - expected| <= tolerance · max |expected|
+
+        Args:
+            name: What is checked.
+            received: Computes what is checked.
+            expected: Computes what is right.
+            tolerance: The largest relative error that passes.
+
+        Returns:
+            Whether they agree. What either computation raises is a failure.
+        """
+        check = Check(f"{self.subject}: {name}", False, None, tolerance)
+        try:
+            right = expected().detach()
+        except Exception as error:
+            return self._add(replace(check, message=f"brute force raised {describe(error)}"))
+        try:
+            tensor = received().detach()
+        except Exception as error:
+            return self._add(replace(check, message=f"raised {describe(error)}"))
+        return self._add(_compared(check, tensor, right, tolerance))
+
+    def attempt(self, name: str, make: Callable[[], T]) -> T | None:
+        """Make something that further checks need.
+
+        Args:
+            name: What succeeds, for the check that fails otherwise.
+            make: Makes it.
+
+        Returns:
+            What was made, or None after adding a failed check.
+        """
+        try:
+            return make()
+        except Exception as error:
+            self.fail(name, error)
+            return None
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Turn what anything between two checks raises into a failure."""
+        try:
+            yield
+        except Exception as error:
+            self.fail("could be verified", error)
+
+    def fail(self, name: str, error: Exception) -> None:
+        """Note an exception as a failure."""
+        self._add(Check(f"{self.subject}: {name}", False, message=f"raised {describe(error)}"))
+
+    def demand(self, name: str, violation: Callable[[], str]) -> bool:
+        """Check that something holds.
+
+        Args:
+            name: What is checked.
+            violation: Says what is wrong, or nothing if all is right.
+
+        Returns:
+            Whether it holds. What the function raises is a failure.
+        """
+        try:
+            message = violation()
+        except Exception as error:
+            message = f"raised {describe(error)}"
+        return self._add(Check(f"{self.subject}: {name}", not message, message=message))
+
+    def skip(self, name: str, why: str) -> None:
+        """Note that something could not be checked."""
+        self._add(Check(f"{self.subject}: {name}", None, message=why))
+
+    def _add(self, check: Check) -> bool:
+        self._checks.append(check)
+        return check.passed is True
+
+
+def describe(error: Exception) -> str:
+    """Return what an exception says, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _compared(check: Check, received: Tensor, expected: Tensor, tolerance: float) -> Check:
+    """Fill in error, outcome and explanation."""
+    if received.shape != expected.shape:
+        return replace(check, message=f"shape {list(received.shape)}, not {list(expected.shape)}")
+    if not expected.numel():
+        return replace(check, passed=True, error=0.0)
+    right = expected.double()
+    difference = received.to(right) - right
+    scale = max(right.abs().max().item(), _SMALLEST_SCALE)
+    error = difference.abs().max().item() / scale
+    if error <= tolerance:  # not if it is NaN
+        return replace(check, passed=True, error=error)
+    return replace(check, error=error, message=_explain(received.to(right), right, difference))
+
+
+def _explain(received: Tensor, expected: Tensor, difference: Tensor) -> str:
+    """Say how two tensors disagree: by a constant factor, or where most."""
+    if not bool(received.isfinite().all()):
+        return f"{int((~received.isfinite()).sum())} of {received.numel()} entries are not finite"
+    norm = torch.linalg.vector_norm(expected).item()
+    if norm > 0:
+        factor = float((received * expected).sum()) / norm**2
+        rest = torch.linalg.vector_norm(received - factor * expected).item()
+        if rest <= 1e-6 * norm:
+            return f"it is {factor:.6g} times what is right"
+    worst = int(difference.abs().argmax())
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), expected.shape))
+    values = f"{received.flatten()[worst].item():.6g}, not {expected.flatten()[worst].item():.6g}"
+    return f"entry {index} is {values}" if index else f"it is {values}"
