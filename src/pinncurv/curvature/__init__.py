@@ -38,6 +38,7 @@ from pinncurv.curvature.subspace import (
     SubspaceGaussNewton,
     SubspaceGaussNewtonLinearOperator,
     SubspaceInverseLinearOperator,
+    SubspaceSolverLinearOperator,
 )
 
 __all__ = [
@@ -63,6 +64,7 @@ __all__ = [
     "SubspaceGaussNewton",
     "SubspaceGaussNewtonLinearOperator",
     "SubspaceInverseLinearOperator",
+    "SubspaceSolverLinearOperator",
     "WeightSharing",
     "coverage",
     "expand",

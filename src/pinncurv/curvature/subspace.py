@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from curvlinops._torch_base import PyTorchLinearOperator
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -59,8 +60,14 @@ class SubspaceGaussNewtonLinearOperator(SymmetricLinearOperator):
             linearizations: One per term, with the exact output gradients.
             points: How many points to sample, in proportion to the terms' numbers of points.
             seed: Which points.
+
+        Raises:
+            ValueError: If there is less than one point, or a linearization has other output
+                gradients than the exact ones.
         """
         check_exact(linearizations)
+        if points < 1:
+            raise ValueError(f"The number of sampled points must be at least 1, got {points}.")
         space = ParameterSpace.from_linearizations(linearizations)
         chosen = sample_points([len(lin.x) for lin in linearizations], points, seed)
         samples = [
@@ -107,7 +114,7 @@ class SubspaceInverseLinearOperator(SymmetricLinearOperator):
     Args:
         operator: The compressed matrix.
         damping: λ.
-        complement: c; zero for steps in the subspace.
+        complement: c.
     """
 
     def __init__(
@@ -125,8 +132,28 @@ class SubspaceInverseLinearOperator(SymmetricLinearOperator):
             return inside
         return [y.add_(x, alpha=self.complement) for y, x in zip(inside, X, strict=True)]
 
+
+class SubspaceSolverLinearOperator(SubspaceInverseLinearOperator):
+    """The damped inverse on the subspace, and zero outside of it.
+
+    Q diag(1 / (σ² + λ)) Qᵀ
+
+    Args:
+        operator: The compressed matrix.
+        damping: λ.
+    """
+
+    def __init__(self, operator: SubspaceGaussNewtonLinearOperator, damping: float) -> None:
+        super().__init__(operator, damping, 0.0)
+
     def solve_residual(self, residual: Sequence[Tensor]) -> list[Tensor]:
-        """Return the inverse of Jᵀu, for c = 0 without Jᵀu and its rounding errors."""
+        """Return argmin of ‖u - J v‖² + λ‖v‖² over the subspace, without forming Jᵀu.
+
+        v = Q diag(σ / (σ² + λ)) Pᵀ u
+
+        Args:
+            residual: u, one tensor ``[N_t, V_t]`` per term.
+        """
         operator = self.operator
         u = torch.cat([part.flatten() for part in residual]).to(operator.images.dtype)
         sigma = operator.singular_values
@@ -253,8 +280,16 @@ class InSubspace:
         """Check the damping."""
         check_damping(self.damping)
 
-    def __call__(
-        self, operator: SubspaceGaussNewtonLinearOperator
-    ) -> SubspaceInverseLinearOperator:
-        """Return the inverse."""
-        return SubspaceInverseLinearOperator(operator, self.damping, 0.0)
+    def __call__(self, operator: PyTorchLinearOperator) -> SubspaceSolverLinearOperator:
+        """Return the inverse.
+
+        Raises:
+            TypeError: If the operator is no ``SubspaceGaussNewtonLinearOperator``.
+        """
+        if not isinstance(operator, SubspaceGaussNewtonLinearOperator):
+            raise TypeError(
+                "InSubspace must be given a SubspaceGaussNewtonLinearOperator, received "
+                f"{type(operator).__name__}. Use Damped(damping), or "
+                "curvature=SubspaceGaussNewton()."
+            )
+        return SubspaceSolverLinearOperator(operator, self.damping)
