@@ -7,6 +7,13 @@ A new operator is a new file that turns linearizations into a linear operator.
 """
 
 from pinncurv.curvature.coverage import Coverage, ParameterCoverage, coverage
+from pinncurv.curvature.ekfac import (
+    EKFAC,
+    EigenBasis,
+    EKFACLinearOperator,
+    KFACFactors,
+    PartialTraces,
+)
 from pinncurv.curvature.gauss_newton import (
     BlockDiagonalGaussNewton,
     DiagonalGaussNewton,
@@ -32,6 +39,12 @@ from pinncurv.curvature.kfac import (
     reduce,
 )
 from pinncurv.curvature.objective import LinearizedObjective, Objective
+from pinncurv.curvature.optimal_kronecker import (
+    KroneckerNotConverged,
+    OptimalKronecker,
+    OptimalKroneckerLinearOperator,
+    optimal_kronecker,
+)
 from pinncurv.curvature.parameters import ParameterSpace
 from pinncurv.curvature.subspace import (
     InSubspace,
@@ -42,10 +55,13 @@ from pinncurv.curvature.subspace import (
 )
 
 __all__ = [
+    "EKFAC",
     "KFAC",
     "BlockDiagonalGaussNewton",
     "Coverage",
     "DiagonalGaussNewton",
+    "EKFACLinearOperator",
+    "EigenBasis",
     "Expand",
     "GaussNewton",
     "GaussNewtonLinearOperator",
@@ -53,11 +69,16 @@ __all__ = [
     "HessianLinearOperator",
     "InSubspace",
     "JacobianLinearOperator",
+    "KFACFactors",
     "KFACLinearOperator",
+    "KroneckerNotConverged",
     "LinearizedObjective",
     "Objective",
+    "OptimalKronecker",
+    "OptimalKroneckerLinearOperator",
     "ParameterCoverage",
     "ParameterSpace",
+    "PartialTraces",
     "Reduce",
     "ResidualHessian",
     "ResidualHessianLinearOperator",
@@ -70,5 +91,6 @@ __all__ = [
     "expand",
     "gauss_newton_blocks",
     "gauss_newton_diagonal",
+    "optimal_kronecker",
     "reduce",
 ]

@@ -6,6 +6,7 @@ left product, ``to_dense``, ``diagonal``, ``trace`` and ``inverse(damping)``.
 - ``operator``: the base class, the protocol of operators that can be averaged, damping's check.
 - ``blocks``, ``layerwise``: layers as blocks of the parameter space, block-diagonal operators.
 - ``factors``, ``kronecker``: Kronecker factors, and operators that are sums of Kronecker products.
+- ``kronecker_expansion``: the same where the factors need not be positive semidefinite.
 - ``eigenform``: operators that are diagonal in a Kronecker-factored basis (EKFAC, inverses).
 - ``dense``: dense, dense block-diagonal and diagonal operators.
 - ``inverses``, ``kronecker_inverse``: the inverse (C + λ I)⁻¹.
@@ -47,6 +48,7 @@ from pinncurv.linops.inverses import (
     FactorizedInverseLinearOperator,
 )
 from pinncurv.linops.kronecker import SumKroneckerLinearOperator
+from pinncurv.linops.kronecker_expansion import KroneckerExpansionLinearOperator, KroneckerRecord
 from pinncurv.linops.layerwise import LayerwiseLinearOperator
 from pinncurv.linops.operator import Averageable, SymmetricLinearOperator, check_damping
 from pinncurv.linops.psd import (
@@ -91,7 +93,9 @@ __all__ = [
     "KroneckerBasis",
     "KroneckerCongruenceLinearOperator",
     "KroneckerEigenLinearOperator",
+    "KroneckerExpansionLinearOperator",
     "KroneckerFactors",
+    "KroneckerRecord",
     "LayerBlock",
     "LayerwiseLinearOperator",
     "RestrictedLinearOperator",

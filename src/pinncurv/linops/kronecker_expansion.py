@@ -1,0 +1,126 @@
+"""Sums of Kronecker products whose factors need not be positive semidefinite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pinncurv.linops.blocks import LayerBlock
+from pinncurv.linops.dense import DenseBlockDiagonalLinearOperator
+from pinncurv.linops.factors import KroneckerFactors
+from pinncurv.linops.inverses import BlockFactorizedInverseLinearOperator
+from pinncurv.linops.layerwise import LayerwiseLinearOperator
+
+
+@dataclass(frozen=True)
+class KroneckerRecord:
+    """How the products of one layer were found.
+
+    Attributes:
+        layer: Name of the layer.
+        terms: Names of the terms whose sum is approximated, joined by a plus sign.
+        singular_values: σ_i = ‖B_i‖ ‖A_i‖, the largest first. The squared Frobenius error of the
+            products is ‖C_l‖² − Σ_i σ_i².
+        iterations: Number of iterations, each of which visits all points twice.
+        change: Largest change of a singular value in the last iteration, relative to σ_1.
+        converged: Whether that is at most the tolerance.
+    """
+
+    layer: str
+    terms: str
+    singular_values: tuple[float, ...]
+    iterations: int
+    change: float
+    converged: bool
+
+
+class KroneckerExpansionLinearOperator(LayerwiseLinearOperator):
+    """Block diagonal over layers, each block a sum of Kronecker products of either sign.
+
+    C_l = Σ_i B_li ⊗ A_li, that is X_l ↦ Σ_i B_li X_l A_liᵀ
+
+    The two matrices of a product are both symmetric or both antisymmetric, so that the product is
+    symmetric. Neither the products nor their sum need be positive semidefinite.
+    """
+
+    def __init__(
+        self,
+        products: Sequence[Sequence[KroneckerFactors]],
+        blocks: Sequence[LayerBlock],
+        shapes: Sequence[Sequence[int]],
+        records: Sequence[KroneckerRecord] = (),
+    ) -> None:
+        """Store the products.
+
+        Args:
+            products: Any positive number of products per layer.
+            blocks: The layers, which cover each parameter exactly once.
+            shapes: The shapes of all parameters.
+            records: How the products were found.
+        """
+        first = products[0][0].A
+        super().__init__(blocks, shapes, first.device, first.dtype)
+        self.products = tuple(tuple(layer) for layer in products)
+        self.records = tuple(records)
+
+    def _apply(
+        self, layer: int, X: Float[Tensor, "*K d_out d_joint"]
+    ) -> Float[Tensor, "*K d_out d_joint"]:
+        return torch.stack([p.B @ X @ p.A.mT for p in self.products[layer]]).sum(0)
+
+    def block_to_dense(self, layer: int) -> Float[Tensor, "n n"]:
+        """One layer's block as a matrix on the row-major flattened joint matrix.
+
+        Σ_i B_li ⊗ A_li
+
+        Args:
+            layer: Position of the layer in ``blocks``.
+
+        Returns:
+            The block as a matrix, ``n = d_out (d_in + 1)``.
+        """
+        first, *others = self.products[layer]
+        dense = torch.kron(first.B, first.A)
+        for product in others:
+            dense += torch.kron(product.B, product.A)
+        return dense
+
+    def _block_diagonal(self, layer: int) -> Float[Tensor, "d_out d_joint"]:
+        diagonals = [torch.outer(p.B.diagonal(), p.A.diagonal()) for p in self.products[layer]]
+        return torch.stack(diagonals).sum(0)
+
+    def inverse(
+        self, damping: float, dense_limit: int = 2048
+    ) -> BlockFactorizedInverseLinearOperator:
+        """Return the damped inverse of the positive part.
+
+        (max(C, 0) + λ I)⁻¹ = V diag(1 / (max(m, 0) + λ)) Vᵀ
+
+        The exact block is positive semidefinite, so its positive part is the better approximation,
+        and the inverse is positive definite. It takes an eigendecomposition of each dense block.
+
+        Args:
+            damping: The damping λ, a finite number >= 0.
+            dense_limit: Largest dimension n = d_out (d_in + 1) of a block.
+
+        Returns:
+            The inverse.
+
+        Raises:
+            ValueError: If a block is larger than ``dense_limit``.
+            FactorizationError: If the damping is zero and a block is numerically singular.
+        """
+        for block in self.blocks:
+            if block.numel > dense_limit:
+                raise ValueError(
+                    "A sum of Kronecker products of either sign is inverted by dense blocks of "
+                    f"dimension at most {dense_limit}, but layer {block.name} has {block.numel}. "
+                    "Use rank=1, which is inverted in closed form, or pass a larger dense_limit."
+                )
+        matrices = [self.block_to_dense(i) for i in range(len(self.blocks))]
+        dense = DenseBlockDiagonalLinearOperator(matrices, self.blocks, self._in_shape)
+        return dense.inverse(damping)
