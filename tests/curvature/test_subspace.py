@@ -11,7 +11,7 @@ from pinncurv.curvature import (
     SubspaceGaussNewton,
     SubspaceGaussNewtonLinearOperator,
 )
-from pinncurv.curvature.subspace import layer_kernel, sample_points
+from pinncurv.curvature.subspace import sample_points
 from pinncurv.linearization import Empirical, linearize
 from pinncurv.optim import CurvatureOptimizer
 from pinncurv.problems import poisson2d
@@ -91,17 +91,6 @@ def test_all_points_give_the_exact_step():
     torch.testing.assert_close(inverse @ (J.mT @ u), exact, rtol=1e-8, atol=1e-10)
 
 
-def test_layer_kernels_sum_to_the_kernel():
-    """In blocks of any number of points, for several residual components and a repeated layer."""
-    made, J = linearizations("repeated")
-    total = 0
-    layers = made[0].layers
-    for layer in layers.values():
-        total = total + layer_kernel(layer, layer)
-    rows = J[: V * N[0]]
-    torch.testing.assert_close(total.reshape(len(rows), -1), rows @ rows.mT, rtol=1e-9, atol=1e-12)
-
-
 def test_points_are_drawn_by_the_seed_in_proportion():
     first, second = sample_points([900, 100], 50, seed=3)
     assert (len(first), len(second)) == (45, 5)
@@ -141,9 +130,9 @@ def test_training():
     ).double()
     batch = problem.sample(torch.Generator().manual_seed(0), torch.float64, "cpu")
     objective = Objective(model, problem.terms, batch)
-    optimizer = CurvatureOptimizer(model.parameters(), SubspaceGaussNewton(60), InSubspace(1e-8))
+    optimizer = CurvatureOptimizer(model.parameters(), SubspaceGaussNewton(60), InSubspace(1e-4))
     records = [optimizer.step(objective) for _ in range(30)]
-    assert records[-1].new_loss < 0.1 * records[0].loss
+    assert records[-1].new_loss < 1e-4 * records[0].loss
 
 
 def test_bad_input():

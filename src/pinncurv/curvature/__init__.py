@@ -29,6 +29,7 @@ from pinncurv.curvature.hessian import (
     ResidualHessianLinearOperator,
 )
 from pinncurv.curvature.jacobian import JacobianLinearOperator
+from pinncurv.curvature.kernel import KernelLinearOperator
 from pinncurv.curvature.kfac import (
     KFAC,
     Expand,
@@ -38,6 +39,7 @@ from pinncurv.curvature.kfac import (
     expand,
     reduce,
 )
+from pinncurv.curvature.nystroem import Nystroem, NystroemSketch, SketchedInverseLinearOperator
 from pinncurv.curvature.objective import LinearizedObjective, Objective
 from pinncurv.curvature.optimal_kronecker import (
     KroneckerNotConverged,
@@ -53,6 +55,7 @@ from pinncurv.curvature.subspace import (
     SubspaceInverseLinearOperator,
     SubspaceSolverLinearOperator,
 )
+from pinncurv.curvature.woodbury import KernelInverseLinearOperator, Woodbury
 
 __all__ = [
     "EKFAC",
@@ -71,8 +74,12 @@ __all__ = [
     "JacobianLinearOperator",
     "KFACFactors",
     "KFACLinearOperator",
+    "KernelInverseLinearOperator",
+    "KernelLinearOperator",
     "KroneckerNotConverged",
     "LinearizedObjective",
+    "Nystroem",
+    "NystroemSketch",
     "Objective",
     "OptimalKronecker",
     "OptimalKroneckerLinearOperator",
@@ -82,11 +89,13 @@ __all__ = [
     "Reduce",
     "ResidualHessian",
     "ResidualHessianLinearOperator",
+    "SketchedInverseLinearOperator",
     "SubspaceGaussNewton",
     "SubspaceGaussNewtonLinearOperator",
     "SubspaceInverseLinearOperator",
     "SubspaceSolverLinearOperator",
     "WeightSharing",
+    "Woodbury",
     "coverage",
     "expand",
     "gauss_newton_blocks",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from curvlinops._torch_base import PyTorchLinearOperator
@@ -15,8 +16,10 @@ from pinncurv.curvature.jacobian import (
     check_exact,
     fill_jacobian_rows,
 )
+from pinncurv.curvature.kernel import KernelLinearOperator
 from pinncurv.curvature.parameters import ParameterSpace
 from pinncurv.curvature.products import joint_jacobian_rows
+from pinncurv.curvature.woodbury import KernelInverseLinearOperator
 from pinncurv.linearization import Linearization
 from pinncurv.linops import (
     CGInverseLinearOperator,
@@ -97,18 +100,27 @@ class GaussNewtonLinearOperator(SymmetricLinearOperator):
         """Return the diagonal, summed over blocks of points."""
         return gauss_newton_diagonal(self.jacobian.linearizations, self.jacobian.space).diagonal()
 
-    def inverse(self, damping: float, dense_limit: int = 2048) -> PyTorchLinearOperator:
-        """Return (JᵀJ + λI)⁻¹.
+    @cached_property
+    def kernel(self) -> KernelLinearOperator:
+        """The kernel JJᵀ, whose matrix is computed once."""
+        return KernelLinearOperator(self.jacobian)
 
-        By a dense eigendecomposition up to ``dense_limit`` parameters, else by conjugate
-        gradients to a relative residual of 1e-10, preconditioned by the inverse of
-        its damped diagonal.
+    def inverse(self, damping: float, dense_limit: int = 2048) -> PyTorchLinearOperator:
+        """Return (JᵀJ + λI)⁻¹ for R residuals in D parameters.
+
+        With min(R, D) up to ``dense_limit`` by a dense factorization on the smaller side: of the
+        kernel JJᵀ if R < D, which needs a damping, else of JᵀJ. With more than that by conjugate
+        gradients to a relative residual of 1e-10, preconditioned by the inverse of the damped
+        diagonal.
 
         Args:
             damping: λ, a finite number >= 0.
-            dense_limit: Largest D that is inverted as a dense matrix.
+            dense_limit: Largest min(R, D) that is inverted as a dense matrix.
         """
-        if self.shape[0] <= dense_limit:
+        R, D = self.jacobian.shape
+        if R < D and dense_limit >= R:
+            return KernelInverseLinearOperator.from_kernel(self.kernel, damping)
+        if dense_limit >= D:
             return DenseLinearOperator(self.to_dense(), self.shapes).inverse(damping)
         diagonal = gauss_newton_diagonal(self.jacobian.linearizations, self.jacobian.space)
         return CGInverseLinearOperator(

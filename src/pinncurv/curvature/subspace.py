@@ -11,12 +11,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pinncurv.curvature.jacobian import JacobianLinearOperator, check_exact
+from pinncurv.curvature.kernel import add_layer_kernel_, point_blocks, points_of_layer
 from pinncurv.curvature.parameters import ParameterSpace
-from pinncurv.linearization import Chunk, LayerLinearization, Linearization
+from pinncurv.linearization import Chunk, Linearization
 from pinncurv.linops import SymmetricLinearOperator, check_damping, symmetrize
-
-# Temporaries of about this many elements stay in the cache.
-_BLOCK_ELEMENTS = 1 << 17
 
 
 class SubspaceGaussNewtonLinearOperator(SymmetricLinearOperator):
@@ -204,39 +202,16 @@ def cross_kernel(
 
 
 def _chunk_kernel(left: Chunk, right: Chunk) -> Float[Tensor, "R m"]:
-    n, V = left.residual.shape
-    m, W = right.residual.shape
-    total = left.residual.new_zeros(n, V, m, W)
-    for name in left.layers.keys() & right.layers.keys():
-        total += layer_kernel(left.layers[name], right.layers[name])
-    return total.reshape(n * V, m * W)
-
-
-def layer_kernel(left: LayerLinearization, right: LayerLinearization) -> Float[Tensor, "n V m W"]:
-    """Return the layer's part of the kernel between two sets of points.
-
-    K_nv,mw = Σ_st (g_nvs · g_mwt) (z_ns · z_mt + [s and t carry the bias])
-    """
-    assert left.G is not None
-    assert right.G is not None
-    (S, n, _), (T, m, _) = left.Z.shape, right.Z.shape
-    kernel = left.Z.new_zeros(n, len(left.G), m, len(right.G))
-    step = max(1, _BLOCK_ELEMENTS // (T * m))
-    for start in range(0, n, step):
-        points = slice(start, start + step)
-        for s in range(S):
-            inputs = left.Z[s, points] @ right.Z.flatten(0, 1).t()
-            if left.bias is not None and s in left.value_channels:
-                for t in right.value_channels:
-                    inputs[:, t * m : (t + 1) * m] += 1
-            for v, G in enumerate(left.G):
-                for w, H in enumerate(right.G):
-                    outputs = G[s, points] @ H.flatten(0, 1).t()
-                    target = kernel[points, v, :, w]
-                    for t in range(T):
-                        part = slice(t * m, (t + 1) * m)
-                        target.addcmul_(outputs[:, part], inputs[:, part])
-    return kernel
+    (n, V), (m, W) = left.residual.shape, right.residual.shape
+    names = [name for name in left.layers if name in right.layers]
+    rows = []
+    for points in point_blocks(n):
+        block = left.residual.new_zeros(V, points.stop - points.start, W, m)
+        for name in names:
+            part = points_of_layer(left.layers[name], points)
+            add_layer_kernel_(block, part, right.layers[name])
+        rows.append(block.permute(1, 0, 3, 2).reshape(-1, m * W))
+    return torch.cat(rows)
 
 
 @dataclass(frozen=True)

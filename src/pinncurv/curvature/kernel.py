@@ -1,0 +1,194 @@
+"""The kernel of the scaled residuals, JJᵀ: matrix-free and dense."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from itertools import chain, islice
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pinncurv.curvature.jacobian import JacobianLinearOperator
+from pinncurv.curvature.products import joint_jacobian_rows, output_gradients
+from pinncurv.linearization import Chunk, LayerLinearization, Linearization
+from pinncurv.linops import (
+    Factorization,
+    FactorizedInverseLinearOperator,
+    SymmetricLinearOperator,
+    check_damping,
+    factorize,
+    symmetrize,
+)
+
+# Points per block of the kernel: three blocks of this size squared stay in the cache.
+_BLOCK_POINTS = 256
+# Largest number of Jacobian entries that are held at a time for one block of points.
+_ROW_ELEMENTS = 1 << 21
+# What an elementwise multiplication costs, in multiplications inside of a matrix product.
+_ELEMENTWISE_COST = 16
+
+
+class KernelLinearOperator(SymmetricLinearOperator):
+    """The kernel of the scaled residuals, matrix-free.
+
+    K = JJᵀ = Σ_l J_l J_lᵀ
+
+    It acts on the data, one tensor ``[N_t, V_t]`` per term, as the Jacobian's output. A product
+    costs two products with the Jacobian and no differentiation.
+
+    Args:
+        jacobian: The Jacobian of the scaled residuals.
+    """
+
+    def __init__(self, jacobian: JacobianLinearOperator) -> None:
+        self.jacobian = jacobian
+        super().__init__(jacobian._out_shape, jacobian.device, jacobian.dtype)
+
+    @classmethod
+    def from_linearizations(cls, linearizations: Sequence[Linearization]) -> KernelLinearOperator:
+        """Build the operator.
+
+        Args:
+            linearizations: One per term.
+        """
+        return cls(JacobianLinearOperator.from_linearizations(linearizations))
+
+    def _matmat(self, X: list[Tensor]) -> list[Tensor]:
+        return self.jacobian._matmat(self.jacobian.adjoint()._matmat(X))
+
+    def to_dense(self) -> Float[Tensor, "R R"]:
+        """Return a copy of the matrix, rows and columns ordered by term, n, v.
+
+        Neither the parameter space's matrix nor the Jacobian is ever held: the matrix is summed up
+        over layers, block by block of points. Linearizations with a chunk size are recomputed for
+        every pair of chunks, k (k + 1) / 2 chunks instead of k.
+        """
+        return self._matrix.clone()
+
+    @cached_property
+    def _matrix(self) -> Float[Tensor, "R R"]:
+        matrix = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        for i, (start, chunk) in enumerate(self._chunks()):
+            for first, other in chain(islice(self._chunks(), i), [(start, chunk)]):
+                _fill(matrix, start, chunk, first, other)
+        return matrix
+
+    def _chunks(self) -> Iterator[tuple[int, Chunk]]:
+        """Yield the chunks of all terms with the row of the kernel where each starts."""
+        row = 0
+        for linearization in self.jacobian.linearizations:
+            for chunk in linearization:
+                yield row, chunk
+                row += chunk.residual.numel()
+
+    def factorize(self, damping: float) -> Factorization:
+        """Factorize K + λI in float64.
+
+        Args:
+            damping: λ, a finite number >= 0.
+
+        Raises:
+            FactorizationError: If the damping is zero and the kernel is numerically singular, as it
+                is with more residuals than parameters.
+        """
+        damping, name = check_damping(damping), "the kernel of the residuals"
+        matrix = symmetrize(self._matrix, name)
+        matrix.diagonal().add_(damping)
+        return factorize(matrix, name, damping)
+
+    def inverse(self, damping: float) -> FactorizedInverseLinearOperator:
+        """Return (JJᵀ + λI)⁻¹ by a dense factorization in float64.
+
+        Args:
+            damping: λ, a finite number >= 0.
+
+        Raises:
+            FactorizationError: If the damping is zero and the kernel is numerically singular.
+        """
+        return FactorizedInverseLinearOperator(self.factorize(damping), self.shapes, self.dtype)
+
+
+def _fill(matrix: Tensor, row: int, left: Chunk, column: int, right: Chunk) -> None:
+    """Write the block of two chunks and its transpose, summed over the layers that both use."""
+    V, W = left.residual.shape[1], right.residual.shape[1]
+    names = [name for name in left.layers if name in right.layers]
+    for p in point_blocks(len(left.residual)):
+        for q in point_blocks(len(right.residual)):
+            if left is right and q.start > p.start:
+                continue
+            block = matrix.new_zeros(V, p.stop - p.start, W, q.stop - q.start)
+            for name in names:
+                add_layer_kernel_(
+                    block,
+                    points_of_layer(left.layers[name], p),
+                    points_of_layer(right.layers[name], q),
+                )
+            values = block.permute(1, 0, 3, 2).flatten(2).flatten(0, 1)
+            rows = slice(row + V * p.start, row + V * p.stop)
+            columns = slice(column + W * q.start, column + W * q.stop)
+            matrix[rows, columns] = values
+            if rows != columns:
+                matrix[columns, rows] = values.t()
+
+
+def point_blocks(n: int) -> Iterator[slice]:
+    """Cut n points into blocks that stay in the cache."""
+    for start in range(0, n, _BLOCK_POINTS):
+        yield slice(start, min(n, start + _BLOCK_POINTS))
+
+
+def points_of_layer(layer: LayerLinearization, points: slice) -> LayerLinearization:
+    """Return a layer at some of its points."""
+    return replace(layer, Z=layer.Z[:, points], G=output_gradients(layer)[:, :, points])
+
+
+def add_layer_kernel_(
+    block: Float[Tensor, "V n W m"], left: LayerLinearization, right: LayerLinearization
+) -> None:
+    """Add one layer's J_l J_lᵀ, by whichever way takes fewer multiplications per pair of points.
+
+    Through rows of the Jacobian that is V W d_out d_in, and through pairs of channels
+    S² (V W d_out + d_in) and the elementwise product: few channels or wide layers favour these.
+    """
+    (V, n, W, m), d_in = block.shape, left.Z.shape[2]
+    S, Q = len(left.Z), len(right.Z)
+    rows = left.d_out * d_in * (V * W + S * V / m + Q * W / n)
+    channels = S * Q * (V * W * (left.d_out + _ELEMENTWISE_COST) + d_in)
+    if channels < rows:
+        _add_through_channels_(block, left, right)
+    else:
+        _add_through_rows_(block, left, right)
+
+
+def _add_through_channels_(
+    block: Float[Tensor, "V n W m"], left: LayerLinearization, right: LayerLinearization
+) -> None:
+    """Add Σ_sq (g_vns · g_wmq) (z_ns · z_mq), with one more for the bias on value channels."""
+    for s, (z, g) in enumerate(zip(left.Z, output_gradients(left).unbind(1), strict=True)):
+        for q, (y, h) in enumerate(zip(right.Z, output_gradients(right).unbind(1), strict=True)):
+            overlap = z @ y.t()
+            if left.bias is not None and s in left.value_channels and q in right.value_channels:
+                overlap += 1
+            gradients = g.flatten(0, 1) @ h.flatten(0, 1).t()
+            block.addcmul_(gradients.view_as(block), overlap.unsqueeze(1))
+
+
+def _add_through_rows_(
+    block: Float[Tensor, "V n W m"], left: LayerLinearization, right: LayerLinearization
+) -> None:
+    """Add J_l J_lᵀ, for a few of the layer's outputs at a time."""
+    V, n, W, m = block.shape
+    step = max(1, _ROW_ELEMENTS // (max(V * n, W * m) * left.Z.shape[2]))
+    total = block.view(V * n, W * m)
+    for start in range(0, left.d_out, step):
+        outputs = slice(start, start + step)
+        rows = [
+            joint_jacobian_rows(
+                replace(layer, G=output_gradients(layer)[..., outputs]), slice(None)
+            )
+            for layer in (left, right)
+        ]
+        total.addmm_(rows[0], rows[1].t())
