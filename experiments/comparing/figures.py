@@ -1,0 +1,262 @@
+"""The pictures of a comparison, each composed of a few panels."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from experiments.comparing.measure import OperatorResult
+from experiments.comparing.operators import EXACT
+from experiments.comparing.panels import (
+    curves_along_training,
+    curves_over_damping,
+    draw_curves,
+    draw_map,
+    draw_spectra,
+    names,
+    styles,
+)
+from experiments.training.files import write_atomically
+
+_STYLE = {
+    **{"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.titlesize": 9},
+    **{"lines.linewidth": 1.4, "legend.frameon": False, "figure.titlesize": 10},
+}
+_DPI = 110
+_MAPS_PER_ROW = 6
+_LEAST_ERROR = 1e-2
+
+
+def draw(
+    results: Sequence[OperatorResult], dampings: Sequence[float], title: str, folder: Path
+) -> list[Path]:
+    """Draw all pictures.
+
+    Args:
+        results: All results.
+        dampings: λ, descending.
+        title: What is compared.
+        folder: Where to.
+
+    Returns:
+        Where the pictures are.
+    """
+    pictures: dict[str, Callable[..., Figure]] = {
+        "spectra": _spectra,
+        "layers": _layers,
+        "training": _training,
+        "damping": _damping,
+        "overview": _overview,
+    }
+    paths = []
+    with mpl.rc_context(_STYLE):
+        for name, compose in pictures.items():
+            paths.append(folder / f"{name}.png")
+            write_atomically(paths[-1], _png(compose(results, dampings, title)))
+    return paths
+
+
+def _png(figure: Figure) -> bytes:
+    """Return a picture in a palette of its own colours, a third of the size."""
+    canvas = FigureCanvasAgg(figure)
+    figure.set_dpi(_DPI)
+    canvas.draw()
+    image = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba())
+    buffer = io.BytesIO()
+    image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE).save(
+        buffer, format="png", optimize=True
+    )
+    return buffer.getvalue()
+
+
+def _spectra(results: Sequence[OperatorResult], dampings: Sequence[float], title: str) -> Figure:
+    """Sorted eigenvalues, one panel for the first step and one for the last."""
+    steps = _ends(results)
+    figure = Figure(figsize=(4.6 * len(steps) + 1.6, 4.2), layout="constrained")
+    axes = figure.subplots(1, len(steps), sharey=True, squeeze=False)[0]
+    for axis, step in zip(axes, steps, strict=True):
+        draw_spectra(axis, _at(results, step), dampings, styles(results))
+        axis.set_title(_after(step))
+        axis.label_outer()
+    figure.suptitle(f"{title}: eigenvalues; dotted lines: λ")
+    _legend(figure, axes[0])
+    return figure
+
+
+def _layers(results: Sequence[OperatorResult], dampings: Sequence[float], title: str) -> Figure:
+    """Maps over pairs of layers, for the first and the last step."""
+    steps = _ends(results)
+    compared = [name for name in names(results) if name != EXACT]
+    per_step = 1 + len(compared)
+    columns = min(per_step, _MAPS_PER_ROW)
+    rows = math.ceil(per_step / columns)
+    figure = Figure(figsize=(1.75 * columns + 1.2, 2.0 * rows * len(steps) + 0.6))
+    figure.set_layout_engine("constrained")
+    figure.suptitle(f"{title}: cosine with the exact block of each pair of layers")
+    parts = figure.subfigures(len(steps), 1, squeeze=False)[:, 0]
+    for part, step in zip(parts, steps, strict=True):
+        part.suptitle(_after(step))
+        axes = part.subplots(rows, columns, squeeze=False)
+        here = _at(results, step)
+        values = _median([result.mass for result in here])
+        draw_map(axes.flat[0], values, "Greys", 0, values.max().item())
+        axes.flat[0].set_title("mass of exact")
+        for axis, name in zip(axes.flat[1:], compared, strict=False):
+            maps = [r.matrices.layer_cosines for r in here if r.operator == name and r.matrices]
+            axis.set_title(name)
+            if maps:
+                image = draw_map(axis, _median(maps), "PuOr", -1, 1)
+        for axis in axes.flat[per_step:]:
+            axis.set_axis_off()
+        part.colorbar(image, ax=list(axes.flat), label="cosine", shrink=0.8)
+    return figure
+
+
+def _training(results: Sequence[OperatorResult], dampings: Sequence[float], title: str) -> Figure:
+    """Similarity and quality of the step along training, for the middle damping."""
+    looks = styles(results)
+    damping = _middle(dampings)
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    cosine, error, decrease, condition = figure.subplots(2, 2, sharex=True).flat
+    _cosine_along_training(cosine, results)
+    draw_curves(error, curves_along_training(_approximate(results), _error), looks)
+    error.set(yscale="log", title=f"relative error of the matrix, at least {_LEAST_ERROR:g}")
+    draw_curves(
+        decrease, curves_along_training(results, _inverse("decrease_fraction", damping)), looks
+    )
+    decrease.set(title=f"share of the exact model's decrease, λ = {damping:g}", ylim=(-0.03, 1.03))
+    draw_curves(
+        condition, curves_along_training(results, _inverse("condition_number", damping)), looks
+    )
+    condition.set(yscale="log", title=f"condition number of (P+λI)⁻¹(G+λI), λ = {damping:g}")
+    for axis in (cosine, error, decrease, condition):
+        _steps(axis, results)
+    for axis in (cosine, error):
+        axis.set_xlabel("")
+    figure.suptitle(f"{title}: along training")
+    _legend(figure, decrease)
+    return figure
+
+
+def _damping(results: Sequence[OperatorResult], dampings: Sequence[float], title: str) -> Figure:
+    """Quality of the step over the damping, at the last step."""
+    looks = styles(results)
+    last = _at(results, _ends(results)[-1])
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    axes = list(figure.subplots(2, 2, sharex=True).flat)
+    panels = {
+        "decrease_fraction": "share of the exact model's decrease",
+        "step_cosine": "cosine with the exact step",
+        "condition_number": "condition number of (P+λI)⁻¹(G+λI)",
+        "cg_iterations": "iterations of preconditioned CG",
+    }
+    for axis, (field, heading) in zip(axes, panels.items(), strict=True):
+        draw_curves(
+            axis, curves_over_damping(last, lambda i, field=field: getattr(i, field)), looks
+        )
+        axis.set(xscale="log", title=heading)
+    axes[0].set_ylim(-0.03, 1.03)
+    for axis in axes[2:]:
+        axis.set(yscale="log", xlabel="damping λ")
+    figure.suptitle(f"{title}: {_after(_ends(results)[-1])}")
+    _legend(figure, axes[0])
+    return figure
+
+
+def _overview(results: Sequence[OperatorResult], dampings: Sequence[float], title: str) -> Figure:
+    """The spectra, the cosine along training, and the decrease over the damping."""
+    looks = styles(results)
+    step = _ends(results)[-1]
+    last = _at(results, step)
+    figure = Figure(figsize=(11.5, 3.5), layout="constrained")
+    spectra, cosine, decrease = figure.subplots(1, 3)
+    draw_spectra(spectra, last, dampings, styles(results))
+    spectra.set_title(f"eigenvalues {_after(step)}; dotted: λ")
+    _cosine_along_training(cosine, results)
+    _steps(cosine, results)
+    draw_curves(decrease, curves_over_damping(last, lambda i: i.decrease_fraction), looks)
+    decrease.set(xscale="log", xlabel="damping λ", ylim=(-0.03, 1.03))
+    decrease.set_title(f"share of the exact decrease {_after(step)}")
+    figure.suptitle(title)
+    _legend(figure, spectra)
+    return figure
+
+
+def _cosine_along_training(axis: Axes, results: Sequence[OperatorResult]) -> None:
+    looks = styles(results)
+    draw_curves(axis, curves_along_training(_approximate(results), _cosine), looks)
+    axis.set(title="cosine with the exact matrix", ylim=(-0.03, 1.03))
+
+
+def _approximate(results: Sequence[OperatorResult]) -> list[OperatorResult]:
+    """Leave out the exact matrix, which equals itself."""
+    return [result for result in results if result.operator != EXACT] or list(results)
+
+
+def _cosine(result: OperatorResult) -> float:
+    return math.nan if result.matrices is None else result.matrices.whole.cosine
+
+
+def _error(result: OperatorResult) -> float:
+    """Return the error, or what is small enough to leave room for the others."""
+    if result.matrices is None:
+        return math.nan
+    return max(result.matrices.whole.error, _LEAST_ERROR)
+
+
+def _inverse(field: str, damping: float) -> Callable[[OperatorResult], float]:
+    def value(result: OperatorResult) -> float:
+        found: list[Any] = [d.inverse for d in result.damped if d.damping == damping]
+        return getattr(found[0], field)
+
+    return value
+
+
+def _at(results: Sequence[OperatorResult], step: int) -> list[OperatorResult]:
+    return [result for result in results if result.step == step]
+
+
+def _ends(results: Sequence[OperatorResult]) -> list[int]:
+    """Return the first and the last step."""
+    steps = {result.step for result in results}
+    return sorted({min(steps), max(steps)})
+
+
+def _after(step: int) -> str:
+    return "at initialization" if step == 0 else f"after {step} steps"
+
+
+def _middle(dampings: Sequence[float]) -> float:
+    return dampings[len(dampings) // 2]
+
+
+def _median(values: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(values)).nanmedian(0).values
+
+
+def _steps(axis: Axes, results: Sequence[OperatorResult]) -> None:
+    """Put the steps on an axis that has room for the early ones."""
+    steps = sorted({result.step for result in results})
+    positive = [step for step in steps if step > 0]
+    if positive:
+        axis.set_xscale("symlog", linthresh=positive[0])
+    if len(steps) <= 8:
+        axis.set_xticks(steps, [str(step) for step in steps])
+        axis.minorticks_off()
+    axis.set_xlabel("training step")
+
+
+def _legend(figure: Figure, axis: Axes) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper")

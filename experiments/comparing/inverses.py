@@ -1,0 +1,105 @@
+"""What the damped inverse of an approximation does: its step, and as a preconditioner."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from curvlinops._torch_base import PyTorchLinearOperator
+from torch import Generator, Tensor
+
+from experiments.comparing.exact import Exact
+from pinncurv.comparison import (
+    cg_records,
+    generalized_extremes,
+    generalized_spectrum,
+    quadratic_decrease,
+)
+
+
+@dataclass(frozen=True)
+class InverseComparison:
+    """What can be said about an approximation P for one damping λ.
+
+    Args:
+        decrease_fraction: The decrease of the exact quadratic model along the step, with the best
+            step length, as a fraction of that of the exact step.
+        step_cosine: The cosine between the step and the exact one.
+        condition_number: Of P⁻¹(G + λI), with P⁻¹ the damped inverse; a lower bound where
+            ``condition_is_bound``, infinite for a singular P⁻¹.
+        condition_is_bound: Whether it is from Lanczos.
+        cg_iterations: Of conjugate gradients for the exact step, preconditioned by P⁻¹.
+        cg_converged: Whether they reached the tolerance.
+    """
+
+    decrease_fraction: float = math.nan
+    step_cosine: float = math.nan
+    condition_number: float = math.nan
+    condition_is_bound: bool = False
+    cg_iterations: float = math.nan
+    cg_converged: bool = False
+
+
+def compare_inverses(
+    inverse: PyTorchLinearOperator,
+    definite: bool,
+    damping: float,
+    exact: Exact,
+    *,
+    lanczos_steps: int,
+    cg_tolerance: float,
+    cg_limit: int,
+) -> InverseComparison:
+    """Compare the damped inverse of an approximation with that of the exact matrix.
+
+    Args:
+        inverse: P⁻¹.
+        definite: Whether it is positive definite.
+        damping: λ.
+        exact: The exact matrix.
+        lanczos_steps: Lanczos steps for the condition number above the limit.
+        cg_tolerance: Relative residual norm for conjugate gradients.
+        cg_limit: Most iterations.
+    """
+    step, best = exact.direction(inverse), exact.step(damping)
+    step_results = {
+        "decrease_fraction": _decrease(step, damping, exact) / _decrease(best, damping, exact),
+        "step_cosine": torch.cosine_similarity(step.double(), best.double(), dim=0).item(),
+    }
+    if not definite:
+        return InverseComparison(**step_results, condition_number=math.inf)
+    record = cg_records(
+        exact.operator,
+        damping,
+        exact.gradient,
+        {"": inverse},
+        tolerance=cg_tolerance,
+        max_iterations=cg_limit,
+    )[""]
+    return InverseComparison(
+        **step_results,
+        condition_number=_condition_number(inverse, damping, exact, lanczos_steps),
+        condition_is_bound=not exact.is_dense,
+        cg_iterations=record.iterations,
+        cg_converged=record.converged,
+    )
+
+
+def _decrease(step: Tensor, damping: float, exact: Exact) -> float:
+    return quadratic_decrease(exact.operator, damping, exact.gradient, step).decrease
+
+
+def _condition_number(
+    inverse: PyTorchLinearOperator, damping: float, exact: Exact, lanczos_steps: int
+) -> float:
+    if exact.is_dense:
+        values = generalized_spectrum(exact.operator, inverse, damping)
+        return (values[0] / values[-1]).item() if values[-1] > 0 else math.inf
+    return generalized_extremes(
+        exact.operator,
+        inverse,
+        damping,
+        steps=lanczos_steps,
+        generator=Generator().manual_seed(0),
+    ).condition_number

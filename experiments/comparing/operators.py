@@ -1,0 +1,133 @@
+"""Approximations by name: a curvature recipe and an inverse recipe, one line each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from curvlinops._torch_base import PyTorchLinearOperator
+
+from pinncurv.curvature import (
+    KFAC,
+    BlockDiagonalGaussNewton,
+    DiagonalGaussNewton,
+    GaussNewtonLinearOperator,
+    ParameterSpace,
+    gauss_newton_diagonal,
+    reduce,
+)
+from pinncurv.curvature.ekfac import EKFAC, PartialTraces
+from pinncurv.curvature.optimal_kronecker import OptimalKronecker
+from pinncurv.curvature.subspace import InSubspace, SubspaceGaussNewton
+from pinncurv.linearization import Empirical, ForwardOnly, Linearization
+from pinncurv.linops import (
+    BlockFactorizedInverseLinearOperator,
+    Damped,
+    DiagonalLinearOperator,
+    FactorDamping,
+    KroneckerEigenLinearOperator,
+    LayerwiseLinearOperator,
+    SumKroneckerLinearOperator,
+    check_damping,
+    factorize,
+    symmetrize,
+    trace_norm,
+)
+from pinncurv.optim import Curvature, Inverse
+
+# Blocks up to this size get the inverse of their own. For larger ones it would be an
+# eigendecomposition (minutes for 4000 parameters) or conjugate gradients within each product.
+_OWN_INVERSE = 1024
+
+
+@dataclass(frozen=True)
+class DampedBlocks:
+    """Inverse recipe: ``Damped``, with one Cholesky factorization per layer if blocks are large.
+
+    C ↦ diag_l (C_l + λ I)⁻¹
+
+    Args:
+        damping: λ, a finite number >= 0.
+    """
+
+    damping: float
+
+    def __post_init__(self) -> None:
+        """Check the damping."""
+        check_damping(self.damping)
+
+    def __call__(self, operator: LayerwiseLinearOperator) -> PyTorchLinearOperator:
+        """Return the inverse."""
+        closed_form = isinstance(operator, KroneckerEigenLinearOperator) or (
+            isinstance(operator, SumKroneckerLinearOperator) and len(operator.terms) == 1
+        )
+        if closed_form or max(block.numel for block in operator.blocks) <= _OWN_INVERSE:
+            return Damped(self.damping)(operator)
+        factorizations = []
+        for i, block in enumerate(operator.blocks):
+            name = f"layer {block.name}, damped block"
+            matrix = symmetrize(operator.block_to_dense(i), name)
+            matrix.diagonal().add_(self.damping)
+            factorizations.append(factorize(matrix, name, self.damping))
+        return BlockFactorizedInverseLinearOperator(
+            factorizations, operator.blocks, operator.shapes, operator.dtype
+        )
+
+
+@dataclass(frozen=True)
+class ScaledIdentity:
+    """Recipe: the multiple of the identity that is closest to the exact matrix.
+
+    tr(JᵀJ) / D · I
+    """
+
+    def __call__(self, linearizations: Sequence[Linearization]) -> DiagonalLinearOperator:
+        """Build the operator."""
+        space = ParameterSpace.from_linearizations(linearizations)
+        diagonal = gauss_newton_diagonal(linearizations, space)
+        mean = diagonal.trace() / space.dimension
+        return DiagonalLinearOperator([torch.ones_like(d) * mean for d in diagonal.diagonals])
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An approximation that can be named.
+
+    Args:
+        curvature: Builds the operator C from linearizations.
+        inverse: Returns the recipe of the inverse for a damping λ, by default (C + λI)⁻¹.
+        definite: Whether that inverse is positive definite. If not, it has no condition number
+            and is no preconditioner.
+    """
+
+    curvature: Curvature
+    inverse: Callable[[float], Inverse] = Damped
+    definite: bool = True
+
+
+EXACT = "exact"
+
+OPERATORS = {
+    EXACT: Entry(GaussNewtonLinearOperator.from_linearizations),
+    "exact-blocks": Entry(BlockDiagonalGaussNewton(), DampedBlocks),
+    "exact-diagonal": Entry(DiagonalGaussNewton()),
+    "kfac-expand": Entry(KFAC(), DampedBlocks),
+    "kfac-reduce": Entry(KFAC(reduce), DampedBlocks),
+    "kfac-merged": Entry(KFAC(merge_terms=True), DampedBlocks),
+    "kfac-factor-damping": Entry(KFAC(), partial(FactorDamping, heuristic=trace_norm)),
+    "kfac-empirical": Entry(KFAC(fisher=Empirical()), DampedBlocks),
+    "kfac-forward-only": Entry(KFAC(fisher=ForwardOnly()), DampedBlocks),
+    "ekfac": Entry(EKFAC()),
+    "ekfac-reduce": Entry(EKFAC(reduce)),
+    "ekfac-traces": Entry(EKFAC(basis=PartialTraces())),
+    "kronecker": Entry(OptimalKronecker(), DampedBlocks),
+    "kronecker-2": Entry(OptimalKronecker(2), DampedBlocks),
+    "kronecker-per-term": Entry(OptimalKronecker(per_term=True), DampedBlocks),
+    "subspace": Entry(SubspaceGaussNewton(100), InSubspace, definite=False),
+    "identity": Entry(ScaledIdentity()),
+}
+
+OperatorName = Literal[tuple(OPERATORS)]  # type: ignore[valid-type]

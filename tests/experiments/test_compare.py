@@ -1,0 +1,310 @@
+"""The comparison from the command line: what it measures, leaves behind, and refuses."""
+
+import csv
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments.comparing import figures, measure
+from experiments.comparing import main as comparing_main
+from experiments.comparing.command_line import parse
+from experiments.comparing.main import main
+from experiments.comparing.operators import OPERATORS, DampedBlocks, Entry
+from experiments.comparing.panels import Range
+from experiments.comparing.points import OwnTraining, Point
+from experiments.comparing.settings import Settings
+from experiments.training.metrics import read_metrics
+from pinncurv.curvature import KFAC, BlockDiagonalGaussNewton, GaussNewton
+from pinncurv.linops import FactorizationError
+from tests.experiments.runs import start
+
+_NETWORK = ["--n-interior", "12", "--n-boundary", "6", "--hidden", "4"]
+_ONCE = ["--threads", "1", "--repeats", "1"]
+_TINY = [*_NETWORK, *_ONCE, "--seeds", "1", "--steps", "0", "2"]
+
+Rows = list[dict[str, str]]
+
+
+@pytest.fixture
+def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Save the seconds that figures take."""
+    monkeypatch.setattr(figures, "draw", lambda *_: [])
+
+
+def compare(folder: Path, *arguments: str) -> int:
+    """Compare into a folder, in this process."""
+    return main(["--run-folder", str(folder), *arguments])
+
+
+def read(folder: Path) -> Rows:
+    with (folder / "table.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def without_times(rows: Rows) -> Rows:
+    return [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in rows]
+
+
+def test_every_operator_along_training_leaves_table_and_figures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    options = ["--operators", *OPERATORS, "--seeds", "3", "4", "--dampings", "1e-6", "1e-2"]
+    assert compare(run, *_NETWORK, *_ONCE, "--steps", "2", "0", *options) == 0
+    rows = read(run)
+    assert [(r["training"], r["step"], r["operator"], r["damping"]) for r in rows] == [
+        (f"seed {seed}", str(step), name, damping)
+        for seed in (3, 4)
+        for step in (0, 2)
+        for name in OPERATORS
+        for damping in ("0.01", "1e-06")
+    ]
+    for row in rows:
+        share = float(row["decrease"])
+        assert 0 <= share <= 1 + 1e-6, row
+        assert float(row["condition"]) >= 1 - 1e-6
+        assert all(row[f"{name}_se"] == "0.0" for name in ("cosine", "error", "block_cosine"))
+        assert not row["note"]
+        if row["operator"] == "exact":
+            assert share == pytest.approx(1)
+            assert float(row["cosine"]) == pytest.approx(1)
+            assert float(row["step_cosine"]) == pytest.approx(1)
+            assert float(row["condition"]) == pytest.approx(1, rel=1e-4)
+            assert row["cg_converged"] == "True"
+        if row["operator"] == "exact-blocks":
+            assert float(row["block_error"]) < 1e-12 < 0.01 < float(row["error"])
+
+    assert {"config.json", "environment.json", "table.md", "spectra.csv", "layers.csv"} <= {
+        path.name for path in run.iterdir()
+    }
+    for name in ("spectra", "layers", "training", "damping", "overview"):
+        assert (run / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert len((run / "spectra.csv").read_text().splitlines()) == 1 + 4 * len(OPERATORS) * 17
+    environment = json.loads((run / "environment.json").read_text())[0]
+    assert {"commit", "device", "packages", "started"} <= environment.keys()
+    printed = capsys.readouterr()
+    assert all(name in printed.out for name in OPERATORS)
+    assert "seed 3" in printed.err
+
+
+@pytest.mark.usefixtures("_no_figures")
+def test_the_table_says_what_dense_linear_algebra_says(tmp_path: Path) -> None:
+    run, damping = tmp_path / "run", 1e-3
+    options = ["--operators", "kfac-expand", "--dampings", str(damping)]
+    assert compare(run, *_TINY, *options) == 0
+    settings = Settings(n_interior=12, n_boundary=6, hidden=(4,), steps=(0, 2)).resolved()
+    for row, point in zip(
+        read(run), OwnTraining(1, settings, torch.device("cpu")).points(), strict=True
+    ):
+        linearized = point.trainer.objective.linearize()
+        G = GaussNewton()(linearized.linearizations).matrix
+        P = KFAC()(linearized.linearizations).to_dense()
+        g = torch.cat([part.flatten() for part in linearized.gradient()])
+        eye = torch.eye(len(g)).double()
+        damped, inverse = G + damping * eye, torch.linalg.inv(P + damping * eye)
+        step, best = inverse @ g, torch.linalg.solve(damped, g)
+        values = torch.linalg.eigvals(inverse @ damped).real
+        expected = {
+            "loss": point.trainer.objective.loss().detach(),
+            "cosine": (P * G).sum() / (P.norm() * G.norm()),
+            "error": (P - G).norm() / G.norm(),
+            "step_cosine": torch.cosine_similarity(step, best, dim=0),
+            "decrease": (g @ step) ** 2 / (step @ damped @ step) / (g @ best),
+            "condition": values.max() / values.min(),
+        }
+        for name, value in expected.items():
+            assert float(row[name]) == pytest.approx(float(value), rel=1e-5), name
+
+
+@pytest.mark.usefixtures("_no_figures")
+def test_without_matrices_estimates_agree_within_their_errors(tmp_path: Path) -> None:
+    names = ["exact", "exact-diagonal", "kfac-expand", "ekfac", "subspace"]
+    options = [*_TINY, "--dampings", "1e-2", "--operators", *names]
+    assert compare(tmp_path / "dense", *options) == 0
+    free = ["--dense-limit", "1", "--probes", "12"]
+    assert compare(tmp_path / "free", *options, *free, "--block-limit", "1") == 0
+    assert compare(tmp_path / "blocks", *options, *free) == 0
+    for dense, free, blocks in zip(
+        *(read(tmp_path / name) for name in ("dense", "free", "blocks")), strict=True
+    ):
+        for name in ("cosine", "error", "block_cosine", "block_error"):
+            bound = 5 * float(free[f"{name}_se"]) + 1e-6
+            assert abs(float(free[name]) - float(dense[name])) <= bound, (name, dense["operator"])
+        if dense["operator"] in ("kfac-expand", "ekfac"):
+            assert float(blocks["block_error_se"]) == 0
+            assert float(blocks["block_error"]) == pytest.approx(float(dense["block_error"]))
+            assert float(free["error_se"]) > 0
+        for name in ("decrease", "step_cosine"):
+            assert float(free[name]) == pytest.approx(float(dense[name]), rel=1e-4)
+        assert free["condition_is_bound"] == str(dense["operator"] != "subspace")
+        assert float(free["condition"]) <= float(dense["condition"]) * (1 + 1e-6)
+
+
+def test_large_blocks_are_inverted_by_factorization(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(n_interior=12, n_boundary=6, hidden=(4,), steps=(0,)).resolved()
+    (point,) = OwnTraining(1, settings, torch.device("cpu")).points()
+    linearizations = point.trainer.objective.linearize().linearizations
+    monkeypatch.setattr("experiments.comparing.operators._OWN_INVERSE", 1)
+    for recipe in (BlockDiagonalGaussNewton(), KFAC(), KFAC(merge_terms=True)):
+        operator = recipe(linearizations)
+        expected = torch.linalg.inv(operator.to_dense() + 0.1 * torch.eye(17).double())
+        torch.testing.assert_close(DampedBlocks(0.1)(operator).to_dense(), expected)
+
+
+@pytest.mark.usefixtures("_no_figures")
+def test_checkpoints_of_a_run_are_compared_where_they_are(tmp_path: Path) -> None:
+    trained, run = tmp_path / "trained", tmp_path / "run"
+    options = ["--steps", "5", "--checkpoint-steps", "3", "--record-every", "1"]
+    start(trained, *options, "--optimizers", "adam", "gauss-newton", "--dtype", "float32")
+    common = ["--runs", str(trained), *_ONCE, "--operators", "exact", "kfac-reduce"]
+    for optimizer in ("adam", "gauss-newton"):
+        chosen = [] if optimizer == "adam" else ["--optimizer", optimizer]
+        assert compare(run / optimizer, *common, "--dampings", "1e-3", *chosen) == 0
+        metrics = read_metrics(trained / optimizer)
+        rows = read(run / optimizer)
+        assert [row["step"] for row in rows[::2]] == ["0", "3", "5"]
+        for row in rows:
+            assert row["training"] == str(trained)
+            loss, rmse = (metrics[name][int(row["step"])] for name in ("loss", "rmse"))
+            assert float(row["loss"]) == pytest.approx(loss, rel=1e-6)
+            assert float(row["rmse"]) == pytest.approx(rmse, rel=1e-6)
+
+
+@pytest.mark.usefixtures("_no_figures")
+def test_the_settings_of_a_comparison_can_be_fed_back(tmp_path: Path) -> None:
+    options = ["--operators", "kfac-merged", "identity", "--optimizer", "kfac"]
+    assert compare(tmp_path / "a", *_TINY, *options, "--kfac.damping", "1e-4") == 0
+    assert compare(tmp_path / "b", "--config", str(tmp_path / "a" / "config.json")) == 0
+    assert without_times(read(tmp_path / "a")) == without_times(read(tmp_path / "b"))
+    assert (tmp_path / "a/config.json").read_text() == (tmp_path / "b/config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dampings", "1e-3", "0"], "--dampings must be finite numbers > 0, got 0.0"),
+        (["--dampings", "nan"], "--dampings must be finite numbers > 0, got nan"),
+        (["--steps", "-1"], "--steps must be 0 or more"),
+        (["--steps", "3", "3"], "--steps must be one or more different values"),
+        (["--operators"], "--operators must be one or more different values"),
+        (["--probes", "1"], "--probes must be at least 2"),
+        (["--dense-limit", "0"], "--dense-limit must be at least 1"),
+        (["--hidden", "0"], "--hidden must be positive widths"),
+        (["--kfac.damping", "1"], "--kfac has no effect for the optimizer kfac-star"),
+        (["--device", "gpu"], "--device gpu cannot be used here"),
+        (["--runs", "nowhere"], "--runs: nowhere has no config.json"),
+        (["--runs", "nowhere", "--steps", "1"], "--steps has no effect with --runs"),
+        (["--runs", "nowhere", "--problem", "heat1d"], "--problem has no effect with --runs"),
+        (["--config", "nowhere"], "--config: cannot read nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_before_any_work(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compare(tmp_path / "run", *arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: ")
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "near"),
+    [
+        (["--operators", "exact", "kfac-expnd"], "--operators kfac-expand"),
+        (["--optimizer", "kfacstar"], "--optimizer kfac-star"),
+        (["--problem=poison2d"], "--problem poisson2d"),
+    ],
+)
+def test_near_misses_are_named(
+    arguments: list[str], near: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse(arguments)
+    assert f"Perhaps you meant {near}" in capsys.readouterr().err
+
+
+def test_runs_that_cannot_be_compared_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("experiments.training.figure.draw", lambda folder, *_: folder)
+    for name, width in (("one", "4"), ("two", "5")):
+        start(tmp_path / name, "--steps", "1", "--optimizers", "sgd", "--hidden", width)
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/config.json").write_text((tmp_path / "one/config.json").read_text())
+    for arguments, message in (
+        (["--runs", one, two], "--runs must agree in hidden"),
+        (["--runs", one, "--optimizer", "adam"], "has no checkpoint of adam. It has some of: sgd"),
+        (["--runs", str(tmp_path / "empty")], "has no checkpoint"),
+    ):
+        capsys.readouterr()
+        assert compare(tmp_path / "run", *arguments) == 2
+        assert message in capsys.readouterr().err
+    assert main(["--run-folder", one, *_TINY]) == 2
+    assert "exists and is not empty. Choose another one" in capsys.readouterr().err
+
+
+@dataclass(frozen=True)
+class _Singular:
+    """An inverse that fails for small dampings."""
+
+    damping: float
+
+    def __call__(self, operator: object) -> object:
+        if self.damping < 1e-3:
+            raise FactorizationError("the matrix is singular\nin detail")
+        return DampedBlocks(self.damping)(operator)
+
+
+@pytest.mark.usefixtures("_no_figures")
+def test_what_fails_is_noted_and_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(linearizations: object) -> object:
+        raise MemoryError("too large")
+
+    monkeypatch.setitem(OPERATORS, "kfac-expand", Entry(KFAC(), _Singular))
+    monkeypatch.setitem(OPERATORS, "kfac-reduce", Entry(refuse))
+    names = ["kfac-expand", "kfac-reduce", "identity"]
+    options = ["--dampings", "1e-2", "1e-5", "--operators", *names]
+    assert compare(tmp_path / "run", *_TINY, *options) == 1
+    notes = {(row["operator"], row["damping"]): row["note"] for row in read(tmp_path / "run")}
+    assert notes["kfac-expand", "0.01"] == notes["identity", "1e-05"] == ""
+    assert notes["kfac-expand", "1e-05"] == "FactorizationError: the matrix is singular"
+    assert notes["kfac-reduce", "0.01"] == "MemoryError: too large"
+    assert "kfac-reduce: MemoryError: too large" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("_no_figures")
+def test_a_diverging_training_keeps_its_first_points(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--optimizer", "sgd", "--sgd.lr", "1e200", "--operators", "identity"]
+    assert compare(tmp_path / "run", *_NETWORK, *_ONCE, *options) == 1
+    assert {row["step"] for row in read(tmp_path / "run")} == {"0"}
+    assert "seed 1 stopped: " in capsys.readouterr().out
+
+
+def test_an_interruption_keeps_the_points_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(point: Point, settings: Settings) -> object:
+        if point.step:
+            raise KeyboardInterrupt
+        return measure.measure(point, settings)
+
+    monkeypatch.setattr(comparing_main, "measure", interrupt)
+    assert compare(tmp_path / "run", *_TINY, "--operators", "identity") == 130
+    assert {row["step"] for row in read(tmp_path / "run")} == {"0"}
+    assert "results so far" in capsys.readouterr().err
+
+
+def test_medians_and_ranges_leave_out_what_is_not_finite() -> None:
+    line = Range.of({10: [3.0, math.inf, 1.0, 8.0], 0: [2.0], 5: [math.nan]})
+    assert line == Range([0, 10], [2.0, 3.0], [2.0, 1.0], [2.0, 8.0])
