@@ -11,10 +11,14 @@ from pinncurv.curvature import (
     BlockDiagonalGaussNewton,
     DiagonalGaussNewton,
     GaussNewton,
+    GaussNewtonLinearOperator,
     expand,
     reduce,
 )
+from pinncurv.curvature.iterative import PreconditionedCG
+from pinncurv.curvature.woodbury import Woodbury
 from pinncurv.linops import Damped, FactorDamping, same, trace_norm
+from pinncurv.linops.cg import RelativeProgress
 from pinncurv.optim import (
     ConstantDamping,
     CurvatureOptimizer,
@@ -25,10 +29,13 @@ from pinncurv.optim import (
     Intervals,
     LevenbergMarquardt,
     QuadraticModel,
+    Spring,
     from_first,
     from_identity,
     from_zero,
 )
+from pinncurv.optim.momentum import WarmStart
+from pinncurv.optim.step_sizes import CGBacktracking, NormConstrained
 from tests.optim.cases import network, poisson, values
 
 RULE = LevenbergMarquardt(grow=3.0)
@@ -51,6 +58,7 @@ def composition(optimizer: CurvatureOptimizer) -> tuple:
 
 
 CONSTANT = ConstantDamping()
+MATRIX_FREE = GaussNewtonLinearOperator.from_linearizations
 GRID = GridLineSearch(-30, 0)
 
 
@@ -145,6 +153,68 @@ GRID = GridLineSearch(-30, 0)
             {"damping": 1e-3, "use_momentum": False, "rule": RULE},
             (GaussNewton(), Damped(1e-3), QuadraticModel(use_momentum=False), None, None, RULE),
         ),
+        (presets.engd_w, {}, (MATRIX_FREE, Woodbury(1e-10), GRID, None, None)),
+        (
+            presets.engd_w,
+            {"damping": 1e-3, "step_size": FixedStep(0.1)},
+            (MATRIX_FREE, Woodbury(1e-3), FixedStep(0.1), None, None),
+        ),
+        (
+            presets.spring,
+            {},
+            (MATRIX_FREE, Woodbury(1e-8), NormConstrained(1.0, 1.0), None, Spring(0.9)),
+        ),
+        (
+            presets.spring,
+            {"damping": 1e-3, "momentum": 0.5, "step_size": FixedStep(0.1)},
+            (MATRIX_FREE, Woodbury(1e-3), FixedStep(0.1), None, Spring(0.5)),
+        ),
+        (
+            presets.levenberg_marquardt,
+            {"damping": 1e-2, "use_momentum": False},
+            (GaussNewton(), Damped(1e-2), QuadraticModel(False), None, None, LevenbergMarquardt()),
+        ),
+        (
+            presets.gauss_newton_cg,
+            {},
+            (MATRIX_FREE, PreconditionedCG(1e-8), QuadraticModel(), None, None),
+        ),
+        (
+            presets.gauss_newton_cg,
+            {
+                "damping": 1e-3,
+                "curvature": KFAC(reduce),
+                "inverse": Damped(1e-2),
+                "max_iterations": 7,
+                "rule": RULE,
+            },
+            (
+                MATRIX_FREE,
+                PreconditionedCG(1e-3, KFAC(reduce), Damped(1e-2), max_iterations=7),
+                QuadraticModel(),
+                None,
+                None,
+                RULE,
+            ),
+        ),
+        (
+            presets.hessian_free,
+            {"damping": 1e-2, "decay": 0.5, "max_iterations": 9, "curvature": KFAC()},
+            (
+                MATRIX_FREE,
+                PreconditionedCG(
+                    1e-2,
+                    tolerance=1e-10,
+                    max_iterations=9,
+                    stop=RelativeProgress(5e-4),
+                    spacing=1.3,
+                ),
+                CGBacktracking(),
+                None,
+                WarmStart(0.5),
+                LevenbergMarquardt(shrink=1.5, grow=1.5, minimum=1e-12),
+            ),
+        ),
     ],
 )
 def test_composition(build, settings, expected):
@@ -159,7 +229,15 @@ BUILDS = {
     "engd_per_layer": presets.engd_per_layer,
     "engd_diagonal": presets.engd_diagonal,
     "gauss_newton": presets.gauss_newton,
+    "engd_w": presets.engd_w,
+    "spring": presets.spring,
+    "levenberg_marquardt": presets.levenberg_marquardt,
+    "gauss_newton_cg": presets.gauss_newton_cg,
+    "hessian_free": presets.hessian_free,
+    "ekfac": presets.ekfac,
+    "subspace_gauss_newton": presets.subspace_gauss_newton,
 }
+WITH_AVERAGE = ["kfac", "kfac_star", "engd", "engd_per_layer", "engd_diagonal"]
 
 
 @pytest.mark.parametrize("name", BUILDS)
@@ -188,7 +266,7 @@ def test_damping_must_be_valid(name, damping):
         BUILDS[name](network().parameters(), damping=damping)
 
 
-@pytest.mark.parametrize("name", [name for name in BUILDS if name != "gauss_newton"])
+@pytest.mark.parametrize("name", WITH_AVERAGE)
 @pytest.mark.parametrize("decay", [1.0, -0.5, math.nan])
 def test_decay_must_be_valid(name, decay):
     with pytest.raises(ValueError, match=r"decay of an average must be in \[0, 1\)"):
@@ -198,6 +276,19 @@ def test_decay_must_be_valid(name, decay):
 def test_momentum_must_be_valid():
     with pytest.raises(ValueError, match=r"momentum must be in \[0, 1\)"):
         presets.kfac(network().parameters(), momentum=1.0)
+    with pytest.raises(ValueError, match=r"momentum must be in \[0, 1\)"):
+        presets.spring(network().parameters(), momentum=1.0)
+
+
+def test_engd_w_takes_the_steps_of_engd():
+    model, twin = network(2, 12, 1), network(2, 12, 1)
+    kernel, dense = (
+        build(m.parameters(), damping=1e-6)
+        for build, m in ((presets.engd_w, model), (presets.engd, twin))
+    )
+    for _ in range(2):
+        record, other = kernel.step(poisson(model)), dense.step(poisson(twin))
+        assert record.new_loss == pytest.approx(other.new_loss, rel=1e-6)
 
 
 def test_gauss_newton_solves_a_small_problem():

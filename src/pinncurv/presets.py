@@ -9,24 +9,37 @@ import torch
 from torch import Tensor
 
 from pinncurv.curvature import (
+    EKFAC,
     KFAC,
     BlockDiagonalGaussNewton,
     DiagonalGaussNewton,
     GaussNewton,
+    GaussNewtonLinearOperator,
+    InSubspace,
+    PreconditionedCG,
+    SubspaceGaussNewton,
     WeightSharing,
+    Woodbury,
     expand,
 )
-from pinncurv.linops import Damped, FactorDamping
-from pinncurv.linops.factor_damping import Heuristic, same
+from pinncurv.curvature.iterative import InverseRecipe, Recipe
+from pinncurv.linops import Damped, FactorDamping, RelativeProgress
+from pinncurv.linops.factor_damping import Heuristic, same, trace_norm
 from pinncurv.optim import (
+    CGBacktracking,
     Curvature,
     CurvatureOptimizer,
     DampingRule,
     ExponentialAverage,
     GridLineSearch,
     HeavyBall,
+    LevenbergMarquardt,
+    NormConstrained,
     QuadraticModel,
+    ShortStepDamping,
+    Spring,
     StepSize,
+    WarmStart,
     from_identity,
     from_zero,
 )
@@ -160,6 +173,7 @@ def gauss_newton(
     damping: float | None = None,
     use_momentum: bool = True,
     rule: DampingRule | None = None,
+    curvature: Curvature | None = None,
 ) -> CurvatureOptimizer:
     """Return the exact Gauss-Newton method with the quadratic model.
 
@@ -174,18 +188,224 @@ def gauss_newton(
         damping: λ, of the first step if it adapts; by default 1e-12 in float64, else 1e-6.
         use_momentum: Whether the quadratic model may take part of the previous update.
         rule: How λ adapts; constant by default.
+        curvature: The form of the exact matrix: dense by default. For networks with more parameters
+            than residuals, ``GaussNewtonLinearOperator.from_linearizations`` inverts by the kernel.
 
     Source: Martens and Grosse 2015, section 7, with the exact matrix.
     """
     groups = list(params)
     if damping is None:
-        first = groups[0]["params"] if isinstance(groups[0], dict) else groups[0]
-        dtype = (first if isinstance(first, Tensor) else next(iter(first))).dtype
-        damping = 1e-12 if dtype == torch.float64 else 1e-6
+        damping = 1e-12 if _dtype(groups) == torch.float64 else 1e-6
     return CurvatureOptimizer(
         groups,
-        curvature=GaussNewton(),
+        curvature=GaussNewton() if curvature is None else curvature,
         inverse=Damped(damping),
         step_size=QuadraticModel(use_momentum),
         damping=rule,
+    )
+
+
+def _dtype(groups: list[Any]) -> torch.dtype:
+    """Return the dtype of the first parameter."""
+    first = groups[0]["params"] if isinstance(groups[0], dict) else groups[0]
+    return (first if isinstance(first, Tensor) else next(iter(first))).dtype
+
+
+def levenberg_marquardt(
+    params: Iterable[Any],
+    damping: float = 1e-3,
+    use_momentum: bool = True,
+    curvature: Curvature | None = None,
+) -> CurvatureOptimizer:
+    """Return the exact Gauss-Newton method with a damping that adapts to the quadratic model.
+
+    Steadier than ``gauss_newton`` where that has to shorten its steps a lot, slower elsewhere.
+
+    Args:
+        params: Parameters or parameter groups.
+        damping: λ of the first step.
+        use_momentum: Whether the quadratic model may take part of the previous update.
+        curvature: The form of the exact matrix, as in ``gauss_newton``.
+
+    Source: Nocedal and Wright 2006, section 10.3; Martens and Grosse 2015, sections 6.5 and 7.
+    """
+    return gauss_newton(params, damping, use_momentum, LevenbergMarquardt(), curvature)
+
+
+def gauss_newton_cg(
+    params: Iterable[Any],
+    damping: float | None = None,
+    curvature: Recipe | None = None,
+    inverse: InverseRecipe | None = None,
+    max_iterations: int = 50,
+    rule: DampingRule | None = None,
+) -> CurvatureOptimizer:
+    """Return the exact Gauss-Newton method by conjugate gradients, preconditioned by KFAC.
+
+    Where there are too many parameters for ``gauss_newton``: no matrix is formed, and each
+    iteration of a solve costs about as much as the quadratic model of ``kfac_star``. Any curvature
+    can precondition, also one that is no good on its own.
+
+    Args:
+        params: Parameters or parameter groups.
+        damping: λ of (JᵀJ + λI)⁻¹; by default 1e-8 in float64, else 1e-4.
+        curvature: What preconditions; KFAC by default.
+        inverse: Its inverse; by default factor damping ``trace_norm`` with the default damping.
+        max_iterations: Most products with JᵀJ per step.
+        rule: How λ adapts; constant by default.
+    """
+    groups = list(params)
+    default = 1e-8 if _dtype(groups) == torch.float64 else 1e-4
+    return CurvatureOptimizer(
+        groups,
+        curvature=GaussNewtonLinearOperator.from_linearizations,
+        inverse=PreconditionedCG(
+            default if damping is None else damping,
+            KFAC() if curvature is None else curvature,
+            FactorDamping(default, trace_norm) if inverse is None else inverse,
+            max_iterations=max_iterations,
+        ),
+        step_size=QuadraticModel(),
+        damping=rule,
+    )
+
+
+def hessian_free(
+    params: Iterable[Any],
+    damping: float = 1e-3,
+    decay: float = 0.95,
+    max_iterations: int = 250,
+    curvature: Recipe | None = None,
+    inverse: InverseRecipe | None = None,
+) -> CurvatureOptimizer:
+    """Return the Hessian-free method with Gauss-Newton products.
+
+    Conjugate gradients start from the last solution, stop when the quadratic model falls by less
+    than 0.05 % per iteration, and are gone back over while the loss falls. Rejected steps are
+    solved again with more damping instead of shortened.
+
+    Args:
+        params: Parameters or parameter groups.
+        damping: λ of the first step.
+        decay: ζ, which part of the last solution a solve starts from.
+        max_iterations: Most products with JᵀJ per solve.
+        curvature: What preconditions; None for nothing.
+        inverse: Its inverse; by default factor damping ``trace_norm``, for KFAC.
+
+    Source: Martens 2010.
+    """
+    return CurvatureOptimizer(
+        params,
+        curvature=GaussNewtonLinearOperator.from_linearizations,
+        inverse=PreconditionedCG(
+            damping,
+            curvature,
+            FactorDamping(1e-8, trace_norm) if inverse is None else inverse,
+            tolerance=1e-10,
+            max_iterations=max_iterations,
+            stop=RelativeProgress(5e-4),
+            spacing=1.3,
+        ),
+        step_size=CGBacktracking(),
+        momentum=WarmStart(decay),
+        damping=LevenbergMarquardt(shrink=1.5, grow=1.5, minimum=1e-12),
+    )
+
+
+def engd_w(
+    params: Iterable[Any], damping: float = 1e-10, step_size: StepSize | None = None
+) -> CurvatureOptimizer:
+    """Return energy natural gradient descent through the kernel, for many parameters.
+
+    The steps are those of ``engd``. They cost the third power of the number of residuals instead
+    of that of the number of parameters, so take ``engd`` where there are fewer parameters.
+
+    Args:
+        params: Parameters or parameter groups.
+        damping: λ of (JᵀJ + λI)⁻¹, positive.
+        step_size: The step size; the grid line search by default.
+
+    Source: Guzman-Cordero et al. 2025 (ENGD-W).
+    """
+    return CurvatureOptimizer(
+        params,
+        curvature=GaussNewtonLinearOperator.from_linearizations,
+        inverse=Woodbury(damping),
+        step_size=GridLineSearch() if step_size is None else step_size,
+    )
+
+
+def spring(
+    params: Iterable[Any],
+    damping: float = 1e-8,
+    momentum: float = 0.9,
+    step_size: StepSize | None = None,
+) -> CurvatureOptimizer:
+    """Return SPRING: the steps of ``engd_w`` with momentum through the solve.
+
+    The variant for PINNs also divides the k-th step by √(1 - μ^(2k)), which is not done here.
+
+    Args:
+        params: Parameters or parameter groups.
+        damping: λ of (JᵀJ + λI)⁻¹, positive.
+        momentum: μ, the part of the last direction that a step starts from.
+        step_size: The step size; by default full steps of at most length one.
+
+    Source: Goldshlager, Abrahamsen, Lin 2024 (SPRING); Guzman-Cordero et al. 2025 for PINNs.
+    """
+    return CurvatureOptimizer(
+        params,
+        curvature=GaussNewtonLinearOperator.from_linearizations,
+        inverse=Woodbury(damping),
+        step_size=NormConstrained(1.0, norm=1.0) if step_size is None else step_size,
+        momentum=Spring(momentum) if momentum else None,
+    )
+
+
+def ekfac(
+    params: Iterable[Any], damping: float = 1e-6, step_size: StepSize | None = None
+) -> CurvatureOptimizer:
+    """Return EKFAC, KFAC's eigenbasis with the exact second moments in it.
+
+    Args:
+        params: Parameters or parameter groups.
+        damping: λ of (C + λI)⁻¹.
+        step_size: The step size; the quadratic model by default.
+
+    Source: George et al. 2018.
+    """
+    return CurvatureOptimizer(
+        params,
+        curvature=EKFAC(),
+        inverse=Damped(damping),
+        step_size=QuadraticModel() if step_size is None else step_size,
+    )
+
+
+def subspace_gauss_newton(
+    params: Iterable[Any],
+    points: int = 200,
+    damping: float = 1e-8,
+    seed: int = 0,
+    rule: DampingRule | None = None,
+) -> CurvatureOptimizer:
+    """Return the exact Gauss-Newton method on the gradients at a few random points.
+
+    Its steps cost about those of KFAC, and are nearly those of ``gauss_newton`` as long as the
+    points are more than the effective dimension of the exact matrix (about 100 for PDEs in two
+    dimensions; more than 1000 late in the training in four dimensions and more).
+
+    Args:
+        params: Parameters or parameter groups.
+        points: How many points are drawn in every step.
+        damping: λ of the first step.
+        seed: Which points are drawn.
+        rule: How λ adapts; by default it is raised while steps have to be shortened.
+    """
+    return CurvatureOptimizer(
+        params,
+        curvature=SubspaceGaussNewton(points, seed),
+        inverse=InSubspace(damping),
+        step_size=QuadraticModel(),
+        damping=ShortStepDamping(short=2.0**-4, long=0.5, minimum=1e-10) if rule is None else rule,
     )

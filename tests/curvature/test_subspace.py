@@ -135,6 +135,30 @@ def test_training():
     assert records[-1].new_loss < 1e-4 * records[0].loss
 
 
+def test_an_optimizer_draws_other_points_in_every_step():
+    """By the number of the step, so that a resumed run draws the same."""
+    seeds = []
+
+    class Spy(SubspaceGaussNewton):
+        def __call__(self, linearizations):
+            seeds.append(self.seed)
+            return super().__call__(linearizations)
+
+    problem = poisson2d(20, 8)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(2, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1)
+    ).double()
+    batch = problem.sample(torch.Generator().manual_seed(0), torch.float64, "cpu")
+    objective = Objective(model, problem.terms, batch)
+    optimizer = CurvatureOptimizer(model.parameters(), Spy(10, seed=7), InSubspace(1e-2))
+    for _ in range(3):
+        optimizer.step(objective)
+    other = CurvatureOptimizer(model.parameters(), Spy(10, seed=7), InSubspace(1e-2))
+    other.load_state_dict(optimizer.state_dict())
+    other.step(objective)
+    assert seeds == [7, 8, 9, 10]
+
+
 def test_bad_input():
     made, _ = linearizations()
     with pytest.raises(ValueError, match="sampled points must be at least 1, got 0"):

@@ -48,6 +48,8 @@ OPTIMIZERS: dict[str, Callable[[Iterable[Any]], CurvatureOptimizer]] = {
     "engd_per_layer": lambda p: presets.engd_per_layer(p, damping=1e-3, decay=0.3, step_size=SHORT),
     "engd_diagonal": lambda p: presets.engd_diagonal(p, 1e-3, decay=0.3, step_size=SHORT),
     "gauss_newton": lambda p: presets.gauss_newton(p, 1e-1),
+    "gauss_newton_cg": lambda p: presets.gauss_newton_cg(p, 1e-2),
+    "hessian_free": lambda p: presets.hessian_free(p, 1e-1, curvature=KFAC()),
     "adaptive": lambda p: presets.gauss_newton(p, 1e-1, rule=LevenbergMarquardt()),
     "kfac_intervals": lambda p: CurvatureOptimizer(
         p,

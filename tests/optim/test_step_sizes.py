@@ -18,7 +18,7 @@ from pinncurv.optim import (
     QuadraticModel,
     Situation,
 )
-from pinncurv.optim.step_sizes import minimize_quadratic
+from pinncurv.optim.step_sizes import NormConstrained, minimize_quadratic
 from pinncurv.problems import Fixed, LossTerm
 from tests.networks import points
 from tests.optim.cases import Calls, fixed, flat, network, poisson, set_flat, values
@@ -273,6 +273,41 @@ def test_not_finite_never_wins(bad):
 def test_grid_of_one_step():
     at = situation(poisson(network()), [], try_update=lambda update, scale: scale)
     assert GridLineSearch(-3, -3).propose(at).step_size == 0.125
+
+
+# --- steps of bounded length ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", [1e-3, 0.05, 1e6])
+def test_steps_are_no_longer_than_allowed(norm):
+    """α = min(η, c / ‖Δ‖), by the length of the update of all parameters together."""
+    model = network()
+    objective, before = poisson(model), flat(model)
+    linearized = objective.linearize()
+    J, g = linearized.jacobian.to_dense(), flat(linearized.gradient())
+    direction = -torch.linalg.solve(J.T @ J + 1e-2 * torch.eye(len(g), dtype=g.dtype), g)
+    expected = min(0.02, norm / direction.norm().item())
+    optimizer = CurvatureOptimizer(
+        model.parameters(), GaussNewton(), Damped(1e-2), NormConstrained(0.02, norm)
+    )
+    record = optimizer.step(objective)
+    assert record.accepted
+    assert record.step_size == pytest.approx(expected, rel=1e-9)
+    assert (expected < 0.02) == (norm < 1)
+    torch.testing.assert_close(flat(model), before + expected * direction, rtol=1e-9, atol=1e-12)
+
+
+def test_bounded_steps_of_no_length():
+    at = situation(poisson(network()), [torch.zeros(3), torch.zeros(2, 2)])
+    assert NormConstrained(0.5, 0.1).propose(at).step_size == 0.5
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.inf, math.nan])
+def test_bounds_must_be_positive(bad):
+    with pytest.raises(ValueError, match="step_size must be finite and positive"):
+        NormConstrained(bad, 1.0)
+    with pytest.raises(ValueError, match="norm must be finite and positive"):
+        NormConstrained(1.0, bad)
 
 
 # --- fixed steps and heavy ball -------------------------------------------------------------------

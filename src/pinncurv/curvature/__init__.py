@@ -28,6 +28,7 @@ from pinncurv.curvature.hessian import (
     ResidualHessian,
     ResidualHessianLinearOperator,
 )
+from pinncurv.curvature.iterative import PreconditionedCG
 from pinncurv.curvature.jacobian import JacobianLinearOperator
 from pinncurv.curvature.kernel import KernelLinearOperator
 from pinncurv.curvature.kfac import (
@@ -86,6 +87,7 @@ __all__ = [
     "ParameterCoverage",
     "ParameterSpace",
     "PartialTraces",
+    "PreconditionedCG",
     "Reduce",
     "ResidualHessian",
     "ResidualHessianLinearOperator",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from curvlinops._torch_base import PyTorchLinearOperator
@@ -220,6 +220,8 @@ class SubspaceGaussNewton:
 
     Q Qᵀ JᵀJ Q Qᵀ
 
+    An optimizer draws other points in every step.
+
     Args:
         points: How many points to sample.
         seed: Which points.
@@ -227,6 +229,10 @@ class SubspaceGaussNewton:
 
     points: int = 100
     seed: int = 0
+
+    def at_step(self, step: int) -> SubspaceGaussNewton:
+        """Return the recipe that draws the points of one step."""
+        return replace(self, seed=self.seed + step)
 
     def __call__(
         self, linearizations: Sequence[Linearization]

@@ -19,9 +19,11 @@ left product, ``to_dense``, ``diagonal``, ``trace`` and ``inverse(damping)``.
 from pinncurv.linops.blocks import LayerBlock, check_blocks, flat_positions, from_joint, to_joint
 from pinncurv.linops.cg import (
     CGInverseLinearOperator,
+    CGIterate,
     CGNotConverged,
     CGRecord,
     CGResult,
+    RelativeProgress,
     conjugate_gradients,
 )
 from pinncurv.linops.dense import (
@@ -75,6 +77,7 @@ __all__ = [
     "BlockDiagonalLinearOperator",
     "BlockFactorizedInverseLinearOperator",
     "CGInverseLinearOperator",
+    "CGIterate",
     "CGNotConverged",
     "CGRecord",
     "CGResult",
@@ -98,6 +101,7 @@ __all__ = [
     "KroneckerRecord",
     "LayerBlock",
     "LayerwiseLinearOperator",
+    "RelativeProgress",
     "RestrictedLinearOperator",
     "Selection",
     "SimultaneousDiagonalization",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +14,50 @@ from torch import Tensor
 
 from pinncurv.linops.operator import SymmetricLinearOperator, check_damping
 
+# Whether to stop, given φ(x_0), …, φ(x_k) with φ(x) = ½ xᵀ(C + λ I)x − bᵀx.
+StoppingRule = Callable[[Sequence[float]], bool]
+
 
 class CGNotConverged(UserWarning):
     """Conjugate gradients stopped before the residual was as small as asked for."""
+
+
+@dataclass(frozen=True)
+class RelativeProgress:
+    """Stop once the last iterations have added little to the decrease of the quadratic.
+
+    φ_i < 0  and  φ_{i−k} − φ_i < |φ_i| k ε,  k = max(lag, ⌈fraction · i⌉)
+
+    Attributes:
+        epsilon: ε > 0, the relative progress per iteration that is too little.
+        lag: Least number of iterations to look back, >= 1.
+        fraction: Part of all iterations to look back, in [0, 1).
+
+    Raises:
+        ValueError: If a setting is out of range.
+
+    Source: Martens 2010 (Hessian-free), section 4.4.
+    """
+
+    epsilon: float = 5e-4
+    lag: int = 10
+    fraction: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        if not (0 < self.epsilon < math.inf and self.lag >= 1 and 0 <= self.fraction < 1):
+            raise ValueError(
+                "Must hold: 0 < epsilon < inf, lag >= 1 and 0 <= fraction < 1, got "
+                f"{self.epsilon}, {self.lag}, {self.fraction}."
+            )
+
+    def __call__(self, values: Sequence[float]) -> bool:
+        """Return whether to stop."""
+        last = len(values) - 1
+        k = max(self.lag, math.ceil(self.fraction * last))
+        if last <= k or not values[-1] < 0:
+            return False
+        return values[-1 - k] - values[-1] < -values[-1] * k * self.epsilon
 
 
 @dataclass(frozen=True)
@@ -22,16 +65,34 @@ class CGRecord:
     """What one run of conjugate gradients did.
 
     Attributes:
-        iterations: Number of products with the operator, the final check of the residual excluded.
+        iterations: Number of products with the operator, the checks of the residual at a start
+            other than zero and at the end excluded.
         residual_norms: Relative residual norms ‖b − C x_k‖ / ‖b‖ as the recursion sees them.
         residual_norm: The true relative residual norm of the solution.
         converged: Whether the true residual norm is at most the tolerance.
+        values: φ(x_k) = ½ x_kᵀ(C + λ I)x_k − bᵀx_k as the recursion sees it.
     """
 
     iterations: int
     residual_norms: tuple[float, ...]
     residual_norm: float
     converged: bool
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class CGIterate:
+    """A solution on the way.
+
+    Attributes:
+        iteration: Its number k.
+        solution: x_k, ``[D]``.
+        value: φ(x_k), where φ(0) = 0.
+    """
+
+    iteration: int
+    solution: Float[Tensor, " D"]
+    value: float
 
 
 @dataclass(frozen=True)
@@ -41,10 +102,12 @@ class CGResult:
     Attributes:
         solution: The solution ``[D]``.
         record: What was done.
+        iterates: Those that were to be kept; the last is the solution.
     """
 
     solution: Float[Tensor, " D"]
     record: CGRecord
+    iterates: tuple[CGIterate, ...] = ()
 
 
 def conjugate_gradients(
@@ -55,6 +118,9 @@ def conjugate_gradients(
     preconditioner: PyTorchLinearOperator | None = None,
     tolerance: float = 1e-10,
     max_iterations: int | None = None,
+    stop: StoppingRule | None = None,
+    start: Float[Tensor, " D"] | None = None,
+    spacing: float | None = None,
 ) -> CGResult:
     """Solve a symmetric positive definite linear system.
 
@@ -71,45 +137,97 @@ def conjugate_gradients(
         preconditioner: A symmetric positive definite approximation of (C + λ I)⁻¹.
         tolerance: Relative norm of the residual to reach.
         max_iterations: Most iterations, by default ``10 D``.
+        stop: A rule that may end the iteration before the tolerance is met.
+        start: Where to start from; zero by default.
+        spacing: If given, > 1, the iterates k = ⌈spacing^j⌉, j = 0, 1, …, are kept.
 
     Returns:
         The solution and the record. The record says whether the tolerance was reached.
+
+    Raises:
+        ValueError: If the spacing is not greater than one.
     """
+    if spacing is not None and not spacing > 1:
+        raise ValueError(f"spacing must be greater than 1, got {spacing}.")
     limit = 10 * len(b) if max_iterations is None else max_iterations
     scale = torch.linalg.vector_norm(b).item()
-    x = torch.zeros_like(b)
     if scale == 0:
-        return CGResult(x, CGRecord(0, (0.0,), 0.0, True))
+        zero = CGIterate(0, torch.zeros_like(b), 0.0)
+        return CGResult(zero.solution, CGRecord(0, (0.0,), 0.0, True, (0.0,)), (zero,))
 
-    norms, r, true_norm = [1.0], b, 1.0
-    while true_norm > tolerance and len(norms) <= limit:
-        step = _Recursion(operator, damping, preconditioner, r)
-        while norms[-1] > tolerance and len(norms) <= limit and step.advance():
-            norms.append(torch.linalg.vector_norm(step.r).item() / scale)
-        x_new = x + step.x
-        r = b - (operator @ x_new + damping * x_new)
+    x = torch.zeros_like(b) if start is None else start
+    r = b if start is None else b - (operator @ x + damping * x)
+    path = _Path(scale, spacing)
+    path.add(x, r, -0.5 * torch.dot(x, b + r))
+    last, true_norm, done = path.last, path.norms[0], path.norms[0] <= tolerance
+    bound = math.inf  # CG lowers φ in every iteration, not ‖r‖: the first cycle may raise it
+    while not done:
+        step = _Recursion(operator, damping, preconditioner, path.last, r)
+        while path.norms[-1] > tolerance and path.iteration < limit and step.advance():
+            path.add(step.x, step.r, step.value)
+            done = stop is not None and stop(path.values)
+            if done:
+                break
+        r = b - (operator @ step.x + damping * step.x)
         new_norm = torch.linalg.vector_norm(r).item() / scale
-        if not new_norm < true_norm:
+        if not new_norm < bound:
             break
-        stagnated = new_norm > 0.5 * true_norm
-        x, true_norm, norms[-1] = x_new, new_norm, new_norm
-        if stagnated:
-            break
-    return CGResult(x, CGRecord(len(norms) - 1, tuple(norms), true_norm, true_norm <= tolerance))
+        done = done or new_norm <= tolerance or new_norm > 0.5 * bound or path.iteration >= limit
+        last, true_norm, bound, path.norms[-1] = path.last, new_norm, new_norm, new_norm
+    return path.result(last, true_norm, tolerance)
+
+
+class _Path:
+    """What is written down in every iteration.
+
+    Args:
+        scale: ‖b‖.
+        spacing: Which iterates to keep.
+    """
+
+    def __init__(self, scale: float, spacing: float | None) -> None:
+        self.scale, self.spacing, self.due = scale, spacing, 1.0
+        self.norms: list[float] = []
+        self.values: list[float] = []
+        self.kept: list[CGIterate] = []
+
+    @property
+    def iteration(self) -> int:
+        return len(self.norms) - 1
+
+    def add(self, x: Tensor, r: Tensor, value: Tensor) -> None:
+        norm = torch.linalg.vector_norm(r)
+        numbers = torch.stack([norm, value]).tolist()  # one synchronization with the device
+        self.norms.append(numbers[0] / self.scale)
+        self.values.append(numbers[1])
+        self.last = CGIterate(self.iteration, x, numbers[1])
+        if self.spacing is not None and self.iteration >= self.due:
+            self.kept.append(self.last)
+            while self.due <= self.iteration:
+                self.due *= self.spacing
+
+    def result(self, last: CGIterate, true_norm: float, tolerance: float) -> CGResult:
+        iterates = [kept for kept in self.kept if kept.iteration < last.iteration]
+        converged = true_norm <= tolerance
+        norms, values = tuple(self.norms), tuple(self.values)
+        record = CGRecord(self.iteration, norms, true_norm, converged, values)
+        return CGResult(last.solution, record, (*iterates, last))
 
 
 class _Recursion:
-    """The recursion of conjugate gradients for (C + λ I) x = r from x = 0."""
+    """The recursion of conjugate gradients for (C + λ I) x = b from an iterate with residual r."""
 
     def __init__(
         self,
         operator: PyTorchLinearOperator,
         damping: float,
         preconditioner: PyTorchLinearOperator | None,
+        start: CGIterate,
         r: Tensor,
     ) -> None:
         self.operator, self.damping, self.preconditioner = operator, damping, preconditioner
-        self.x, self.r = torch.zeros_like(r), r
+        self.x, self.r = start.solution, r
+        self.value = r.new_tensor(start.value)
         self.p = self._precondition(r)
         self.rz = torch.dot(r, self.p)
 
@@ -125,6 +243,7 @@ class _Recursion:
         alpha = self.rz / pCp
         self.x = self.x + alpha * self.p
         self.r = self.r - alpha * Cp
+        self.value = self.value - 0.5 * alpha * self.rz
         z = self._precondition(self.r)
         rz = torch.dot(self.r, z)
         self.p = z + (rz / self.rz) * self.p
@@ -137,8 +256,9 @@ class CGInverseLinearOperator(SymmetricLinearOperator):
 
     (C + λ I)⁻¹ to a relative residual
 
-    Each column is solved on its own. ``last_records`` holds the records of the last product; a
-    column that misses the tolerance is a ``CGNotConverged`` warning.
+    Each column is solved on its own. ``last_results`` holds the results of the last product, and
+    ``last_records`` their records; a column that misses the tolerance is a ``CGNotConverged``
+    warning, unless that is intended.
     """
 
     def __init__(
@@ -149,6 +269,10 @@ class CGInverseLinearOperator(SymmetricLinearOperator):
         tolerance: float = 1e-10,
         max_iterations: int | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        stop: StoppingRule | None = None,
+        spacing: float | None = None,
+        truncated: bool = False,
     ) -> None:
         """Store the operator and how to solve.
 
@@ -160,6 +284,10 @@ class CGInverseLinearOperator(SymmetricLinearOperator):
             max_iterations: Most iterations per column, by default ``10 D``.
             dtype: Data type of the vectors, by default that of the operator, in which the
                 iteration is done in any case.
+            stop: A rule that may end the iteration before the tolerance is met.
+            spacing: Which iterates to keep, see ``conjugate_gradients``.
+            truncated: Whether it is no warning that the tolerance was missed, only a record. The
+                product is then a nonlinear function of the right-hand side.
         """
         super().__init__(operator._in_shape, operator.device, dtype or operator.dtype)
         self.operator = operator
@@ -167,15 +295,24 @@ class CGInverseLinearOperator(SymmetricLinearOperator):
         self.preconditioner = preconditioner
         self.tolerance = tolerance
         self.max_iterations = max_iterations
-        self.last_records: tuple[CGRecord, ...] = ()
+        self.stop = stop
+        self.spacing = spacing
+        self.truncated = truncated
+        self.last_results: tuple[CGResult, ...] = ()
 
-    def solve(self, b: Float[Tensor, " D"]) -> CGResult:
+    @property
+    def last_records(self) -> tuple[CGRecord, ...]:
+        """The records of the last product, one per column."""
+        return tuple(result.record for result in self.last_results)
+
+    def solve(self, b: Float[Tensor, " D"], start: Float[Tensor, " D"] | None = None) -> CGResult:
         """Solve for one right-hand side.
 
         (C + λ I) x = b
 
         Args:
             b: The right-hand side.
+            start: Where to start from; zero by default.
 
         Returns:
             The solution and the record.
@@ -187,22 +324,47 @@ class CGInverseLinearOperator(SymmetricLinearOperator):
             preconditioner=self.preconditioner,
             tolerance=self.tolerance,
             max_iterations=self.max_iterations,
+            stop=self.stop,
+            start=start,
+            spacing=self.spacing,
         )
 
+    def solve_from(self, b: Sequence[Tensor], start: Sequence[Tensor]) -> list[Tensor]:
+        """Solve for one right-hand side from a start, as a product does from zero.
+
+        Args:
+            b: The right-hand side, one tensor per parameter.
+            start: The start, one tensor per parameter.
+
+        Returns:
+            The solution, one tensor per parameter.
+        """
+        columns = [torch.cat([part.flatten() for part in parts])[:, None] for parts in (b, start)]
+        (solution,) = self._solve_columns(*columns).unbind(-1)
+        pieces = solution.split(self._in_shape_flat)
+        return [piece.reshape(shape) for piece, shape in zip(pieces, self._in_shape, strict=True)]
+
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
-        flat = torch.cat([x.flatten(end_dim=-2) for x in X]).to(self.operator.dtype)
-        results = [self.solve(column) for column in flat.unbind(-1)]
-        self.last_records = tuple(result.record for result in results)
-        self._warn()
-        Y = torch.empty(flat.shape, dtype=self.dtype, device=self.device)
-        for column, result in zip(Y.unbind(-1), results, strict=True):
-            column.copy_(result.solution)
+        Y = self._solve_columns(torch.cat([x.flatten(end_dim=-2) for x in X]))
         pieces = Y.split(self._in_shape_flat)
         return [y.reshape(x.shape) for y, x in zip(pieces, X, strict=True)]
 
+    def _solve_columns(
+        self, B: Float[Tensor, "D K"], starts: Float[Tensor, "D K"] | None = None
+    ) -> Float[Tensor, "D K"]:
+        dtype = self.operator.dtype
+        columns = B.to(dtype).unbind(-1)
+        begins = [None] * len(columns) if starts is None else starts.to(dtype).unbind(-1)
+        self.last_results = tuple(map(self.solve, columns, begins))
+        self._warn()
+        Y = torch.empty(B.shape, dtype=self.dtype, device=self.device)
+        for column, result in zip(Y.unbind(-1), self.last_results, strict=True):
+            column.copy_(result.solution)
+        return Y
+
     def _warn(self) -> None:
         failed = [record for record in self.last_records if not record.converged]
-        if failed:
+        if failed and not self.truncated:
             worst = max(record.residual_norm for record in failed)
             warnings.warn(
                 f"Conjugate gradients must reach a relative residual of {self.tolerance:.1e}, "
@@ -210,5 +372,5 @@ class CGInverseLinearOperator(SymmetricLinearOperator):
                 f"({len(failed)} of {len(self.last_records)} columns failed). "
                 "Raise the damping, the tolerance or max_iterations.",
                 CGNotConverged,
-                stacklevel=4,
+                stacklevel=5,
             )

@@ -8,9 +8,14 @@ optimizers of torch the same way.
 """
 
 from pinncurv.optim.averaging import ExponentialAverage, from_first, from_identity, from_zero
-from pinncurv.optim.damping import ConstantDamping, DampingRule, LevenbergMarquardt
+from pinncurv.optim.damping import (
+    ConstantDamping,
+    DampingRule,
+    LevenbergMarquardt,
+    ShortStepDamping,
+)
 from pinncurv.optim.first_order import FirstOrder
-from pinncurv.optim.momentum import Descent, HeavyBall, Momentum, Spring
+from pinncurv.optim.momentum import Descent, HeavyBall, Momentum, Spring, WarmStart
 from pinncurv.optim.optimizer import CurvatureOptimizer
 from pinncurv.optim.preconditioner import Intervals, Preconditioner
 from pinncurv.optim.protocols import (
@@ -19,14 +24,18 @@ from pinncurv.optim.protocols import (
     Evaluable,
     Evaluation,
     Inverse,
+    IterativeInverse,
     LeastSquares,
     LinearizedLoss,
+    Randomized,
     ResidualInverse,
     StepRecord,
 )
 from pinncurv.optim.step_sizes import (
+    CGBacktracking,
     FixedStep,
     GridLineSearch,
+    NormConstrained,
     Proposal,
     QuadraticModel,
     Situation,
@@ -34,6 +43,7 @@ from pinncurv.optim.step_sizes import (
 )
 
 __all__ = [
+    "CGBacktracking",
     "ConstantDamping",
     "Curvature",
     "CurvatureOptimizer",
@@ -49,18 +59,23 @@ __all__ = [
     "HeavyBall",
     "Intervals",
     "Inverse",
+    "IterativeInverse",
     "LeastSquares",
     "LevenbergMarquardt",
     "LinearizedLoss",
     "Momentum",
+    "NormConstrained",
     "Preconditioner",
     "Proposal",
     "QuadraticModel",
+    "Randomized",
     "ResidualInverse",
+    "ShortStepDamping",
     "Situation",
     "Spring",
     "StepRecord",
     "StepSize",
+    "WarmStart",
     "from_first",
     "from_identity",
     "from_zero",

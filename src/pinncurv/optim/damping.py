@@ -19,12 +19,14 @@ class DampingRule(ABC):
         return 0
 
     @abstractmethod
-    def accepted(self, damping: float, ratio: float) -> float:
+    def accepted(self, damping: float, ratio: float, scale: float = 1.0) -> float:
         """Return λ after a step that was taken.
 
         Args:
             damping: λ of the step.
-            ratio: Actual over predicted decrease of the loss; NaN without a model.
+            ratio: Actual decrease of the loss over the one that the damped model predicts for the
+                update that was taken; NaN if it predicts none.
+            scale: Which part of the proposed update was taken.
         """
 
     @abstractmethod
@@ -36,7 +38,7 @@ class DampingRule(ABC):
 class ConstantDamping(DampingRule):
     """Always the damping of the inverse."""
 
-    def accepted(self, damping: float, ratio: float) -> float:
+    def accepted(self, damping: float, ratio: float, scale: float = 1.0) -> float:
         """Return the same damping."""
         return damping
 
@@ -51,8 +53,9 @@ class LevenbergMarquardt(DampingRule):
 
     ρ = (L(θ) - L(θ + v)) / (m(0) - m(v));  ρ > good: λ ← λ / shrink;  ρ < poor: λ ← λ · grow
 
-    A step that raises the loss is tried again with λ · reject. ``QuadraticModel`` provides the
-    prediction; with another step size, every accepted step counts as good.
+    A step that raises the loss is tried again with λ · reject. Here m is the damped model,
+    m(v) = ½‖r̃ + J v‖² + ½ λ‖v‖², at the update v that was taken, whatever the curvature that led to
+    it. Martens 2010 takes ``LevenbergMarquardt(shrink=1.5, grow=1.5, reject=1.5)``.
 
     Args:
         shrink: Divisor after a good prediction, > 1.
@@ -86,12 +89,9 @@ class LevenbergMarquardt(DampingRule):
                 "shrink, grow and reject must be greater than 1, got "
                 f"{self.shrink}, {self.grow} and {self.reject}."
             )
-        if not (self.poor <= self.good and 0 < self.minimum <= self.maximum < math.inf):
-            raise ValueError(
-                "Must hold: poor <= good and 0 < minimum <= maximum < inf, got "
-                f"{self.poor}, {self.good}, {self.minimum}, {self.maximum}."
-            )
-
+        if not self.poor <= self.good:
+            raise ValueError(f"Must hold: poor <= good, got {self.poor}, {self.good}.")
+        _check_bounds(self.minimum, self.maximum)
         if self.max_retries < 0:
             raise ValueError(f"max_retries must be at least 0, got {self.max_retries}.")
 
@@ -100,15 +100,71 @@ class LevenbergMarquardt(DampingRule):
         """How often a rejected step is tried again."""
         return self.max_retries
 
-    def accepted(self, damping: float, ratio: float) -> float:
+    def accepted(self, damping: float, ratio: float, scale: float = 1.0) -> float:
         """Trust the model more, or less."""
         if math.isnan(ratio) or ratio > self.good:
-            return self._bounded(damping / self.shrink)
-        return self._bounded(damping * self.grow) if ratio < self.poor else damping
+            return _bounded(damping / self.shrink, self.minimum, self.maximum)
+        if ratio < self.poor:
+            return _bounded(damping * self.grow, self.minimum, self.maximum)
+        return damping
 
     def rejected(self, damping: float) -> float:
         """Trust the model much less."""
-        return self._bounded(damping * self.reject)
+        return _bounded(damping * self.reject, self.minimum, self.maximum)
 
-    def _bounded(self, damping: float) -> float:
-        return min(max(damping, self.minimum), self.maximum)
+
+@dataclass(frozen=True)
+class ShortStepDamping(DampingRule):
+    """Raise the damping when updates have to be shortened a lot, lower it when they need not be.
+
+    s < short: λ ← λ · factor;  s ≥ long: λ ← λ / factor,  s the part of the update that was taken
+
+    An update is halved until the loss falls, with any damping. The rule only steps in where that
+    stalls: a part s of a Gauss-Newton step lowers the loss by no more than 2s of it. On wide
+    networks ``ConstantDamping`` tends to be faster, on narrow ones it may not get anywhere.
+
+    Args:
+        factor: Factor and divisor, > 1; also the factor after a rejection.
+        short: Below this part, λ grows.
+        long: From this part on, λ shrinks.
+        minimum: Smallest λ, > 0.
+        maximum: Largest λ.
+
+    Raises:
+        ValueError: If a setting is out of range.
+    """
+
+    factor: float = 10.0
+    short: float = 2.0**-10
+    long: float = 2.0**-3
+    minimum: float = 1e-12
+    maximum: float = 1e8
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        if not (self.factor > 1 and 0 < self.short <= self.long):
+            raise ValueError(
+                "Must hold: factor > 1 and 0 < short <= long, got "
+                f"{self.factor}, {self.short}, {self.long}."
+            )
+        _check_bounds(self.minimum, self.maximum)
+
+    def accepted(self, damping: float, ratio: float, scale: float = 1.0) -> float:
+        """Look at how much of the update was taken."""
+        if scale < self.short:
+            return self.rejected(damping)
+        shrinks = scale >= self.long
+        return _bounded(damping / self.factor if shrinks else damping, self.minimum, self.maximum)
+
+    def rejected(self, damping: float) -> float:
+        """Raise the damping."""
+        return _bounded(damping * self.factor, self.minimum, self.maximum)
+
+
+def _check_bounds(minimum: float, maximum: float) -> None:
+    if not 0 < minimum <= maximum < math.inf:
+        raise ValueError(f"Must hold: 0 < minimum <= maximum < inf, got {minimum}, {maximum}.")
+
+
+def _bounded(damping: float, minimum: float, maximum: float) -> float:
+    return min(max(damping, minimum), maximum)

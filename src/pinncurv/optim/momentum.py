@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from curvlinops._torch_base import PyTorchLinearOperator
 from torch import Tensor
 
-from pinncurv.optim.protocols import LinearizedLoss, ResidualInverse
+from pinncurv.optim.protocols import IterativeInverse, LinearizedLoss, ResidualInverse
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,3 +130,36 @@ class Spring(Momentum):
             return descent.step()
         kept = [self.momentum * old for old in previous]
         return [old.add_(part) for old, part in zip(kept, descent.step(kept), strict=True)]
+
+
+@dataclass(frozen=True)
+class WarmStart(Momentum):
+    """Start an iterative solve from the last solution instead of from zero.
+
+    Δ_k ≈ -(C + λI)⁻¹ ∇L, iterated from ζ Δ_{k-1}
+
+    Nothing of the last direction is left once the solve has converged. An inverse that does not
+    iterate is not changed.
+
+    Args:
+        decay: ζ in [0, 1].
+
+    Raises:
+        ValueError: If the decay is not in [0, 1].
+
+    Source: Martens 2010, section 4.5; Martens and Sutskever 2012 for the decay.
+    """
+
+    decay: float = 0.95
+
+    def __post_init__(self) -> None:
+        """Check the decay."""
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"The decay of a warm start must be in [0, 1], got {self.decay}.")
+
+    def direction(self, descent: Descent, previous: Sequence[Tensor] | None) -> list[Tensor]:
+        """Return the direction."""
+        if previous is None or not isinstance(descent.inverse, IterativeInverse):
+            return descent.step()
+        start = [-self.decay * old for old in previous]
+        return [-part for part in descent.inverse.solve_from(descent.gradient, start)]

@@ -123,6 +123,7 @@ class CurvatureOptimizer(Optimizer):
             for retry in range(self.damping.retries + 1):
                 if retry:
                     linearized = _linearize(objective)
+                    self.preconditioner.relinearize(linearized)
                 attempt = self._propose(linearized, gradient, trial)
                 del linearized  # frees Z and G before the loss is evaluated
                 record = self._try(attempt, trial)
@@ -192,7 +193,24 @@ class CurvatureOptimizer(Optimizer):
         proposal = self.step_size.propose(situation)
         chosen = direction if proposal.direction is None else proposal.direction
         update = self._update(parameters, proposal, chosen, previous)
-        return _Attempt(losses, damping, direction, proposal, update, _solver_report(inverse))
+        model = self._model(situation, proposal, update)
+        return _Attempt(
+            losses, damping, direction, proposal, update, model, _solver_report(inverse)
+        )
+
+    def _model(
+        self, situation: Situation, proposal: Proposal, update: Sequence[Tensor]
+    ) -> _Parabola:
+        """Return the damped quadratic model along an update, where there is one."""
+        promised = proposal.predicted_decrease
+        if math.isnan(promised) and isinstance(self.damping, ConstantDamping):
+            return _Parabola(math.nan, math.nan)
+        slope = _dot(situation.gradient, update)
+        if math.isfinite(promised) and all(group["lr"] == 1 for group in self.param_groups):
+            return _Parabola(slope, -2 * (promised + slope))
+        image = situation.linearized.jacobian @ list(update)
+        curvature = _dot(image, image) + situation.damping * _dot(update, update)
+        return _Parabola(slope, curvature)
 
     def _direction(self, descent: Descent, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Return the preconditioned gradient, with momentum if there is any."""
@@ -231,6 +249,7 @@ class CurvatureOptimizer(Optimizer):
         if not accepted:
             trial.restore()
         taken = scale if accepted else 0.0
+        predicted = attempt.model.decrease(scale if accepted else 1.0)
         return StepRecord(
             loss=loss,
             term_losses=attempt.term_losses,
@@ -238,7 +257,7 @@ class CurvatureOptimizer(Optimizer):
             step_size=attempt.proposal.step_size * taken if accepted else 0.0,
             momentum=attempt.proposal.momentum * taken if accepted else 0.0,
             damping=attempt.damping,
-            predicted_decrease=attempt.proposal.predicted_decrease,
+            predicted_decrease=predicted,
             accepted=accepted,
             reason=_reason(accepted, moved, scale, new_loss),
             scale=taken,
@@ -262,7 +281,8 @@ class CurvatureOptimizer(Optimizer):
         if record.accepted:
             predicted = record.predicted_decrease
             ratio = (record.loss - record.new_loss) / predicted if predicted else math.nan
-            self.preconditioner.damping = self.damping.accepted(record.damping, ratio)
+            damping = self.damping.accepted(record.damping, ratio, record.scale)
+            self.preconditioner.damping = damping
         self._remember_halvings(record)
         self.preconditioner.state["step"] += 1
 
@@ -337,6 +357,29 @@ class CurvatureOptimizer(Optimizer):
         return {**super().__getstate__(), **mine, "_landing": None}
 
 
+@dataclass(frozen=True)
+class _Parabola:
+    """The quadratic model along an update v.
+
+    m(sv) = m(0) + s ∇Lᵀv + ½ s² vᵀ(JᵀJ + λI)v
+
+    Args:
+        slope: ∇Lᵀv.
+        curvature: vᵀ(JᵀJ + λI)v.
+    """
+
+    slope: float
+    curvature: float
+
+    def decrease(self, scale: float) -> float:
+        """Return m(0) - m(scale · v)."""
+        return -scale * (self.slope + 0.5 * scale * self.curvature)
+
+
+def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+    return sum(float((a * b).sum()) for a, b in zip(left, right, strict=True))
+
+
 @dataclass(frozen=True, eq=False)
 class _Attempt:
     """An update to try.
@@ -347,6 +390,7 @@ class _Attempt:
         direction: Δ.
         proposal: α and μ.
         update: lr (α Δ + μ δ).
+        model: The model along the update.
         solver: What the inverse reports.
     """
 
@@ -355,6 +399,7 @@ class _Attempt:
     direction: list[Tensor]
     proposal: Proposal
     update: list[Tensor]
+    model: _Parabola
     solver: dict[str, Any]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pinncurv.linops import Averageable
 from pinncurv.optim.averaging import ExponentialAverage, fitted
-from pinncurv.optim.protocols import Curvature, Inverse, LinearizedLoss
+from pinncurv.optim.protocols import Curvature, Inverse, LinearizedLoss, Randomized
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,12 @@ class Preconditioner:
             saved = self.state["inverted"]
             self._choose(self._operator if saved is None else _rebuilt(self._operator, saved))
 
+    def relinearize(self, linearized: LinearizedLoss) -> None:
+        """Build a matrix-free operator again, on a linearization that replaces this step's."""
+        if self.is_current and not isinstance(self._operator, Averageable):
+            self._operator = self._build(linearized)
+            self._choose(self._operator)
+
     def _follow(self, parameter: Tensor) -> None:
         """Rebuild what was kept for another device or dtype."""
         kept = self._operator
@@ -127,9 +133,15 @@ class Preconditioner:
             self._inverse_damping = self.damping
         return self._inverse
 
+    def _build(self, linearized: LinearizedLoss) -> PyTorchLinearOperator:
+        curvature = self.curvature
+        if isinstance(curvature, Randomized):
+            curvature = curvature.at_step(self.state["step"])
+        return curvature(linearized.linearizations)
+
     def _estimate(self, linearized: LinearizedLoss, due: bool) -> PyTorchLinearOperator:
         """Return the operator: a new estimate if due, else the one that was saved."""
-        operator = self.curvature(linearized.linearizations)
+        operator = self._build(linearized)
         if not isinstance(operator, Averageable):
             if self.average is not None:
                 raise TypeError(

@@ -10,6 +10,8 @@ from typing import Any, Protocol, runtime_checkable
 from curvlinops._torch_base import PyTorchLinearOperator
 from torch import Tensor
 
+from pinncurv.linops import CGResult
+
 
 @runtime_checkable
 class LinearizedLoss(Protocol):
@@ -102,6 +104,15 @@ Curvature = Callable[[Sequence[Any]], PyTorchLinearOperator]
 
 
 @runtime_checkable
+class Randomized(Protocol):
+    """A curvature that draws random numbers. Optional: others in every step, resumed or not."""
+
+    def at_step(self, step: int) -> Curvature:
+        """Return the curvature that draws the numbers of one step."""
+        ...
+
+
+@runtime_checkable
 class Inverse(Protocol):
     """A damped inverse, as a function of the operator."""
 
@@ -124,6 +135,23 @@ class ResidualInverse(Protocol):
         ...
 
 
+@runtime_checkable
+class IterativeInverse(Protocol):
+    """An inverse that iterates towards the solution. Optional: for starts and stops of one's own.
+
+    ``pinncurv.linops.CGInverseLinearOperator`` is one.
+    """
+
+    @property
+    def last_results(self) -> Sequence[CGResult]:
+        """The results of the last product, one per column."""
+        ...
+
+    def solve_from(self, b: Sequence[Tensor], start: Sequence[Tensor]) -> list[Tensor]:
+        """Return (C + λI)⁻¹ b, iterated from a start."""
+        ...
+
+
 @dataclass(frozen=True)
 class StepRecord:
     """What happened in one step.
@@ -136,7 +164,8 @@ class StepRecord:
         step_size: α, the multiple of the direction that was taken, without the group's ``lr``.
         momentum: μ, the multiple of the previous update that was taken.
         damping: λ of the inverse; NaN for optimizers without.
-        predicted_decrease: What the exact quadratic model promised; NaN without a model.
+        predicted_decrease: What the exact quadratic model promised for the update that was taken,
+            or for the one that was rejected; NaN without a model.
         accepted: Whether the parameters were changed.
         scale: Which part of the proposed update was taken.
         reason: Why the step was shortened or rejected; empty if it was taken as proposed.

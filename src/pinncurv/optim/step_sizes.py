@@ -11,7 +11,7 @@ import torch
 from curvlinops._torch_base import PyTorchLinearOperator
 from torch import Tensor
 
-from pinncurv.optim.protocols import LinearizedLoss
+from pinncurv.optim.protocols import IterativeInverse, LinearizedLoss
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +87,38 @@ class FixedStep(StepSize):
 
 
 @dataclass(frozen=True)
+class NormConstrained(StepSize):
+    """A fixed step size, less where the update would be longer than allowed.
+
+    α = min(η, c / ‖Δ‖),  so that  ‖α Δ‖ <= c
+
+    The norm is the Euclidean norm over all parameters, without the groups' ``lr``. SPRING's
+    papers bound the squared norm by a constant C instead: c = √C.
+
+    Args:
+        step_size: η > 0.
+        norm: c > 0, the greatest length of an update.
+
+    Source: Goldshlager, Abrahamsen, Lin 2024 (SPRING).
+    """
+
+    step_size: float
+    norm: float
+
+    def __post_init__(self) -> None:
+        """Check step size and norm."""
+        for name, value in (("step_size", self.step_size), ("norm", self.norm)):
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be finite and positive, got {value}.")
+
+    def propose(self, situation: Situation) -> Proposal:
+        """Propose the step."""
+        norms = [torch.linalg.vector_norm(part) for part in situation.direction]
+        length = float(torch.linalg.vector_norm(torch.stack(norms)))
+        return Proposal(min(self.step_size, self.norm / length) if length else self.step_size)
+
+
+@dataclass(frozen=True)
 class GridLineSearch(StepSize):
     """The best step size of a grid, by evaluating the loss without a graph.
 
@@ -118,6 +150,48 @@ class GridLineSearch(StepSize):
             return Proposal(2.0**self.first, new_loss=math.nan)
         best = min(finite, key=finite.__getitem__)
         return Proposal(best, new_loss=finite[best])
+
+
+@dataclass(frozen=True)
+class CGBacktracking(StepSize):
+    """Go back over the iterates of conjugate gradients while the loss falls.
+
+    Δ = -x_k,  k = the last kept iterate before the loss at the previous one is no lower
+
+    The inverse must keep its iterates (``spacing=1.3``). They replace the direction, so that no
+    momentum but ``WarmStart`` makes a difference. The decrease that is promised is that of the
+    damped model at the iterate, -φ(x_k) = -∇LᵀΔ - ½ Δᵀ(C + λI)Δ, which costs nothing.
+
+    Source: Martens 2010, section 4.6.
+    """
+
+    def propose(self, situation: Situation) -> Proposal:
+        """Evaluate the loss from the last iterate backwards.
+
+        Raises:
+            TypeError: If the inverse has no iterates.
+        """
+        inverse = situation.inverse
+        if not isinstance(inverse, IterativeInverse) or len(inverse.last_results) != 1:
+            raise TypeError(
+                "CGBacktracking needs an inverse that iterates, such as "
+                f"pinncurv.linops.CGInverseLinearOperator, got {type(inverse).__name__}. "
+                "Choose another inverse or another step size."
+            )
+        chosen, best = Proposal(math.nan), math.nan
+        for iterate in reversed(inverse.last_results[0].iterates):
+            update = _negative_parts(iterate.solution, situation.gradient)
+            loss = situation.try_update(update, 1.0)
+            if math.isfinite(best) and not loss < best:
+                break
+            chosen, best = Proposal(1.0, 0.0, -iterate.value, loss, update), loss
+        return chosen
+
+
+def _negative_parts(vector: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Cut -vector into tensors of the shapes and dtypes of parameters."""
+    parts = vector.split([parameter.numel() for parameter in parameters])
+    return [-part.view_as(p).to(p) for part, p in zip(parts, parameters, strict=True)]
 
 
 @dataclass(frozen=True)
