@@ -2,199 +2,26 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, Protocol
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Literal
 
 import torch
 from torch.nn import Parameter
 
-from experiments.training.memory import check_dense_curvature
-from pinncurv.curvature import (
-    KFAC,
-    BlockDiagonalGaussNewton,
-    DiagonalGaussNewton,
-    GaussNewton,
-    Objective,
-    expand,
-    reduce,
+from experiments.training.second_order import (
+    CurvatureSettings,
+    EKFACSettings,
+    GaussNewtonSettings,
+    IterativeSettings,
+    KernelSettings,
+    KFACSettings,
+    Stepper,
+    SubspaceSettings,
 )
-from pinncurv.linearization import Empirical, ForwardOnly, Type2
-from pinncurv.linops import Damped, FactorDamping, same, trace_norm
-from pinncurv.optim import (
-    ConstantDamping,
-    Curvature,
-    CurvatureOptimizer,
-    DampingRule,
-    ExponentialAverage,
-    FirstOrder,
-    FixedStep,
-    GridLineSearch,
-    HeavyBall,
-    Intervals,
-    Inverse,
-    LevenbergMarquardt,
-    QuadraticModel,
-    StepRecord,
-    StepSize,
-    from_first,
-    from_identity,
-    from_zero,
-)
+from pinncurv.optim import FirstOrder, LevenbergMarquardt, ShortStepDamping
 
-STARTS = {"identity": from_identity, "zero": from_zero, "first": from_first}
-SHARINGS = {"expand": expand, "reduce": reduce}
-FISHERS = {"type-2": Type2, "empirical": Empirical, "forward-only": ForwardOnly}
-HEURISTICS = {"same": same, "trace-norm": trace_norm}
-FORMS: dict[str, Callable[[], Curvature]] = {
-    "full": GaussNewton,
-    "per-layer": BlockDiagonalGaussNewton,
-    "diagonal": DiagonalGaussNewton,
-}
 LINE_SEARCHES = {"none": None, "strong-wolfe": "strong_wolfe"}
-
-
-class Stepper(Protocol):
-    """What the loop asks of an optimizer."""
-
-    def step(self, objective: Objective) -> StepRecord:
-        """Take one step on one batch."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state."""
-        ...
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state."""
-        ...
-
-
-@dataclass(frozen=True)
-class CurvatureSettings(ABC):
-    """Settings that all second-order optimizers share."""
-
-    damping: float = 1e-8
-    """λ of the first step, a number >= 0."""
-    damping_rule: Literal["constant", "levenberg-marquardt"] = "constant"
-    """How λ changes from step to step."""
-    levenberg_marquardt: LevenbergMarquardt = field(default_factory=LevenbergMarquardt)
-    """The settings of this rule."""
-    decay: float = 0.0
-    """β of the exponential moving average of the curvature, in [0, 1); 0 for no average."""
-    start: Literal["identity", "zero", "first"] = "identity"
-    """What the moving average starts from."""
-    step_size: Literal["quadratic-model", "line-search", "fixed"] = "quadratic-model"
-    """The exact quadratic model, the best of a grid 2^k, or 1 (which lr multiplies)."""
-    quadratic_momentum: bool = True
-    """Whether the quadratic model may take part of the previous update, too."""
-    line_search_exponents: tuple[int, int] = (-30, 0)
-    """Smallest and largest k of the line search."""
-    momentum: float = 0.0
-    """Heavy-ball momentum on the direction, in [0, 1)."""
-    curvature_every: int = 1
-    """Steps between two estimates of the curvature."""
-    inverse_every: int = 1
-    """Steps between two inversions."""
-    max_halvings: int = 30
-    """How often an update that raises the loss is halved before it is rejected."""
-    lr: float = 1.0
-    """Multiplies every update."""
-
-    @abstractmethod
-    def curvature(self) -> Curvature:
-        """Return what builds the operator."""
-
-    @abstractmethod
-    def damped_inverse(self) -> Inverse:
-        """Return what inverts it."""
-
-    def build(self, parameters: Iterable[Parameter]) -> Stepper:
-        """Return the optimizer."""
-        return CurvatureOptimizer(
-            parameters,
-            curvature=self.curvature(),
-            inverse=self.damped_inverse(),
-            step_size=self._step_size(),
-            average=ExponentialAverage(self.decay, STARTS[self.start]) if self.decay else None,
-            momentum=HeavyBall(self.momentum) if self.momentum else None,
-            damping=self._damping_rule(),
-            intervals=Intervals(self.curvature_every, self.inverse_every),
-            max_halvings=self.max_halvings,
-            lr=self.lr,
-        )
-
-    def _damping_rule(self) -> DampingRule:
-        choices = {
-            "constant": ConstantDamping(),
-            "levenberg-marquardt": self.levenberg_marquardt,
-        }
-        return choices[self.damping_rule]
-
-    def _step_size(self) -> StepSize:
-        choices: dict[str, Callable[[], StepSize]] = {
-            "quadratic-model": lambda: QuadraticModel(self.quadratic_momentum),
-            "line-search": lambda: GridLineSearch(*self.line_search_exponents),
-            "fixed": FixedStep,
-        }
-        return choices[self.step_size]()
-
-
-@dataclass(frozen=True)
-class KFACSettings(CurvatureSettings):
-    """Kronecker-factored approximate curvature."""
-
-    decay: float = 0.95
-    """β of the factors' exponential moving average, in [0, 1); 0 for no average."""
-    sharing: Literal["expand", "reduce"] = "expand"
-    """How the channels of a layer enter the factors."""
-    fisher: Literal["type-2", "empirical", "forward-only"] = "type-2"
-    """Which output gradients enter the factors."""
-    inverse: Literal["factor-damping", "exact"] = "factor-damping"
-    """Add λ to every Kronecker factor (as in the paper), or invert C + λI exactly."""
-    heuristic: Literal["same", "trace-norm"] = "same"
-    """How factor damping distributes λ over the two factors."""
-    merge_terms: bool = False
-    """Whether factor damping merges the factors of both terms into one pair before inverting."""
-
-    def curvature(self) -> Curvature:
-        """Return what builds the operator."""
-        return KFAC(SHARINGS[self.sharing], FISHERS[self.fisher]())
-
-    def damped_inverse(self) -> Inverse:
-        """Return what inverts it."""
-        if self.inverse == "exact":
-            return Damped(self.damping)
-        groups = ((0, 1),) if self.merge_terms else None  # every problem here has two terms
-        return FactorDamping(self.damping, HEURISTICS[self.heuristic], groups)
-
-
-@dataclass(frozen=True)
-class GaussNewtonSettings(CurvatureSettings):
-    """The exact Gauss-Newton matrix, whole or in part."""
-
-    form: Literal["full", "per-layer", "diagonal"] = "full"
-    """Which part of the matrix."""
-
-    def build(self, parameters: Iterable[Parameter]) -> Stepper:
-        """Return the optimizer.
-
-        Raises:
-            UserError: If the matrix does not fit into memory.
-        """
-        parameters = list(parameters)
-        if self.form == "full":
-            check_dense_curvature(parameters)
-        return super().build(parameters)
-
-    def curvature(self) -> Curvature:
-        """Return what builds the operator."""
-        return FORMS[self.form]()
-
-    def damped_inverse(self) -> Inverse:
-        """Return what inverts it."""
-        return Damped(self.damping)
 
 
 @dataclass(frozen=True)
@@ -314,6 +141,39 @@ class Presets:
         damping=1e-6, step_size="line-search", start="zero", form="diagonal"
     )
     """The same with the diagonal."""
+    levenberg_marquardt: GaussNewtonSettings = GaussNewtonSettings(
+        damping=1e-3, damping_rule="levenberg-marquardt", form="matrix-free"
+    )
+    """Exact Gauss-Newton with Levenberg-Marquardt damping."""
+    engd_w: KernelSettings = KernelSettings(damping=1e-10, step_size="line-search")
+    """Energy natural gradient descent through the kernel."""
+    spring: KernelSettings = KernelSettings(
+        damping=1e-8, step_size="norm-constrained", momentum=0.9, momentum_kind="spring"
+    )
+    """SPRING: momentum through the kernel solve."""
+    gauss_newton_cg: IterativeSettings = IterativeSettings()
+    """Exact Gauss-Newton by conjugate gradients, preconditioned by KFAC."""
+    hessian_free: IterativeSettings = IterativeSettings(
+        damping=1e-3,
+        damping_rule="levenberg-marquardt",
+        levenberg_marquardt=LevenbergMarquardt(shrink=1.5, grow=1.5, minimum=1e-12),
+        step_size="cg-backtracking",
+        momentum=0.95,
+        momentum_kind="warm-start",
+        preconditioner="none",
+        tolerance=1e-10,
+        progress=5e-4,
+        max_iterations=250,
+        spacing=1.3,
+    )
+    """Hessian-free: adaptive damping, warm starts, backtracking over the iterates."""
+    ekfac: EKFACSettings = EKFACSettings(damping=1e-6)
+    """EKFAC with the quadratic model."""
+    subspace: SubspaceSettings = SubspaceSettings(
+        damping_rule="short-steps",
+        short_steps=ShortStepDamping(short=2.0**-4, long=0.5, minimum=1e-10),
+    )
+    """Exact Gauss-Newton on the gradients at a few random points."""
     sgd: SGDSettings = SGDSettings()
     """Stochastic gradient descent with momentum."""
     lbfgs: LBFGSSettings = LBFGSSettings()

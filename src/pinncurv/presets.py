@@ -16,13 +16,14 @@ from pinncurv.curvature import (
     GaussNewton,
     GaussNewtonLinearOperator,
     InSubspace,
+    InverseRecipe,
     PreconditionedCG,
+    Recipe,
     SubspaceGaussNewton,
     WeightSharing,
     Woodbury,
     expand,
 )
-from pinncurv.curvature.iterative import InverseRecipe, Recipe
 from pinncurv.linops import Damped, FactorDamping, RelativeProgress
 from pinncurv.linops.factor_damping import Heuristic, same, trace_norm
 from pinncurv.optim import (

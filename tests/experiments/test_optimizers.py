@@ -13,7 +13,7 @@ from experiments.training.errors import UserError
 from experiments.training.network import build_network
 from experiments.training.optimizers import KFACSettings, OptimizerSettings, Presets
 from pinncurv import presets
-from pinncurv.curvature import KFAC, Objective, reduce
+from pinncurv.curvature import KFAC, GaussNewtonLinearOperator, Objective, reduce
 from pinncurv.linearization import Empirical
 from pinncurv.linops import Damped, FactorDamping, trace_norm
 from pinncurv.optim import (
@@ -56,6 +56,18 @@ def parameters_after_three_steps(build: Build) -> torch.Tensor:
         ("engd", presets.engd),
         ("engd-per-layer", presets.engd_per_layer),
         ("engd-diagonal", presets.engd_diagonal),
+        (
+            "levenberg-marquardt",
+            lambda p: presets.levenberg_marquardt(
+                p, curvature=GaussNewtonLinearOperator.from_linearizations
+            ),
+        ),
+        ("engd-w", presets.engd_w),
+        ("spring", presets.spring),
+        ("gauss-newton-cg", presets.gauss_newton_cg),
+        ("hessian-free", presets.hessian_free),
+        ("ekfac", presets.ekfac),
+        ("subspace", presets.subspace_gauss_newton),
     ],
 )
 def test_the_names_stand_for_the_presets_of_the_library(name: str, preset: Build) -> None:

@@ -1,7 +1,9 @@
 """Curvature operators of a PINN loss, built from the linearizations of its terms.
 
-``jacobian.py``, ``gauss_newton.py`` and ``kfac.py`` are the operators, each with the recipe that
-an optimizer takes; ``products.py`` has the few matrix products that everything follows from.
+Exact: ``jacobian.py``, ``gauss_newton.py`` (with ``woodbury.py`` and ``iterative.py`` to invert it),
+``kernel.py``, ``hessian.py``. Approximations: ``kfac.py``, ``ekfac.py``, ``optimal_kronecker.py``,
+``subspace.py``, ``nystroem.py``. Each file has its operator and the recipe that an optimizer takes;
+``products.py`` has the few matrix products that everything follows from.
 ``objective.py`` is the loss on one batch, and ``coverage.py`` reports on every parameter.
 A new operator is a new file that turns linearizations into a linear operator.
 """
@@ -28,7 +30,7 @@ from pinncurv.curvature.hessian import (
     ResidualHessian,
     ResidualHessianLinearOperator,
 )
-from pinncurv.curvature.iterative import PreconditionedCG
+from pinncurv.curvature.iterative import InverseRecipe, PreconditionedCG, Recipe
 from pinncurv.curvature.jacobian import JacobianLinearOperator
 from pinncurv.curvature.kernel import KernelLinearOperator
 from pinncurv.curvature.kfac import (
@@ -72,6 +74,7 @@ __all__ = [
     "Hessian",
     "HessianLinearOperator",
     "InSubspace",
+    "InverseRecipe",
     "JacobianLinearOperator",
     "KFACFactors",
     "KFACLinearOperator",
@@ -88,6 +91,7 @@ __all__ = [
     "ParameterSpace",
     "PartialTraces",
     "PreconditionedCG",
+    "Recipe",
     "Reduce",
     "ResidualHessian",
     "ResidualHessianLinearOperator",

@@ -24,6 +24,7 @@ from pinncurv.linops.cg import (
     CGRecord,
     CGResult,
     RelativeProgress,
+    StoppingRule,
     conjugate_gradients,
 )
 from pinncurv.linops.dense import (
@@ -105,6 +106,7 @@ __all__ = [
     "RestrictedLinearOperator",
     "Selection",
     "SimultaneousDiagonalization",
+    "StoppingRule",
     "SumKroneckerLinearOperator",
     "SymmetricLinearOperator",
     "block_diagonal",

@@ -377,7 +377,7 @@ class _Parabola:
 
 
 def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
-    return sum(float((a * b).sum()) for a, b in zip(left, right, strict=True))
+    return float(torch.stack([(a * b).sum() for a, b in zip(left, right, strict=True)]).sum())
 
 
 @dataclass(frozen=True, eq=False)
