@@ -1,6 +1,6 @@
 """Curvature operators of a PINN loss, built from the linearizations of its terms.
 
-Exact: ``jacobian.py``, ``gauss_newton.py`` (with ``woodbury.py`` and ``iterative.py`` to invert it),
+Exact: ``jacobian.py``, ``gauss_newton.py`` (inverted by ``woodbury.py`` or ``iterative.py``),
 ``kernel.py``, ``hessian.py``. Approximations: ``kfac.py``, ``ekfac.py``, ``optimal_kronecker.py``,
 ``subspace.py``, ``nystroem.py``. Each file has its operator and the recipe that an optimizer takes;
 ``products.py`` has the few matrix products that everything follows from.
