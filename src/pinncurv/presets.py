@@ -194,9 +194,9 @@ def gauss_newton(
 
     Source: Martens and Grosse 2015, section 7, with the exact matrix.
     """
-    groups = list(params)
+    groups = _kept(params)
     if damping is None:
-        damping = 1e-12 if _dtype(groups) == torch.float64 else 1e-6
+        damping = _by_dtype(groups, 1e-12, 1e-6)
     return CurvatureOptimizer(
         groups,
         curvature=GaussNewton() if curvature is None else curvature,
@@ -206,10 +206,24 @@ def gauss_newton(
     )
 
 
-def _dtype(groups: list[Any]) -> torch.dtype:
-    """Return the dtype of the first parameter."""
-    first = groups[0]["params"] if isinstance(groups[0], dict) else groups[0]
-    return (first if isinstance(first, Tensor) else next(iter(first))).dtype
+def _kept(params: Iterable[Any]) -> list[Any]:
+    """Return parameters or groups that can be looked at before the optimizer gets them."""
+    return [
+        {**group, "params": list(group["params"])}
+        if isinstance(group, dict) and not isinstance(group["params"], Tensor)
+        else group
+        for group in params
+    ]
+
+
+def _by_dtype(groups: list[Any], double: float, other: float) -> float:
+    """Return the default that suits the dtype of the first parameter."""
+    first = groups[0]["params"] if groups and isinstance(groups[0], dict) else groups
+    while not isinstance(first, Tensor):
+        if isinstance(first, str) or not first:
+            return double
+        first = first[-1] if isinstance(first, tuple) else first[0]
+    return double if first.dtype == torch.float64 else other
 
 
 def levenberg_marquardt(
@@ -255,8 +269,8 @@ def gauss_newton_cg(
         max_iterations: Most products with JᵀJ per step.
         rule: How λ adapts; constant by default.
     """
-    groups = list(params)
-    default = 1e-8 if _dtype(groups) == torch.float64 else 1e-4
+    groups = _kept(params)
+    default = _by_dtype(groups, 1e-8, 1e-4)
     return CurvatureOptimizer(
         groups,
         curvature=GaussNewtonLinearOperator.from_linearizations,
@@ -314,7 +328,7 @@ def hessian_free(
 
 
 def engd_w(
-    params: Iterable[Any], damping: float = 1e-10, step_size: StepSize | None = None
+    params: Iterable[Any], damping: float | None = None, step_size: StepSize | None = None
 ) -> CurvatureOptimizer:
     """Return energy natural gradient descent through the kernel, for many parameters.
 
@@ -323,22 +337,23 @@ def engd_w(
 
     Args:
         params: Parameters or parameter groups.
-        damping: λ of (JᵀJ + λI)⁻¹, positive.
+        damping: λ of (JᵀJ + λI)⁻¹, positive; by default 1e-10 in float64, else 1e-4.
         step_size: The step size; the grid line search by default.
 
     Source: Guzman-Cordero et al. 2025 (ENGD-W).
     """
+    groups = _kept(params)
     return CurvatureOptimizer(
-        params,
+        groups,
         curvature=GaussNewtonLinearOperator.from_linearizations,
-        inverse=Woodbury(damping),
+        inverse=Woodbury(_by_dtype(groups, 1e-10, 1e-4) if damping is None else damping),
         step_size=GridLineSearch() if step_size is None else step_size,
     )
 
 
 def spring(
     params: Iterable[Any],
-    damping: float = 1e-8,
+    damping: float | None = None,
     momentum: float = 0.9,
     step_size: StepSize | None = None,
 ) -> CurvatureOptimizer:
@@ -348,16 +363,17 @@ def spring(
 
     Args:
         params: Parameters or parameter groups.
-        damping: λ of (JᵀJ + λI)⁻¹, positive.
+        damping: λ of (JᵀJ + λI)⁻¹, positive; by default 1e-8 in float64, else 1e-4.
         momentum: μ, the part of the last direction that a step starts from.
         step_size: The step size; by default full steps of at most length one.
 
     Source: Goldshlager, Abrahamsen, Lin 2024 (SPRING); Guzman-Cordero et al. 2025 for PINNs.
     """
+    groups = _kept(params)
     return CurvatureOptimizer(
-        params,
+        groups,
         curvature=GaussNewtonLinearOperator.from_linearizations,
-        inverse=Woodbury(damping),
+        inverse=Woodbury(_by_dtype(groups, 1e-8, 1e-4) if damping is None else damping),
         step_size=NormConstrained(1.0, norm=1.0) if step_size is None else step_size,
         momentum=Spring(momentum) if momentum else None,
     )
@@ -386,7 +402,7 @@ def ekfac(
 def subspace_gauss_newton(
     params: Iterable[Any],
     points: int = 200,
-    damping: float = 1e-8,
+    damping: float | None = None,
     seed: int = 0,
     rule: DampingRule | None = None,
 ) -> CurvatureOptimizer:
@@ -399,14 +415,15 @@ def subspace_gauss_newton(
     Args:
         params: Parameters or parameter groups.
         points: How many points are drawn in every step.
-        damping: λ of the first step.
+        damping: λ of the first step; by default 1e-8 in float64, else 1e-4.
         seed: Which points are drawn.
         rule: How λ adapts; by default it is raised while steps have to be shortened.
     """
+    groups = _kept(params)
     return CurvatureOptimizer(
-        params,
+        groups,
         curvature=SubspaceGaussNewton(points, seed),
-        inverse=InSubspace(damping),
+        inverse=InSubspace(_by_dtype(groups, 1e-8, 1e-4) if damping is None else damping),
         step_size=QuadraticModel(),
         damping=ShortStepDamping(short=2.0**-4, long=0.5, minimum=1e-10) if rule is None else rule,
     )

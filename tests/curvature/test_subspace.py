@@ -172,3 +172,21 @@ def test_bad_input():
     empirical, _ = linearizations(fisher=Empirical())
     with pytest.raises(ValueError, match="needs the exact output gradients"):
         SubspaceGaussNewtonLinearOperator.from_linearizations(empirical)
+
+
+def test_float32_has_an_orthonormal_basis():
+    """The part of the sample that products in float32 can't resolve is left out."""
+    problem = poisson2d(60, 20)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(2, 16), torch.nn.Tanh(), torch.nn.Linear(16, 16), torch.nn.Tanh()
+    )
+    model.append(torch.nn.Linear(16, 1))
+    batch = problem.sample(torch.Generator().manual_seed(0), torch.float32, "cpu")
+    linearized = Objective(model, problem.terms, batch).linearize()
+    operator = SubspaceGaussNewton(40)(linearized.linearizations)
+    k = len(operator.singular_values)
+    Q = torch.cat([part.flatten(end_dim=-2) for part in operator.combine(torch.eye(k).double())])
+    deviation = torch.linalg.matrix_norm(Q.mT @ Q - torch.eye(k), ord=2)
+    assert k > 5
+    assert deviation < 0.2

@@ -13,6 +13,7 @@ from pinncurv.linops import (
     Damped,
     DenseLinearOperator,
     DiagonalLinearOperator,
+    SymmetricLinearOperator,
     conjugate_gradients,
 )
 from pinncurv.linops.cg import RelativeProgress
@@ -221,3 +222,15 @@ def test_a_rule_ends_the_iteration(generator):
     assert torch.equal(plain.solution, solution)
     with pytest.warns(CGNotConverged, match="must reach a relative residual"):
         CGInverseLinearOperator(operator, 1e-6, stop=rule) @ b
+
+
+def test_damped_solves_for_an_operator_without_an_inverse():
+    """A subclass with nothing but ``_matmat`` is enough."""
+
+    class Twice(SymmetricLinearOperator):
+        def _matmat(self, X):
+            return [2 * x for x in X]
+
+    operator = Twice([(3,)], torch.device("cpu"), torch.float64)
+    x = torch.arange(3, dtype=torch.float64)
+    torch.testing.assert_close(Damped(1.0)(operator) @ x, x / 3)

@@ -37,8 +37,8 @@ def test_after_a_step_that_was_taken(ratio, expected):
     assert LevenbergMarquardt().accepted(3.0, ratio) == expected
 
 
-def test_without_a_prediction_every_step_counts_as_good():
-    assert LevenbergMarquardt().accepted(3.0, math.nan) == 1.0
+def test_without_a_prediction_the_damping_stays():
+    assert LevenbergMarquardt().accepted(3.0, math.nan) == 3.0
 
 
 def test_bounds():

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from pinncurv.curvature import GaussNewton, GaussNewtonLinearOperator
+from pinncurv.curvature import GaussNewton, GaussNewtonLinearOperator, Objective
 from pinncurv.curvature.woodbury import KernelInverseLinearOperator, Woodbury
 from pinncurv.linops import Damped
 from pinncurv.optim import (
@@ -20,6 +20,7 @@ from pinncurv.optim import (
     ResidualInverse,
     Spring,
 )
+from pinncurv.problems import poisson2d
 from tests.optim.cases import LeastSquaresFit, fixed, flat, gram, network, poisson, same, values
 
 LAM = 1e-2
@@ -264,3 +265,26 @@ def test_with_the_quadratic_model():
 def test_momentum_must_be_valid(kind, momentum):
     with pytest.raises(ValueError, match=r"momentum must be in \[0, 1\)"):
         kind(momentum)
+
+
+def test_a_curvature_of_other_terms_or_of_another_order_gets_the_gradient():
+    """Its kernel must not be given this loss's residual: the rows would not belong together."""
+    torch.manual_seed(0)
+    problem = poisson2d(30, 12)
+    batch = problem.sample(torch.Generator().manual_seed(0), torch.float64, "cpu")
+    ends = []
+    for choose in (
+        GaussNewtonLinearOperator.from_linearizations,
+        lambda made: GaussNewtonLinearOperator.from_linearizations(made[::-1]),
+        lambda made: GaussNewtonLinearOperator.from_linearizations(made[:1]),
+    ):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(
+            torch.nn.Linear(2, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1)
+        ).double()
+        objective = Objective(model, problem.terms, batch)
+        optimizer = CurvatureOptimizer(model.parameters(), choose, Damped(1e-2))
+        records = [optimizer.step(objective) for _ in range(3)]
+        assert records[-1].new_loss < records[0].loss
+        ends.append(records[-1].new_loss)
+    assert ends[1] == pytest.approx(ends[0], rel=1e-6)

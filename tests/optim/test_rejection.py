@@ -72,7 +72,7 @@ def test_halving():
     assert all(a == pytest.approx(2 * b, rel=1e-6) for a, b in itertools.pairwise(lengths))
     assert record.scale == 0.5 ** (len(lengths) - 1) < 1
     assert record.step_size == 0.1 * record.scale
-    assert record.reason == f"shortened to {record.scale:g} of its length: more raised the loss"
+    assert record.reason == f"shortened to {record.scale:g} of its length (more raised the loss)"
     assert torch.linalg.vector_norm(flat(model) - start).item() == pytest.approx(lengths[-1])
     assert 5e-4 <= lengths[-1] < 1e-3
 

@@ -35,8 +35,7 @@ class InverseRecipe(Protocol):
 class PreconditionedCG:
     """Inverse recipe: truncated conjugate gradients on the exact Gauss-Newton matrix.
 
-    C ↦ x ≈ (JᵀJ + λI)⁻¹ b,  preconditioned by  P = (K + λ_P I)⁻¹,  λ_P = max(λ, inverse.damping)
-
+    C ↦ x ≈ (JᵀJ + λI)⁻¹ b,  preconditioned by  P = inverse(λ_P)(K),  λ_P = max(λ, inverse.damping)
 
     K is any curvature of the same linearizations, built by ``curvature``: it decides how fast the
     quadratic model falls, not where it ends. P follows λ upwards, since K no longer matters where λ

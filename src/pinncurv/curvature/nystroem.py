@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pinncurv.curvature.jacobian import JacobianLinearOperator
 from pinncurv.curvature.woodbury import check_positive, from_data, kernel_of, to_data
+from pinncurv.linearization import Linearization
 from pinncurv.linops import (
     FactorizationReport,
     SymmetricLinearOperator,
@@ -34,7 +35,7 @@ class NystroemSketch:
     Args:
         U: Orthonormal columns ``[R, m]``.
         eigenvalues: Λ, descending.
-        E: Combinations of the columns of Ω with EᵀKE = I, so that K E = U Λ^½.
+        E: Combinations of the columns of Ω with EᵀKE = I up to the shift ν, so that K E = U Λ^½.
         report: How ΩᵀKΩ was factorized.
     """
 
@@ -127,6 +128,11 @@ class SketchedInverseLinearOperator(SymmetricLinearOperator):
         y = E @ (filtered * (E.mT @ to_data(self.jacobian, X).to(E.dtype)))
         taken = from_data(self.jacobian, y.to(self.dtype))
         return [(x - part) / self.damping for x, part in zip(X, taken, strict=True)]
+
+    @property
+    def linearizations(self) -> tuple[Linearization, ...]:
+        """What the Jacobian was built from."""
+        return self.jacobian.linearizations
 
     def solve_residual(self, residual: Sequence[Tensor]) -> list[Tensor]:
         """Return the minimizer of ‖u - Ĵ x‖² + λ‖x‖², or the published approximation of it.

@@ -13,7 +13,8 @@ from torch import Tensor
 from pinncurv.curvature.jacobian import JacobianLinearOperator, check_exact
 from pinncurv.curvature.kernel import add_layer_kernel_, point_blocks, points_of_layer
 from pinncurv.curvature.parameters import ParameterSpace
-from pinncurv.linearization import Chunk, Linearization
+from pinncurv.curvature.products import output_gradients
+from pinncurv.linearization import Chunk, LayerLinearization, Linearization
 from pinncurv.linops import SymmetricLinearOperator, check_damping, symmetrize
 
 
@@ -29,6 +30,7 @@ class SubspaceGaussNewtonLinearOperator(SymmetricLinearOperator):
 
     def __init__(
         self,
+        linearizations: Sequence[Linearization],
         rows: JacobianLinearOperator,
         basis: Float[Tensor, "m k"],
         singular_values: Float[Tensor, " k"],
@@ -37,12 +39,14 @@ class SubspaceGaussNewtonLinearOperator(SymmetricLinearOperator):
         """Store the compressed matrix.
 
         Args:
+            linearizations: What J was built from.
             rows: J_m, the sampled rows of the Jacobian.
             basis: Y, with J_mᵀ Y = Q.
             singular_values: σ of J Q, descending.
             images: P, the left singular vectors of J Q = P diag(σ).
         """
         super().__init__(rows.space.shapes, rows.space.device, rows.space.dtype)
+        self.linearizations = tuple(linearizations)
         self.rows = rows
         self.basis = basis
         self.singular_values = singular_values
@@ -72,11 +76,11 @@ class SubspaceGaussNewtonLinearOperator(SymmetricLinearOperator):
             lin.at(indices.to(lin.x.device))
             for lin, indices in zip(linearizations, chosen, strict=True)
         ]
-        T = _whitening(cross_kernel(samples, samples))
+        T = _whitening(cross_kernel(samples, samples), torch.finfo(space.dtype).eps)
         P, sigma, Wt = torch.linalg.svd(
             cross_kernel(linearizations, samples) @ T, full_matrices=False
         )
-        return cls(JacobianLinearOperator(samples, space), T @ Wt.mT, sigma, P)
+        return cls(linearizations, JacobianLinearOperator(samples, space), T @ Wt.mT, sigma, P)
 
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
         return self.spectral(self.singular_values.square(), X)
@@ -144,6 +148,11 @@ class SubspaceSolverLinearOperator(SubspaceInverseLinearOperator):
     def __init__(self, operator: SubspaceGaussNewtonLinearOperator, damping: float) -> None:
         super().__init__(operator, damping, 0.0)
 
+    @property
+    def linearizations(self) -> tuple[Linearization, ...]:
+        """What J was built from."""
+        return self.operator.linearizations
+
     def solve_residual(self, residual: Sequence[Tensor]) -> list[Tensor]:
         """Return argmin of ‖u - J v‖² + λ‖v‖² over the subspace, without forming Jᵀu.
 
@@ -169,10 +178,10 @@ def sample_points(numbers: Sequence[int], points: int, seed: int) -> list[Int[Te
     ]
 
 
-def _whitening(K: Float[Tensor, "m m"]) -> Float[Tensor, "m k"]:
-    """Return T with TᵀKT = I, on the numerically independent part of K."""
+def _whitening(K: Float[Tensor, "m m"], eps: float) -> Float[Tensor, "m k"]:
+    """Return T with TᵀKT = I, on the part of K that products in this precision resolve."""
     values, vectors = torch.linalg.eigh(symmetrize(K, "the kernel of the sampled points"))
-    kept = values > len(K) * torch.finfo(K.dtype).eps * values[-1]
+    kept = values > len(K) * eps * values[-1]
     return vectors[:, kept] / values[kept].sqrt()
 
 
@@ -198,7 +207,11 @@ def cross_kernel(
         for chunk in linearization:
             row = [_chunk_kernel(chunk, part) for sample in samples for part in sample]
             blocks.append(torch.cat(row, 1))
-    return torch.cat(blocks).to(torch.float64)
+    return torch.cat(blocks)
+
+
+def _in_double(layer: LayerLinearization) -> LayerLinearization:
+    return replace(layer, Z=layer.Z.double(), G=output_gradients(layer).double())
 
 
 def _chunk_kernel(left: Chunk, right: Chunk) -> Float[Tensor, "R m"]:
@@ -206,10 +219,11 @@ def _chunk_kernel(left: Chunk, right: Chunk) -> Float[Tensor, "R m"]:
     names = [name for name in left.layers if name in right.layers]
     rows = []
     for points in point_blocks(n):
-        block = left.residual.new_zeros(V, points.stop - points.start, W, m)
+        shape = (V, points.stop - points.start, W, m)
+        block = left.residual.new_zeros(shape, dtype=torch.float64)
         for name in names:
             part = points_of_layer(left.layers[name], points)
-            add_layer_kernel_(block, part, right.layers[name])
+            add_layer_kernel_(block, _in_double(part), _in_double(right.layers[name]))
         rows.append(block.permute(1, 0, 3, 2).reshape(-1, m * W))
     return torch.cat(rows)
 
@@ -252,7 +266,7 @@ class InSubspace:
     Its step is the exact minimizer of the damped quadratic model in the subspace.
 
     Args:
-        damping: λ, a finite number >= 0.
+        damping: λ, a finite number > 0 when it is applied.
     """
 
     damping: float
@@ -273,4 +287,4 @@ class InSubspace:
                 f"{type(operator).__name__}. Use Damped(damping), or "
                 "curvature=SubspaceGaussNewton()."
             )
-        return SubspaceSolverLinearOperator(operator, self.damping)
+        return SubspaceSolverLinearOperator(operator, _positive(self.damping))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pinncurv.curvature.jacobian import JacobianLinearOperator
 from pinncurv.curvature.kernel import KernelLinearOperator
+from pinncurv.linearization import Linearization
 from pinncurv.linops import (
     Factorization,
     FactorizationError,
@@ -76,6 +77,11 @@ class KernelInverseLinearOperator(SymmetricLinearOperator):
             error = to_data(self.jacobian, rest) - self.damping * y
             rest = self._subtract(X, self._improve(y, error))
         return [part.div_(self.damping) for part in rest]
+
+    @property
+    def linearizations(self) -> tuple[Linearization, ...]:
+        """What the Jacobian was built from."""
+        return self.jacobian.linearizations
 
     def solve_residual(self, residual: Sequence[Tensor]) -> list[Tensor]:
         """Return (JᵀJ + λI)⁻¹ Jᵀ u = Jᵀ (K + λI)⁻¹ u.

@@ -42,13 +42,13 @@ class Damped:
             operator: Any symmetric positive semidefinite operator.
 
         Returns:
-            ``operator.inverse(damping)`` if the operator has such a method (all of this package
-            do), otherwise a ``CGInverseLinearOperator``.
+            ``operator.inverse(damping)`` if the operator has an inverse of its own, otherwise a
+            ``CGInverseLinearOperator``.
         """
-        inverse = getattr(operator, "inverse", None)
-        if inverse is None:
+        inverse = getattr(type(operator), "inverse", None)
+        if inverse is None or inverse is SymmetricLinearOperator.inverse:
             return CGInverseLinearOperator(operator, self.damping)
-        return inverse(self.damping)
+        return inverse(operator, self.damping)
 
 
 class FactorizedInverseLinearOperator(SymmetricLinearOperator):

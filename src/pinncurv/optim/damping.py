@@ -102,7 +102,7 @@ class LevenbergMarquardt(DampingRule):
 
     def accepted(self, damping: float, ratio: float, scale: float = 1.0) -> float:
         """Trust the model more, or less."""
-        if math.isnan(ratio) or ratio > self.good:
+        if ratio > self.good:
             return _bounded(damping / self.shrink, self.minimum, self.maximum)
         if ratio < self.poor:
             return _bounded(damping * self.grow, self.minimum, self.maximum)

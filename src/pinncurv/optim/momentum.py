@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from curvlinops._torch_base import PyTorchLinearOperator
 from torch import Tensor
@@ -39,13 +41,20 @@ class Descent:
             offset: v, one tensor per parameter.
         """
         images = None if offset is None else self.linearized.jacobian @ list(offset)
-        if self.is_current and isinstance(self.inverse, ResidualInverse):
+        if self._knows_residual(self.inverse):
             residual = self.linearized.residual
             solution = self.inverse.solve_residual(_sum(residual, images))
         else:
             change = None if images is None else self.linearized.jacobian.adjoint() @ images
             solution = self.inverse @ _sum(self.gradient, change)
         return [-part for part in solution]
+
+    def _knows_residual(self, inverse: PyTorchLinearOperator) -> TypeGuard[ResidualInverse]:
+        """Whether the inverse's Jacobian is that of this loss, and not of a part or reordered."""
+        if not (self.is_current and isinstance(inverse, ResidualInverse)):
+            return False
+        mine, theirs = self.linearized.linearizations, inverse.linearizations
+        return len(mine) == len(theirs) and all(map(operator.is_, mine, theirs))
 
 
 def _sum(tensors: Sequence[Tensor], others: Sequence[Tensor] | None) -> list[Tensor]:

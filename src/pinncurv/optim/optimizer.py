@@ -193,13 +193,17 @@ class CurvatureOptimizer(Optimizer):
         proposal = self.step_size.propose(situation)
         chosen = direction if proposal.direction is None else proposal.direction
         update = self._update(parameters, proposal, chosen, previous)
-        model = self._model(situation, proposal, update)
+        model = self._model(situation, proposal, update, trial)
         return _Attempt(
             losses, damping, direction, proposal, update, model, _solver_report(inverse)
         )
 
     def _model(
-        self, situation: Situation, proposal: Proposal, update: Sequence[Tensor]
+        self,
+        situation: Situation,
+        proposal: Proposal,
+        update: Sequence[Tensor],
+        trial: Trial,
     ) -> _Parabola:
         """Return the damped quadratic model along an update, where there is one."""
         promised = proposal.predicted_decrease
@@ -208,7 +212,9 @@ class CurvatureOptimizer(Optimizer):
         slope = _dot(situation.gradient, update)
         if math.isfinite(promised) and all(group["lr"] == 1 for group in self.param_groups):
             return _Parabola(slope, -2 * (promised + slope))
-        image = situation.linearized.jacobian @ list(update)
+        searched = math.isfinite(proposal.new_loss)  # then chunks can't be recomputed any more
+        linearized = _linearize(trial.objective) if searched else situation.linearized
+        image = linearized.jacobian @ list(update)
         curvature = _dot(image, image) + situation.damping * _dot(update, update)
         return _Parabola(slope, curvature)
 
@@ -240,7 +246,7 @@ class CurvatureOptimizer(Optimizer):
         """Apply an update; shorten it while the loss rises, or reject it."""
         loss = sum(attempt.term_losses.values())
         scale, new_loss = math.nan, math.nan
-        for scale in self._scales():
+        for scale in self._scales(attempt.proposal):
             new_loss = trial.move(attempt.update, scale, limit=loss if scale < 1 else None)
             if new_loss <= loss:  # False for NaN
                 break
@@ -264,10 +270,11 @@ class CurvatureOptimizer(Optimizer):
             solver=attempt.solver,
         )
 
-    def _scales(self) -> Iterator[float]:
+    def _scales(self, proposal: Proposal) -> Iterator[float]:
         """Yield which multiples of an update to try, from what worked last to the shortest."""
         halvings = 0 if self.damping.retries else self.max_halvings
-        first = min(self.preconditioner.state["halvings"], halvings)
+        searched = math.isfinite(proposal.new_loss)
+        first = 0 if searched else min(self.preconditioner.state["halvings"], halvings)
         yield from (0.5**halving for halving in range(first, halvings + 1))
 
     def _settle(self, attempt: _Attempt, trial: Trial, record: StepRecord) -> None:
@@ -412,7 +419,7 @@ def _linearize(source: LeastSquares | Evaluation) -> LinearizedLoss:
 def _reason(accepted: bool, moved: bool, scale: float, new_loss: float) -> str:
     """Say why a step was not taken as proposed."""
     if accepted:
-        return f"shortened to {scale:g} of its length: more raised the loss" if scale < 1 else ""
+        return f"shortened to {scale:g} of its length (more raised the loss)" if scale < 1 else ""
     if not moved:
         return f"rejected: at {scale:g} of its length, the update no longer moves the parameters"
     what = "raised the loss" if math.isfinite(new_loss) else "made the loss non-finite"

@@ -130,6 +130,11 @@ class Inverse(Protocol):
 class ResidualInverse(Protocol):
     """An inverse that knows the Jacobian. Optional: it saves digits where λ is small."""
 
+    @property
+    def linearizations(self) -> Sequence[Any]:
+        """What the Jacobian was built from."""
+        ...
+
     def solve_residual(self, residual: Sequence[Tensor]) -> list[Tensor]:
         """Return (JᵀJ + λI)⁻¹ Jᵀ u for u in the form of the residual."""
         ...
