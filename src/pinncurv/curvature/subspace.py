@@ -14,6 +14,7 @@ from pinncurv.curvature.jacobian import JacobianLinearOperator, check_exact
 from pinncurv.curvature.kernel import add_layer_kernel_, point_blocks, points_of_layer
 from pinncurv.curvature.parameters import ParameterSpace
 from pinncurv.curvature.products import output_gradients
+from pinncurv.curvature.woodbury import from_data, to_data
 from pinncurv.linearization import Chunk, LayerLinearization, Linearization
 from pinncurv.linops import SymmetricLinearOperator, check_damping, symmetrize
 
@@ -87,17 +88,12 @@ class SubspaceGaussNewtonLinearOperator(SymmetricLinearOperator):
 
     def spectral(self, values: Float[Tensor, " k"], X: list[Tensor]) -> list[Tensor]:
         """Return Q diag(values) Qᵀ X."""
-        images = self.rows._matmat(X)
-        flat = torch.cat([image.flatten(end_dim=-2) for image in images]).to(values.dtype)
-        return self.combine(values.unsqueeze(-1) * (self.basis.mT @ flat))
+        images = to_data(self.rows, X).to(values.dtype)
+        return self.combine(values.unsqueeze(-1) * (self.basis.mT @ images))
 
     def combine(self, coefficients: Float[Tensor, "k K"]) -> list[Tensor]:
         """Return Q c for coefficients c."""
-        flat = (self.basis @ coefficients).to(self.dtype)
-        sizes = [shape.numel() for shape in self.rows._out_shape]
-        pieces = zip(flat.split(sizes), self.rows._out_shape, strict=True)
-        vectors = [piece.reshape(*shape, -1) for piece, shape in pieces]
-        return self.rows.adjoint()._matmat(vectors)
+        return from_data(self.rows, (self.basis @ coefficients).to(self.dtype))
 
     def inverse(self, damping: float) -> SubspaceInverseLinearOperator:
         """Return (Ĝ + λI)⁻¹, which divides by λ outside of the subspace.
@@ -216,14 +212,15 @@ def _in_double(layer: LayerLinearization) -> LayerLinearization:
 
 def _chunk_kernel(left: Chunk, right: Chunk) -> Float[Tensor, "R m"]:
     (n, V), (m, W) = left.residual.shape, right.residual.shape
-    names = [name for name in left.layers if name in right.layers]
+    shared = [name for name in left.layers if name in right.layers]
+    others = {name: _in_double(right.layers[name]) for name in shared}
     rows = []
     for points in point_blocks(n):
         shape = (V, points.stop - points.start, W, m)
         block = left.residual.new_zeros(shape, dtype=torch.float64)
-        for name in names:
+        for name, other in others.items():
             part = points_of_layer(left.layers[name], points)
-            add_layer_kernel_(block, _in_double(part), _in_double(right.layers[name]))
+            add_layer_kernel_(block, _in_double(part), other)
         rows.append(block.permute(1, 0, 3, 2).reshape(-1, m * W))
     return torch.cat(rows)
 
