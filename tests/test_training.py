@@ -14,24 +14,9 @@ from pinncurv import presets
 from pinncurv.curvature import Objective
 from pinncurv.optim import CurvatureOptimizer, FirstOrder, from_identity
 from pinncurv.problems import Problem, heat1d, poisson2d
+from tests.test_presets import BUILDS
 
 pytestmark = pytest.mark.slow
-
-PRESETS = {
-    "kfac": presets.kfac,
-    "kfac_star": presets.kfac_star,
-    "engd": presets.engd,
-    "engd_per_layer": presets.engd_per_layer,
-    "engd_diagonal": presets.engd_diagonal,
-    "gauss_newton": presets.gauss_newton,
-    "engd_w": presets.engd_w,
-    "spring": presets.spring,
-    "levenberg_marquardt": presets.levenberg_marquardt,
-    "gauss_newton_cg": presets.gauss_newton_cg,
-    "hessian_free": presets.hessian_free,
-    "ekfac": presets.ekfac,
-    "subspace_gauss_newton": presets.subspace_gauss_newton,
-}
 
 
 def perceptron(*widths: int) -> nn.Sequential:
@@ -107,11 +92,11 @@ def test_large_networks(widths, damping, decay, target):
     assert run.train(optimizer, 300) <= target
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", BUILDS)
 def test_every_preset(name):
     run = Run(poisson2d(200, 40), perceptron(2, 32, 1))
     before = run.objective.loss().item()
-    run.train(PRESETS[name](run.model.parameters()), 60)
+    run.train(BUILDS[name](run.model.parameters()), 60)
     assert run.objective.loss().item() < 0.02 * before
 
 
