@@ -5,16 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, fields
-from typing import Literal
 
 import torch
 
 from experiments.comparing.operators import OperatorName
 from experiments.training.errors import UserError
-from experiments.training.network import ActivationName
 from experiments.training.optimizers import OptimizerName, Presets
-from experiments.training.problems import ProblemName
-from experiments.training.settings import Seeds
+from experiments.training.settings import ProblemSettings, Seeds
 from experiments.training.settings import Settings as TrainingSettings
 
 # What is read from the run folders instead, if there are any.
@@ -27,29 +24,9 @@ _DEFAULT_OPTIMIZER = "kfac-star"
 
 
 @dataclass(frozen=True)
-class Settings(Presets):
+class Settings(ProblemSettings):
     """The settings of a comparison."""
 
-    problem: ProblemName = "poisson2d"
-    """The PDE."""
-    n_interior: int | None = None
-    """Number of points in the domain; None for the problem's default."""
-    n_boundary: int | None = None
-    """Number of points of the boundary or initial condition; None for the problem's default."""
-    dimension: int | None = None
-    """Dimension of space, for the Fokker-Planck problems; None for their default."""
-    hidden: tuple[int, ...] = (64,)
-    """Widths of the hidden layers; the problem determines input and output."""
-    activation: ActivationName = "tanh"
-    """The activation."""
-    dtype: Literal["float64", "float32"] = "float64"
-    """Type of parameters and points."""
-    device: str = "cpu"
-    """Where to compute: cpu, cuda, cuda:1, ..."""
-    threads: int | None = None
-    """Number of CPU threads; None for torch's default."""
-    chunk_size: int | None = None
-    """How many points to process at a time; None for all. Saves memory, same result."""
     runs: tuple[str, ...] = ()
     """Folders that train.py wrote: compare at their initializations and checkpoints."""
     optimizer: OptimizerName | None = None

@@ -52,8 +52,8 @@ class Seeds:
 
 
 @dataclass(frozen=True)
-class Settings(Presets):
-    """The settings of a run."""
+class ProblemSettings(Presets):
+    """The settings that a training and a comparison share."""
 
     problem: ProblemName = "poisson2d"
     """The PDE."""
@@ -75,6 +75,12 @@ class Settings(Presets):
     """Number of CPU threads; None for torch's default."""
     chunk_size: int | None = None
     """How many points to process at a time; None for all. Saves memory, same result."""
+
+
+@dataclass(frozen=True)
+class Settings(ProblemSettings):
+    """The settings of a run."""
+
     optimizers: tuple[OptimizerName, ...] = ("kfac-star", "gauss-newton", "adam")
     """The optimizers to run, one after the other, each from the same initialization."""
     seconds: float | None = None
