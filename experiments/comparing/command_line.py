@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
-import json
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated
 
 import tyro
 
-from experiments.comparing.operators import OPERATORS
 from experiments.comparing.settings import Settings
-from experiments.training.command_line import as_arguments
-from experiments.training.errors import UserError
-from experiments.training.network import ACTIVATIONS
-from experiments.training.optimizers import OptimizerName
-from experiments.training.problems import PROBLEMS
-
-_CHOICES: dict[str, Sequence[str]] = {
-    "--operators": tuple(OPERATORS),
-    "--problem": tuple(PROBLEMS),
-    "--activation": tuple(ACTIVATIONS),
-    "--optimizer": get_args(OptimizerName),
-}
+from experiments.training.command_line import read, stored_arguments
 
 
 @dataclass(frozen=True)
@@ -54,50 +39,8 @@ def parse(arguments: Sequence[str]) -> CommandLine:
         UserError: If a file with settings cannot be read.
         SystemExit: If the command line is wrong (code 2, after a message), or asks for help.
     """
-    given = _parse(arguments)
+    given = read(CommandLine, arguments, "compare.py")
     if given.config is None:
         return given
-    return _parse([*_stored_arguments(given.config), *arguments])
-
-
-def _parse(arguments: Sequence[str]) -> CommandLine:
-    try:
-        return tyro.cli(
-            CommandLine,
-            args=arguments,
-            prog="compare.py",
-            config=(tyro.conf.FlagConversionOff,),
-        )
-    except SystemExit as stop:
-        if stop.code:
-            for near in _near_misses(arguments):
-                print(f"Perhaps you meant {near}.", file=sys.stderr)
-        raise
-
-
-def _near_misses(arguments: Sequence[str]) -> Iterator[str]:
-    """Yield the choices that the unknown ones among the arguments resemble."""
-    flag = ""
-    for argument in arguments:
-        if argument.startswith("--"):
-            flag, _, value = argument.partition("=")
-        else:
-            value = argument
-        choices = _CHOICES.get(flag, ())
-        if value and value not in choices:
-            near = difflib.get_close_matches(value.lower(), choices, n=3)
-            if near:
-                yield f"{flag} {' or '.join(near)}"
-
-
-def _stored_arguments(path: Path) -> list[str]:
-    """Return the settings in a file as arguments, so that they are checked in the same way."""
-    try:
-        tree = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"--config: cannot read {path} ({error.strerror}).") from error
-    except ValueError as error:
-        raise UserError(f"--config: {path} is no valid JSON ({error}).") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"--config: {path} must hold a JSON object of settings.")
-    return as_arguments(tree)
+    stored = stored_arguments(given.config, "--config")
+    return read(CommandLine, [*stored, *arguments], "compare.py")

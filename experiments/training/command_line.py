@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -17,6 +17,8 @@ from experiments.training.errors import UserError
 from experiments.training.optimizers import Presets
 from experiments.training.run_folder import CONFIG
 from experiments.training.settings import Settings
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -49,18 +51,18 @@ def parse(arguments: Sequence[str]) -> CommandLine:
         UserError: If a file with settings cannot be read, or options exclude each other.
         SystemExit: If the command line is wrong (code 2, after a message), or asks for help.
     """
-    given, stored = _parse(arguments), []
+    given, stored = read(CommandLine, arguments, "train.py"), []
     if given.resume is not None and (given.config is not None or given.run_folder is not None):
         raise UserError(
             "--resume continues in its own folder with its own settings; drop --config and "
             "--run-folder."
         )
     if given.resume is not None:
-        stored = _stored_arguments(given.resume / CONFIG, "--resume")
+        stored = stored_arguments(given.resume / CONFIG, "--resume")
     if given.config is not None:
-        stored = _stored_arguments(given.config, "--config")
-    line = _parse([*stored, *arguments])
-    _check_effect(_parse(stored).settings, line.settings)
+        stored = stored_arguments(given.config, "--config")
+    line = read(CommandLine, [*stored, *arguments], "train.py")
+    _check_effect(read(CommandLine, stored, "train.py").settings, line.settings)
     return line
 
 
@@ -75,24 +77,26 @@ def _check_effect(before: Settings, after: Settings) -> None:
             )
 
 
-def _parse(arguments: Sequence[str]) -> CommandLine:
+def read(line: type[T], arguments: Sequence[str], program: str) -> T:
+    """Read a command line; unknown names are answered with those that they resemble.
+
+    Args:
+        line: The dataclass that describes it.
+        arguments: The arguments, without the program's name.
+        program: The program's name.
+    """
     try:
-        return tyro.cli(
-            CommandLine,
-            args=arguments,
-            prog="train.py",
-            config=(tyro.conf.FlagConversionOff,),
-        )
+        return tyro.cli(line, args=arguments, prog=program, config=(tyro.conf.FlagConversionOff,))
     except SystemExit as stop:
         if stop.code:
-            for near in _near_misses(arguments):
+            for near in _near_misses(line, arguments):
                 print(f"Perhaps you meant {near}.", file=sys.stderr)
         raise
 
 
-def _near_misses(arguments: Sequence[str]) -> Iterator[str]:
+def _near_misses(line: type, arguments: Sequence[str]) -> Iterator[str]:
     """Yield the choices that the unknown ones among the arguments resemble."""
-    known, flag = dict(_choices(CommandLine)), ""
+    known, flag = dict(_choices(line)), ""
     for argument in arguments:
         if argument.startswith("--"):
             flag, _, value = argument.replace("_", "-").partition("=")
@@ -109,7 +113,7 @@ def _choices(group: type, prefix: str = "--") -> Iterator[tuple[str, tuple[str, 
     """Yield the flags that have choices, and these."""
     for name, hint in get_type_hints(group).items():
         # The settings themselves are no group on the command line.
-        flag = "" if hint is Settings else name.replace("_", "-")
+        flag = "" if name == "settings" else name.replace("_", "-")
         if dataclasses.is_dataclass(hint):
             yield from _choices(cast(type, hint), f"{prefix}{flag}." if flag else prefix)
         else:
@@ -118,8 +122,16 @@ def _choices(group: type, prefix: str = "--") -> Iterator[tuple[str, tuple[str, 
                     yield prefix + flag, get_args(part)
 
 
-def _stored_arguments(path: Path, option: str) -> list[str]:
-    """Return the settings in a file as arguments, so that they are checked in the same way."""
+def stored_arguments(path: Path, option: str) -> list[str]:
+    """Return the settings in a file as arguments, so that they are checked in the same way.
+
+    Args:
+        path: The file.
+        option: The option that names it, for error messages.
+
+    Raises:
+        UserError: If it cannot be read.
+    """
     try:
         tree = json.loads(path.read_text())
     except OSError as error:
