@@ -19,7 +19,7 @@ from pinncurv.comparison import estimate_frobenius_by_layer_pair, mass, squared_
 from pinncurv.curvature import (
     BlockDiagonalGaussNewton,
     GaussNewtonLinearOperator,
-    LinearizedObjective,
+    Objective,
 )
 from pinncurv.linops import Damped, DenseLinearOperator, LayerBlock
 from pinncurv.optim import ResidualInverse
@@ -63,12 +63,13 @@ class Exact:
     """The exact matrix G = JᵀJ, its blocks, and its steps at one point.
 
     Args:
-        linearized: The objective, linearized there.
+        objective: The loss there.
         limits: Where exact comparisons end.
     """
 
-    def __init__(self, linearized: LinearizedObjective, limits: Limits) -> None:
-        self.linearized = linearized
+    def __init__(self, objective: Objective, limits: Limits) -> None:
+        self.objective = objective
+        self.linearized = linearized = objective.linearize()
         self.limits = limits
         self.gradient = flat(linearized.gradient())
         self.free = GaussNewtonLinearOperator(linearized.jacobian)

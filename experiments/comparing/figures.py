@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 import torch
@@ -16,7 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from experiments.comparing.measure import OperatorResult
+from experiments.comparing.measure import DampedResult, OperatorResult
 from experiments.comparing.operators import EXACT
 from experiments.comparing.panels import (
     curves_along_training,
@@ -57,8 +56,11 @@ def draw(
         "layers": _layers,
         "training": _training,
         "damping": _damping,
+        "pairs": _pairs,
         "overview": _overview,
     }
+    if any(math.isfinite(d.continued_loss) for result in results for d in result.damped):
+        pictures["prediction"] = _prediction
     paths = []
     with mpl.rc_context(_STYLE):
         for name, compose in pictures.items():
@@ -174,6 +176,72 @@ def _damping(results: Sequence[OperatorResult], dampings: Sequence[float], title
     return figure
 
 
+def _pairs(results: Sequence[OperatorResult], dampings: Sequence[float], title: str) -> Figure:
+    """Cosines of the matrices and of the steps of every two approximations, at the last step."""
+    last = _at(results, _ends(results)[-1])
+    order, damping = names(results), _middle(dampings)
+    figure = Figure(figsize=(1.6 + 0.9 * len(order), 1.4 + 0.45 * len(order)), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    cosines = {
+        "matrices": lambda result: result.cosines,
+        f"steps, λ = {damping:g}": lambda result: _damped(result, damping).step_cosines,
+    }
+    for axis, (heading, of) in zip(axes, cosines.items(), strict=True):
+        values = _median([_pair_map(rows, order, of) for rows in _by_training(last)])
+        image = draw_map(axis, values, "PuOr", -1, 1)
+        axis.set_xticks(range(len(order)), order, rotation=90)
+        axis.set_yticks(range(len(order)), order)
+        axis.set_title(heading)
+    figure.colorbar(image, ax=list(axes), label="cosine", shrink=0.8)
+    figure.suptitle(f"{title}: {_after(_ends(results)[-1])}")
+    return figure
+
+
+def _pair_map(
+    results: Sequence[OperatorResult],
+    order: Sequence[str],
+    cosines: Callable[[OperatorResult], Mapping[str, float]],
+) -> Tensor:
+    """Return a symmetric matrix of cosines, NaN where there is none."""
+    values = torch.full((len(order), len(order)), math.nan)
+    for result in results:
+        j = order.index(result.operator)
+        for other, cosine in cosines(result).items():
+            i = order.index(other)
+            values[i, j] = values[j, i] = cosine
+    known = ~values.isnan().all(0)
+    values.diagonal()[known] = 1.0
+    return values
+
+
+def _prediction(results: Sequence[OperatorResult], dampings: Sequence[float], title: str) -> Figure:
+    """What further training makes of the loss, over four measures, for the middle damping."""
+    looks = styles(results)
+    damping = _middle(dampings)
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    axes = list(figure.subplots(2, 2, sharey=True).flat)
+    measures: dict[str, Callable[[OperatorResult], float]] = {
+        "share of the exact model's decrease": _inverse("decrease_fraction", damping),
+        "cosine with the exact step": _inverse("step_cosine", damping),
+        "condition number of (P+λI)⁻¹(G+λI)": _inverse("condition_number", damping),
+        "relative error of the matrix": _error,
+    }
+    for axis, (heading, measure) in zip(axes, measures.items(), strict=True):
+        for name in names(results):
+            own = [result for result in results if result.operator == name]
+            after = [_damped(result, damping).continued_loss / result.loss for result in own]
+            look = {**looks[name], "linestyle": "none", "marker": looks[name]["marker"] or "*"}
+            axis.plot([measure(result) for result in own], after, label=name, **look)
+        axis.set(title=heading, yscale="log")
+    for axis in axes[2:]:
+        axis.set_xscale("log")
+    for axis in (axes[0], axes[2]):
+        axis.set_ylabel("loss after further steps / before")
+    figure.suptitle(f"{title}, λ = {damping:g}: every point of every training")
+    _legend(figure, axes[0])
+    return figure
+
+
 def _overview(results: Sequence[OperatorResult], dampings: Sequence[float], title: str) -> Figure:
     """The spectra, the cosine along training, and the decrease over the damping."""
     looks = styles(results)
@@ -217,10 +285,18 @@ def _error(result: OperatorResult) -> float:
 
 def _inverse(field: str, damping: float) -> Callable[[OperatorResult], float]:
     def value(result: OperatorResult) -> float:
-        found: list[Any] = [d.inverse for d in result.damped if d.damping == damping]
-        return getattr(found[0], field)
+        return float(getattr(_damped(result, damping).inverse, field))
 
     return value
+
+
+def _damped(result: OperatorResult, damping: float) -> DampedResult:
+    return next(damped for damped in result.damped if damped.damping == damping)
+
+
+def _by_training(results: Sequence[OperatorResult]) -> list[list[OperatorResult]]:
+    trainings = dict.fromkeys(result.trajectory for result in results)
+    return [[result for result in results if result.trajectory == name] for name in trainings]
 
 
 def _at(results: Sequence[OperatorResult], step: int) -> list[OperatorResult]:

@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 
 from experiments.comparing.exact import Exact
 from pinncurv.comparison import (
+    QuadraticDecrease,
     cg_records,
     generalized_extremes,
     generalized_spectrum,
@@ -25,6 +26,8 @@ class InverseComparison:
     Args:
         decrease_fraction: The decrease of the exact quadratic model along the step, with the best
             step length, as a fraction of that of the exact step.
+        step_length: The length of that step over that of the exact one.
+        decrease_within: The same fraction for a step that is no longer than the exact one.
         step_cosine: The cosine between the step and the exact one.
         condition_number: Of P⁻¹(G + λI), with P⁻¹ the damped inverse; a lower bound where
             ``condition_is_bound``, infinite for a singular P⁻¹.
@@ -34,6 +37,8 @@ class InverseComparison:
     """
 
     decrease_fraction: float = math.nan
+    step_length: float = math.nan
+    decrease_within: float = math.nan
     step_cosine: float = math.nan
     condition_number: float = math.nan
     condition_is_bound: bool = False
@@ -42,6 +47,7 @@ class InverseComparison:
 
 
 def compare_inverses(
+    step: Tensor,
     inverse: PyTorchLinearOperator,
     definite: bool,
     damping: float,
@@ -54,6 +60,7 @@ def compare_inverses(
     """Compare the damped inverse of an approximation with that of the exact matrix.
 
     Args:
+        step: −P⁻¹∇L.
         inverse: P⁻¹.
         definite: Whether it is positive definite.
         damping: λ.
@@ -62,9 +69,13 @@ def compare_inverses(
         cg_tolerance: Relative residual norm for conjugate gradients.
         cg_limit: Most iterations.
     """
-    step, best = exact.direction(inverse), exact.step(damping)
+    best = exact.step(damping)
+    model, best_model = (_model(s, damping, exact) for s in (step, best))
+    longest = best_model.step_length * best.norm().item() / step.norm().item()
     step_results = {
-        "decrease_fraction": _decrease(step, damping, exact) / _decrease(best, damping, exact),
+        "decrease_fraction": model.decrease / best_model.decrease,
+        "step_length": model.step_length / longest,
+        "decrease_within": model.decrease_within(longest) / best_model.decrease,
         "step_cosine": torch.cosine_similarity(step.double(), best.double(), dim=0).item(),
     }
     if not definite:
@@ -86,8 +97,8 @@ def compare_inverses(
     )
 
 
-def _decrease(step: Tensor, damping: float, exact: Exact) -> float:
-    return quadratic_decrease(exact.operator, damping, exact.gradient, step).decrease
+def _model(step: Tensor, damping: float, exact: Exact) -> QuadraticDecrease:
+    return quadratic_decrease(exact.operator, damping, exact.gradient, step)
 
 
 def _condition_number(

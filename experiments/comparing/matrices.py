@@ -16,6 +16,7 @@ from pinncurv.comparison import (
     FrobeniusEstimate,
     estimate_frobenius,
     estimate_frobenius_by_layer_pair,
+    frobenius,
     frobenius_by_layer,
     frobenius_by_layer_pair,
     spectral_density,
@@ -115,6 +116,27 @@ def compare_matrices(
         pairs_estimate.cosine.value,
         eigenvalues,
     )
+
+
+def cosine(first: PyTorchLinearOperator, second: PyTorchLinearOperator, exact: Exact) -> float:
+    """Return the cosine of any two approximations, an estimate where they are no blocks.
+
+    ⟨P, Q⟩ / (‖P‖ ‖Q‖)
+
+    Args:
+        first: P.
+        second: Q.
+        exact: The exact matrix, with the limits of what is compared entry by entry.
+    """
+    P, Q = (
+        exact.operator if isinstance(operator, GaussNewtonLinearOperator) else operator
+        for operator in (first, second)
+    )
+    if exact.is_dense:
+        return frobenius(P, Q).cosine.item()
+    if isinstance(P, LayerwiseLinearOperator) and isinstance(Q, LayerwiseLinearOperator):
+        return frobenius_by_layer(P, Q).total().cosine.item()
+    return estimate_frobenius(P, Q, **exact.limits.probing).cosine.value.item()
 
 
 def _compare_blocks(operator: PyTorchLinearOperator, exact: Exact) -> Similarity:

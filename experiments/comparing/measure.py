@@ -6,28 +6,35 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from curvlinops._torch_base import PyTorchLinearOperator
 from jaxtyping import Float
 from torch import Tensor
 
+from experiments.comparing.continuation import continued_loss
 from experiments.comparing.exact import Exact, Limits
 from experiments.comparing.inverses import InverseComparison, compare_inverses
-from experiments.comparing.matrices import MatrixComparison, compare_matrices
-from experiments.comparing.operators import OPERATORS, Entry
+from experiments.comparing.matrices import MatrixComparison, compare_matrices, cosine
+from experiments.comparing.operators import OPERATORS
 from experiments.comparing.points import Point
 from experiments.comparing.settings import Settings
 from experiments.training.errors import first_line
+from pinncurv.optim import ConstantDamping, DampingRule, LevenbergMarquardt
 
 # Seconds after which nothing is computed again only to time it better.
 _LONG = 1.0
 
 # What says that one approximation cannot be built, inverted or compared; others may.
 _FAILURES = (ArithmeticError, ValueError, RuntimeError, MemoryError)
+
+_RULES: dict[str, Callable[[], DampingRule]] = {
+    "constant": ConstantDamping,
+    "levenberg-marquardt": LevenbergMarquardt,
+}
 
 T = TypeVar("T")
 
@@ -40,6 +47,8 @@ class DampedResult:
         damping: λ.
         inverse: How good the inverse is.
         seconds: To invert and to compute one step; NaN where a factorization was reused.
+        continued_loss: The loss after some further steps with this inverse; NaN if not asked for.
+        step_cosines: The cosines with the steps of the approximations before, by name.
         note: What went wrong.
         failed: Whether there is no result.
     """
@@ -47,6 +56,8 @@ class DampedResult:
     damping: float
     inverse: InverseComparison
     seconds: float = math.nan
+    continued_loss: float = math.nan
+    step_cosines: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
     failed: bool = False
 
@@ -62,7 +73,9 @@ class OperatorResult:
         loss: The loss there.
         rmse: The root mean square error there.
         mass: The share of each pair of layers in the exact matrix.
-        matrices: What does not depend on a damping; None if it could not be built.
+        matrices: What does not depend on a damping; None if it could not be built, or if the
+            inverse alone is the approximation.
+        cosines: The cosines with the matrices of the approximations before, by name.
         build_seconds: To build the operator from linearizations.
         damped: One result per damping.
     """
@@ -74,6 +87,7 @@ class OperatorResult:
     rmse: float
     mass: Float[Tensor, "L L"]
     matrices: MatrixComparison | None
+    cosines: Mapping[str, float]
     build_seconds: float
     damped: tuple[DampedResult, ...]
 
@@ -115,23 +129,51 @@ class _Approximation:
     """One approximation at one point.
 
     Args:
-        entry: How to build and to invert it.
+        name: Which approximation.
         exact: The exact matrix.
         settings: The resolved settings.
         clock: Times it.
+
+    Attributes:
+        operator: The operator.
+        build_seconds: How long it took to build it.
+        steps: Its steps by damping, as far as they were computed.
     """
 
-    def __init__(self, entry: Entry, exact: Exact, settings: Settings, clock: Clock) -> None:
-        self.entry, self.exact, self.settings, self.clock = entry, exact, settings, clock
+    def __init__(self, name: str, exact: Exact, settings: Settings, clock: Clock) -> None:
+        self.name, self.entry = name, OPERATORS[name]
+        self.exact, self.settings, self.clock = exact, settings, clock
         self.operator, self.build_seconds = clock.time(lambda: self._build)
+        self.steps: dict[float, Tensor] = {}
         self._is_used = self._is_slow = False
 
     def _build(self) -> PyTorchLinearOperator:
         return self.entry.curvature(self.exact.linearized.linearizations)
 
-    def matrices(self) -> MatrixComparison:
+    def matrices(self) -> MatrixComparison | None:
         """Compare the matrix."""
+        if not self.entry.is_matrix:
+            return None
         return compare_matrices(self.operator, self.exact, self.settings.lanczos_steps)
+
+    def cosines(self, others: Sequence[_Approximation]) -> dict[str, float]:
+        """Compare the matrix with those of others."""
+        if not self.entry.is_matrix:
+            return {}
+        return {
+            other.name: cosine(self.operator, other.operator, self.exact)
+            for other in others
+            if other.entry.is_matrix
+        }
+
+    def step_cosines(self, damping: float, others: Sequence[_Approximation]) -> dict[str, float]:
+        """Compare the step with those of others."""
+        step = self.steps[damping].double()
+        return {
+            other.name: torch.cosine_similarity(step, other.steps[damping].double(), 0).item()
+            for other in others
+            if damping in other.steps
+        }
 
     def damped(self, damping: float) -> DampedResult:
         """Compare the inverse, and time it together with one step."""
@@ -144,7 +186,7 @@ class _Approximation:
 
             def work() -> PyTorchLinearOperator:
                 inverse = recipe(operator)
-                self.exact.direction(inverse)
+                self.steps[damping] = self.exact.direction(inverse)
                 return inverse
 
             return work
@@ -153,6 +195,7 @@ class _Approximation:
         inverse, seconds = self.clock.time(prepare)
         self._is_slow = self._is_slow or self.build_seconds + seconds > _LONG
         comparison = compare_inverses(
+            self.steps[damping],
             inverse,
             self.entry.definite,
             damping,
@@ -161,7 +204,20 @@ class _Approximation:
             cg_tolerance=self.settings.cg_tolerance,
             cg_limit=self.settings.cg_limit,
         )
-        return DampedResult(damping, comparison, math.nan if was_slow else seconds)
+        return DampedResult(
+            damping, comparison, math.nan if was_slow else seconds, self._continued_loss(damping)
+        )
+
+    def _continued_loss(self, damping: float) -> float:
+        """Train on with it."""
+        steps, rule = self.settings.continued_steps, _RULES[self.settings.continued_rule]()
+        if not steps:
+            return math.nan
+        try:
+            return continued_loss(self.exact.objective, self.entry, damping, steps, rule)
+        except _FAILURES as error:
+            warnings.warn(f"further training failed: {first_line(error)}", stacklevel=1)
+            return math.nan
 
 
 def measure(point: Point, settings: Settings) -> Iterator[OperatorResult]:
@@ -173,25 +229,11 @@ def measure(point: Point, settings: Settings) -> Iterator[OperatorResult]:
     """
     trainer = point.trainer
     metrics = trainer.measure(None)
-    exact = Exact(trainer.objective.linearize(), Limits.of(settings))
+    exact = Exact(trainer.objective, Limits.of(settings))
     clock = Clock(settings.repeats, trainer.device)
+    done: list[_Approximation] = []
     for name in settings.operators:
-        matrices, build_seconds, note = None, math.nan, ""
-        damped: list[DampedResult] = []
-        with _Notes() as notes:
-            try:
-                approximation = _Approximation(OPERATORS[name], exact, settings, clock)
-                build_seconds = approximation.build_seconds
-                matrices = approximation.matrices()
-            except _FAILURES as error:
-                note = f"{type(error).__name__}: {first_line(error)}"
-        note = note or notes.text
-        for damping in settings.dampings:
-            damped.append(
-                DampedResult(damping, InverseComparison(), note=note, failed=True)
-                if matrices is None
-                else _damped(approximation, damping, note)
-            )
+        comparison = _compare(name, exact, settings, clock, done)
         yield OperatorResult(
             trajectory=point.trajectory,
             step=point.step,
@@ -199,21 +241,50 @@ def measure(point: Point, settings: Settings) -> Iterator[OperatorResult]:
             loss=float(metrics["loss"]),
             rmse=float(metrics["rmse"]),
             mass=exact.mass,
-            matrices=matrices,
-            build_seconds=build_seconds,
-            damped=tuple(damped),
+            **comparison,
         )
 
 
-def _damped(approximation: _Approximation, damping: float, note: str) -> DampedResult:
+def _compare(
+    name: str, exact: Exact, settings: Settings, clock: Clock, done: list[_Approximation]
+) -> dict[str, Any]:
+    """Compare one approximation with the exact matrix and with those before, and add it to them.
+
+    What goes wrong becomes a note.
+    """
+    result: dict[str, Any] = {"matrices": None, "cosines": {}, "build_seconds": math.nan}
+    note, approximation = "", None
+    with _Notes() as notes:
+        try:
+            approximation = _Approximation(name, exact, settings, clock)
+            result["build_seconds"] = approximation.build_seconds
+            result["matrices"] = approximation.matrices()
+            result["cosines"] = approximation.cosines(done)
+        except _FAILURES as error:
+            note, approximation = f"{type(error).__name__}: {first_line(error)}", None
+    note = note or notes.text
+    if approximation is None:
+        missing = InverseComparison()
+        damped = [DampedResult(d, missing, note=note, failed=True) for d in settings.dampings]
+    else:
+        damped = [_damped(approximation, d, done, note) for d in settings.dampings]
+        done.append(approximation)
+    return {**result, "damped": tuple(damped)}
+
+
+def _damped(
+    approximation: _Approximation, damping: float, others: Sequence[_Approximation], note: str
+) -> DampedResult:
     """Compare an inverse; what goes wrong becomes a note."""
     with _Notes() as notes:
         try:
             result = approximation.damped(damping)
+            cosines = approximation.step_cosines(damping, others)
         except _FAILURES as error:
             failure = f"{type(error).__name__}: {first_line(error)}"
             return DampedResult(damping, InverseComparison(), note=failure, failed=True)
-    return replace(result, note="; ".join(filter(None, (note, notes.text))))
+    notes_of_both = "; ".join(filter(None, (note, notes.text)))
+    return replace(result, step_cosines=cosines, note=notes_of_both)
 
 
 class _Notes(warnings.catch_warnings):

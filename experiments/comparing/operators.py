@@ -5,21 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from curvlinops._torch_base import PyTorchLinearOperator
 
+from experiments.comparing.channels import OnChannels, uncollapsed, unmerged
 from pinncurv.curvature import (
     KFAC,
     BlockDiagonalGaussNewton,
     DiagonalGaussNewton,
     GaussNewtonLinearOperator,
     ParameterSpace,
+    PreconditionedCG,
     gauss_newton_diagonal,
     reduce,
 )
 from pinncurv.curvature.ekfac import EKFAC, PartialTraces
+from pinncurv.curvature.iterative import Recipe
 from pinncurv.curvature.optimal_kronecker import OptimalKronecker
 from pinncurv.curvature.subspace import InSubspace, SubspaceGaussNewton
 from pinncurv.linearization import Empirical, ForwardOnly, Linearization
@@ -101,11 +104,32 @@ class Entry:
         inverse: Returns the recipe of the inverse for a damping λ, by default (C + λI)⁻¹.
         definite: Whether that inverse is positive definite. If not, it has no condition number
             and is no preconditioner.
+        is_matrix: Whether C is the approximation. If not, the inverse alone is, and only its step
+            is compared.
     """
 
     curvature: Curvature
     inverse: Callable[[float], Inverse] = Damped
     definite: bool = True
+    is_matrix: bool = True
+
+
+def _iterations(number: int, curvature: Recipe | None, inverse: Any = None) -> Entry:
+    """Return so many iterations of preconditioned conjugate gradients for the exact matrix."""
+    options = {} if inverse is None else {"inverse": inverse}
+    return Entry(
+        GaussNewtonLinearOperator.from_linearizations,
+        partial(
+            PreconditionedCG,
+            curvature=curvature,
+            tolerance=1e-14,
+            max_iterations=number,
+            stop=None,
+            **options,
+        ),
+        definite=False,
+        is_matrix=False,
+    )
 
 
 EXACT = "exact"
@@ -118,6 +142,10 @@ OPERATORS = {
     "kfac-reduce": Entry(KFAC(reduce), DampedBlocks),
     "kfac-merged": Entry(KFAC(merge_terms=True), DampedBlocks),
     "kfac-factor-damping": Entry(KFAC(), partial(FactorDamping, heuristic=trace_norm)),
+    "kfac-uncollapsed": Entry(OnChannels(KFAC(), uncollapsed), DampedBlocks),
+    "kfac-reduce-uncollapsed": Entry(OnChannels(KFAC(reduce), uncollapsed), DampedBlocks),
+    "kfac-unmerged": Entry(OnChannels(KFAC(), unmerged), DampedBlocks),
+    "kfac-reduce-unmerged": Entry(OnChannels(KFAC(reduce), unmerged), DampedBlocks),
     "kfac-empirical": Entry(KFAC(fisher=Empirical()), DampedBlocks),
     "kfac-forward-only": Entry(KFAC(fisher=ForwardOnly()), DampedBlocks),
     "ekfac": Entry(EKFAC()),
@@ -125,8 +153,13 @@ OPERATORS = {
     "ekfac-traces": Entry(EKFAC(basis=PartialTraces())),
     "kronecker": Entry(OptimalKronecker(), DampedBlocks),
     "kronecker-2": Entry(OptimalKronecker(2), DampedBlocks),
+    "kronecker-4": Entry(OptimalKronecker(4), DampedBlocks),
     "kronecker-per-term": Entry(OptimalKronecker(per_term=True), DampedBlocks),
     "subspace": Entry(SubspaceGaussNewton(100), InSubspace, definite=False),
+    "cg-5": _iterations(5, None),
+    "cg-5-kfac": _iterations(5, KFAC()),
+    "cg-5-ekfac": _iterations(5, EKFAC(), Damped(1e-8)),
+    "cg-10-kfac": _iterations(10, KFAC()),
     "identity": Entry(ScaledIdentity()),
 }
 

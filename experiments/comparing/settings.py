@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, fields
+from typing import Literal
 
 import torch
 
@@ -54,6 +55,11 @@ class Settings(ProblemSettings):
     """Relative residual norm that preconditioned conjugate gradients must reach."""
     cg_limit: int = 500
     """Most iterations of conjugate gradients."""
+    continued_steps: int = 0
+    """Train on from every point with every approximation, its step scaled by the exact quadratic
+    model, for so many steps; 0 for none."""
+    continued_rule: Literal["constant", "levenberg-marquardt"] = "levenberg-marquardt"
+    """How λ changes in these steps."""
     repeats: int = 3
     """How often to time a construction or an inversion, as long as it takes below a second."""
 
@@ -106,6 +112,8 @@ def _check(settings: Settings) -> None:
         if getattr(settings, name) < 1:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} must be at least 1, got {getattr(settings, name)}.")
+    if settings.continued_steps < 0:
+        raise UserError(f"--continued-steps must be 0 or more, got {settings.continued_steps}.")
     if settings.probes < 2:
         raise UserError(f"--probes must be at least 2, got {settings.probes}.")
     if not 0 < settings.cg_tolerance < 1:

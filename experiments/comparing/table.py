@@ -15,10 +15,12 @@ from rich.table import Table
 
 from experiments.comparing.matrices import MatrixComparison
 from experiments.comparing.measure import OperatorResult
+from experiments.comparing.predictors import Prediction, medians, predictions
 from experiments.comparing.settings import Settings
 from experiments.training.files import write_atomically
 
 TABLE, MARKDOWN, SPECTRA, LAYERS = "table.csv", "table.md", "spectra.csv", "layers.csv"
+PAIRS, PREDICTORS = "pairs.csv", "predictors.csv"
 
 Cell = str | int | float
 Rows = list[dict[str, Cell]]
@@ -41,11 +43,15 @@ COLUMNS = {
     "block_error_se": "its standard error, 0 where exact",
     "decrease": "decrease of the damped exact quadratic model along the step of (P + λI)⁻¹, with "
     "the best step length, over that of the exact step",
+    "step_length": "length of that step over that of the exact one",
+    "decrease_within": "share of the decrease along a step that is no longer than the exact one",
     "step_cosine": "cosine between the two steps",
     "condition": "condition number of (P + λI)⁻¹(G + λI); inf if the inverse is singular",
     "condition_is_bound": "whether that is a lower bound, from Lanczos",
     "cg_iterations": "of conjugate gradients for the exact step, preconditioned by (P + λI)⁻¹",
     "cg_converged": "whether they reached the tolerance",
+    "continued_loss": "L after --continued-steps further steps with (P + λI)⁻¹ and everything else "
+    "the same; empty if there are none",
     "build_seconds": "to build P; noisy, the median of a few",
     "invert_seconds": "to invert and to compute one step; noisy, the median of a few; empty where "
     "a factorization of another damping was reused",
@@ -67,8 +73,9 @@ _SMALL = 1e-2
 
 _SHOWN = (
     *("training", "step", "operator", "damping", "loss", "rmse", "cosine", "error"),
-    *("block_cosine", "block_error", "decrease", "step_cosine", "condition", "cg_iterations"),
-    *("build_seconds", "invert_seconds", "note"),
+    *("block_cosine", "block_error", "decrease", "step_length", "decrease_within", "step_cosine"),
+    *("condition", "cg_iterations"),
+    *("continued_loss", "build_seconds", "invert_seconds", "note"),
 )
 
 
@@ -87,9 +94,10 @@ def _rows(result: OperatorResult) -> Iterator[dict[str, Cell]]:
         cells = (
             *(result.trajectory, result.step, result.operator, damped.damping),
             *(result.loss, result.rmse, *_similarities(result.matrices)),
-            *(inverse.decrease_fraction, inverse.step_cosine),
+            *(inverse.decrease_fraction, inverse.step_length),
+            *(inverse.decrease_within, inverse.step_cosine),
             *(inverse.condition_number, inverse.condition_is_bound),
-            *(inverse.cg_iterations, inverse.cg_converged),
+            *(inverse.cg_iterations, inverse.cg_converged, damped.continued_loss),
             *(result.build_seconds, damped.seconds, damped.note),
         )
         yield dict(zip(COLUMNS, cells, strict=True))
@@ -118,7 +126,11 @@ def save(results: Sequence[OperatorResult], settings: Settings, title: str, fold
     _write_csv(folder / TABLE, rows)
     _write_csv(folder / SPECTRA, _spectra(results))
     _write_csv(folder / LAYERS, _layers(results))
-    text = "\n".join(_markdown(rows, settings, title))
+    _write_csv(folder / PAIRS, _pairs(results))
+    found = list(predictions(results))
+    if found:
+        _write_csv(folder / PREDICTORS, [vars(prediction) for prediction in found])
+    text = "\n".join([*_markdown(rows, settings, title), *_predictors(found, settings)])
     write_atomically(folder / MARKDOWN, text.encode())
 
 
@@ -169,9 +181,47 @@ def _layers(results: Sequence[OperatorResult]) -> Rows:
     ]
 
 
+def _pairs(results: Sequence[OperatorResult]) -> Rows:
+    """Return the cosines of the steps and of the matrices of every two approximations."""
+    return [
+        {
+            "training": result.trajectory,
+            "step": result.step,
+            "damping": damped.damping,
+            "first": other,
+            "second": result.operator,
+            "step_cosine": step_cosine,
+            "cosine": result.cosines.get(other, math.nan),
+        }
+        for result in results
+        for damped in result.damped
+        for other, step_cosine in damped.step_cosines.items()
+    ]
+
+
+def _predictors(found: Sequence[Prediction], settings: Settings) -> Iterator[str]:
+    """Yield the lines that say which measure predicts the further training."""
+    if not found:
+        return
+    steps = sorted({prediction.step for prediction in found})
+    yield "## What predicts the further training\n"
+    yield (
+        "Spearman's rank correlation, over the approximations, of each measure (its sign such that "
+        f"more is better) with -L after {settings.continued_steps} further steps; medians over the "
+        "trainings.\n"
+    )
+    yield "| measure | damping | " + " | ".join(f"step {step}" for step in steps) + " |"
+    yield "|---" * (2 + len(steps)) + "|"
+    for damping, measure, by_step in medians(found):
+        cells = [f"{by_step[step]:.2f}" if step in by_step else "" for step in steps]
+        yield f"| {measure} | {damping:.0e} | " + " | ".join(cells) + " |"
+    yield ""
+
+
 def _markdown(rows: Rows, settings: Settings, title: str) -> Iterator[str]:
     yield f"# Curvature approximations: {title}\n"
-    shown = [name for name in _SHOWN if name != "note" or any(row["note"] for row in rows)]
+    rare = {name for name in ("note", "continued_loss") if not any(_known(r[name]) for r in rows)}
+    shown = [name for name in _SHOWN if name not in rare]
     for name in shown:
         yield f"- `{name}`: {COLUMNS[name]}."
     yield (
@@ -184,6 +234,11 @@ def _markdown(rows: Rows, settings: Settings, title: str) -> Iterator[str]:
     for row in rows:
         yield "| " + " | ".join(format_cell(row, name) for name in shown) + " |"
     yield ""
+
+
+def _known(cell: Cell) -> bool:
+    """Whether a cell says something: no empty text, not NaN."""
+    return cell == cell and cell != ""
 
 
 def format_cell(row: dict[str, Cell], name: str) -> str:
@@ -202,7 +257,7 @@ def format_cell(row: dict[str, Cell], name: str) -> str:
         return f"{cell:.0f}" if row["cg_converged"] else f">{cell:.0f}"
     if name == "condition":
         return f"{'≥' if row['condition_is_bound'] else ''}{cell:.1e}"
-    if name in ("loss", "rmse", "damping", "build_seconds", "invert_seconds"):
+    if name in ("loss", "rmse", "damping", "continued_loss", "build_seconds", "invert_seconds"):
         return f"{cell:.1e}"
     if isinstance(cell, int):
         return str(cell)

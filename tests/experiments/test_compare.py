@@ -1,5 +1,6 @@
 """The comparison from the command line: what it measures, leaves behind, and refuses."""
 
+import copy
 import csv
 import json
 import math
@@ -18,8 +19,9 @@ from experiments.comparing.panels import Range
 from experiments.comparing.points import OwnTraining, Point
 from experiments.comparing.settings import Settings
 from experiments.training.metrics import read_metrics
-from pinncurv.curvature import KFAC, BlockDiagonalGaussNewton, GaussNewton
-from pinncurv.linops import FactorizationError
+from pinncurv.curvature import KFAC, BlockDiagonalGaussNewton, DiagonalGaussNewton, GaussNewton
+from pinncurv.linops import Damped, FactorizationError
+from pinncurv.optim import CurvatureOptimizer
 from tests.experiments.runs import start
 
 _NETWORK = ["--n-interior", "12", "--n-boundary", "6", "--hidden", "4"]
@@ -67,7 +69,8 @@ def test_every_operator_along_training_leaves_table_and_figures(
         share = float(row["decrease"])
         assert 0 <= share <= 1 + 1e-6, row
         assert float(row["condition"]) >= 1 - 1e-6
-        assert all(row[f"{name}_se"] == "0.0" for name in ("cosine", "error", "block_cosine"))
+        exactly = "0.0" if OPERATORS[row["operator"]].is_matrix else ""
+        assert all(row[f"{name}_se"] == exactly for name in ("cosine", "error", "block_cosine"))
         assert not row["note"]
         if row["operator"] == "exact":
             assert share == pytest.approx(1)
@@ -81,9 +84,10 @@ def test_every_operator_along_training_leaves_table_and_figures(
     assert {"config.json", "environment.json", "table.md", "spectra.csv", "layers.csv"} <= {
         path.name for path in run.iterdir()
     }
-    for name in ("spectra", "layers", "training", "damping", "overview"):
+    for name in ("spectra", "layers", "training", "damping", "pairs", "overview"):
         assert (run / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert len((run / "spectra.csv").read_text().splitlines()) == 1 + 4 * len(OPERATORS) * 17
+    matrices = sum(entry.is_matrix for entry in OPERATORS.values())
+    assert len((run / "spectra.csv").read_text().splitlines()) == 1 + 4 * matrices * 17
     environment = json.loads((run / "environment.json").read_text())[0]
     assert {"commit", "device", "packages", "started"} <= environment.keys()
     printed = capsys.readouterr()
@@ -118,6 +122,69 @@ def test_the_table_says_what_dense_linear_algebra_says(tmp_path: Path) -> None:
         }
         for name, value in expected.items():
             assert float(row[name]) == pytest.approx(float(value), rel=1e-5), name
+
+
+@pytest.mark.usefixtures("_no_figures")
+@pytest.mark.parametrize("free", [[], ["--dense-limit", "1", "--probes", "64"]])
+def test_every_two_approximations_are_compared(tmp_path: Path, free: list[str]) -> None:
+    run, damping = tmp_path / "run", 1e-3
+    names = ["exact", "kfac-expand", "exact-diagonal", "cg-5"]
+    options = ["--operators", *names, "--dampings", str(damping), *free]
+    assert compare(run, *_NETWORK, *_ONCE, "--seeds", "1", "--steps", "0", *options) == 0
+    with (run / "pairs.csv").open(newline="") as file:
+        rows = {(row["first"], row["second"]): row for row in csv.DictReader(file)}
+    assert list(rows) == [(a, b) for j, b in enumerate(names) for a in names[:j]]
+    settings = Settings(n_interior=12, n_boundary=6, hidden=(4,), steps=(0,)).resolved()
+    (point,) = OwnTraining(1, settings, torch.device("cpu")).points()
+    linearized = point.trainer.objective.linearize()
+    P, Q = (
+        recipe(linearized.linearizations).to_dense() for recipe in (KFAC(), DiagonalGaussNewton())
+    )
+    g = torch.cat([part.flatten() for part in linearized.gradient()])
+    eye = damping * torch.eye(len(g)).double()
+    row = rows["kfac-expand", "exact-diagonal"]
+    steps = [torch.linalg.solve(matrix + eye, g) for matrix in (P, Q)]
+    cosine = torch.cosine_similarity(*steps, dim=0)
+    assert float(row["step_cosine"]) == pytest.approx(float(cosine))
+    assert float(row["cosine"]) == pytest.approx(float((P * Q).sum() / (P.norm() * Q.norm())))
+    assert rows["exact", "cg-5"]["cosine"] == ""
+    for other in names[1:3]:
+        whole = next(r for r in read(run) if r["operator"] == other)
+        assert float(rows["exact", other]["cosine"]) == pytest.approx(
+            float(whole["cosine"]), abs=5 * float(whole["cosine_se"]) + 1e-9
+        )
+
+
+@pytest.mark.usefixtures("_no_figures")
+def test_further_training_is_that_of_an_optimizer_and_leaves_the_point_alone(
+    tmp_path: Path,
+) -> None:
+    damping, names = 1e-3, ["exact", "exact-diagonal", "kfac-expand", "identity"]
+    options = [*_TINY, "--operators", *names, "--dampings", str(damping)]
+    assert compare(tmp_path / "plain", *options) == 0
+    further = ["--continued-steps", "3", "--continued-rule", "constant"]
+    assert compare(tmp_path / "further", *options, *further) == 0
+    rows = read(tmp_path / "further")
+    for plain, row in zip(read(tmp_path / "plain"), rows, strict=True):
+        assert plain.pop("continued_loss") == ""
+        assert without_times([plain])[0].items() <= row.items()
+    settings = Settings(n_interior=12, n_boundary=6, hidden=(4,), steps=(0, 2)).resolved()
+    for point in OwnTraining(1, settings, torch.device("cpu")).points():
+        objective = copy.deepcopy(point.trainer.objective)
+        optimizer = CurvatureOptimizer(objective.model.parameters(), KFAC(), Damped(damping))
+        loss = [optimizer.step(objective).new_loss for _ in range(3)][-1]
+        (row,) = [r for r in rows if (r["operator"], r["step"]) == ("kfac-expand", str(point.step))]
+        assert float(row["continued_loss"]) == pytest.approx(loss, rel=1e-6)
+    with (tmp_path / "further" / "predictors.csv").open(newline="") as file:
+        found = {(r["step"], r["measure"]): r for r in csv.DictReader(file)}
+    at_two = [row for row in rows if row["step"] == "2"]
+    ranks = [
+        torch.tensor([float(row[name]) for row in at_two]).argsort().argsort().double()
+        for name in ("decrease", "continued_loss")
+    ]
+    expected = -torch.corrcoef(torch.stack(ranks))[0, 1]
+    assert float(found["2", "decrease"]["correlation"]) == pytest.approx(float(expected))
+    assert {row["operators"] for row in found.values()} == {"4"}
 
 
 @pytest.mark.usefixtures("_no_figures")

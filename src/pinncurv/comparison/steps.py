@@ -72,6 +72,15 @@ class QuadraticDecrease:
         """−m(α*v) >= 0, in units of the loss."""
         return self.slope**2 / (2 * self.curvature)
 
+    def decrease_within(self, limit: float) -> float:
+        """Return −m(αv) for the best α of at most a limit, in units of the loss.
+
+        Args:
+            limit: The largest multiple of the direction.
+        """
+        alpha = min(self.step_length, limit)
+        return -alpha * (self.slope + 0.5 * alpha * self.curvature)
+
 
 def quadratic_decrease(
     operator: PyTorchLinearOperator,
