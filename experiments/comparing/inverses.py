@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from curvlinops._torch_base import PyTorchLinearOperator
 from torch import Generator, Tensor
 
 from experiments.comparing.exact import Exact
 from pinncurv.comparison import (
-    QuadraticDecrease,
     cg_records,
+    compare_steps,
     generalized_extremes,
     generalized_spectrum,
-    quadratic_decrease,
 )
 
 
@@ -70,13 +68,12 @@ def compare_inverses(
         cg_limit: Most iterations.
     """
     best = exact.step(damping)
-    model, best_model = (_model(s, damping, exact) for s in (step, best))
-    longest = best_model.step_length * best.norm().item() / step.norm().item()
+    steps = compare_steps(exact.operator, damping, exact.gradient, step, best)
     step_results = {
-        "decrease_fraction": model.decrease / best_model.decrease,
-        "step_length": model.step_length / longest,
-        "decrease_within": model.decrease_within(longest) / best_model.decrease,
-        "step_cosine": torch.cosine_similarity(step.double(), best.double(), dim=0).item(),
+        "decrease_fraction": steps.decrease_fraction,
+        "step_length": steps.length,
+        "decrease_within": steps.decrease_within,
+        "step_cosine": steps.cosine,
     }
     if not definite:
         return InverseComparison(**step_results, condition_number=math.inf)
@@ -95,10 +92,6 @@ def compare_inverses(
         cg_iterations=record.iterations,
         cg_converged=record.converged,
     )
-
-
-def _model(step: Tensor, damping: float, exact: Exact) -> QuadraticDecrease:
-    return quadratic_decrease(exact.operator, damping, exact.gradient, step)
 
 
 def _condition_number(

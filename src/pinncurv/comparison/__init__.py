@@ -4,6 +4,7 @@ Everything takes any square curvlinops ``PyTorchLinearOperator``, computes in fl
 operator's precision, and draws random numbers from an explicit generator only. Results are tensors
 or frozen dataclasses. What is exact has a plain name; ``estimate_...`` has standard errors.
 
+- ``compare``: one approximation against one operator, in one call.
 - ``spectra``, ``density``, ``eigenpairs``: all eigenvalues, their density, those at either end.
 - ``generalized``: eigenvalues and condition number of P⁻¹(C + λI).
 - ``frobenius``, ``frobenius_estimates``, ``mass``: similarity as matrices, also by layer.
@@ -11,6 +12,7 @@ or frozen dataclasses. What is exact has a plain name; ``estimate_...`` has stan
 - ``lanczos``: the Lanczos process with full reorthogonalization, plain and preconditioned.
 """
 
+from pinncurv.comparison.compare import Comparison, compare
 from pinncurv.comparison.density import SpectralDensity, spectral_density
 from pinncurv.comparison.eigenpairs import (
     Eigenpairs,
@@ -44,8 +46,10 @@ from pinncurv.comparison.spectra import (
 )
 from pinncurv.comparison.steps import (
     QuadraticDecrease,
+    StepComparison,
     best_decrease,
     cg_records,
+    compare_steps,
     decrease_fraction,
     quadratic_decrease,
     step_cosine,
@@ -53,6 +57,7 @@ from pinncurv.comparison.steps import (
 )
 
 __all__ = [
+    "Comparison",
     "Eigenpairs",
     "EigenpairsNotConverged",
     "Estimate",
@@ -63,8 +68,11 @@ __all__ = [
     "QuadraticDecrease",
     "RitzPairs",
     "SpectralDensity",
+    "StepComparison",
     "best_decrease",
     "cg_records",
+    "compare",
+    "compare_steps",
     "decrease_fraction",
     "effective_dimension",
     "estimate_effective_dimension",

@@ -25,12 +25,12 @@ class Estimate:
     standard_error: Float[Tensor, "*shape"]
 
     @classmethod
-    def from_samples(cls, samples: Float[Tensor, "m *shape"]) -> Estimate:
+    def from_samples(cls, samples: Float[Tensor, " m *shape"]) -> Estimate:
         """Return the mean of m >= 2 independent samples."""
         return cls(samples.mean(0), standard_error(samples))
 
 
-def standard_error(samples: Float[Tensor, "m *shape"]) -> Float[Tensor, "*shape"]:
+def standard_error(samples: Float[Tensor, " m *shape"]) -> Float[Tensor, "*shape"]:
     """Return the standard error of the mean of m >= 2 independent samples."""
     return samples.std(0) / sqrt(len(samples))
 

@@ -59,7 +59,7 @@ class FrobeniusComparison:
         return self.inner, self.squared_norm, self.squared_reference_norm, self.squared_error
 
 
-def entrywise_products(X: Float[Tensor, "*s"], Y: Float[Tensor, "*s"]) -> Float[Tensor, "4 *s"]:
+def entrywise_products(X: Float[Tensor, "*s"], Y: Float[Tensor, "*s"]) -> Float[Tensor, " 4 *s"]:
     """Return what sums up to the four inner products of a comparison, in that order."""
     return torch.stack([X * Y, X.square(), Y.square(), (X - Y).square()])
 

@@ -20,8 +20,8 @@ _ASYMMETRY = 1e-3
 
 
 def apply(
-    operator: PyTorchLinearOperator, X: Float[Tensor, "D *K"], damping: float = 0.0
-) -> Float[Tensor, "D *K"]:
+    operator: PyTorchLinearOperator, X: Float[Tensor, " D *K"], damping: float = 0.0
+) -> Float[Tensor, " D *K"]:
     """Multiply an operator onto one or several columns.
 
     (C + λ I) X

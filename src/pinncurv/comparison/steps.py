@@ -173,6 +173,57 @@ def decrease_fraction(
     return quadratic_decrease(operator, damping, gradient, direction).decrease / best
 
 
+@dataclass(frozen=True)
+class StepComparison:
+    """A step s against the exact step t = −(C + λI)⁻¹g of the damped quadratic model m.
+
+    Attributes:
+        decrease_fraction: max_α −m(αs) over −m(t), in [0, 1].
+        length: ‖αs‖ / ‖t‖ for that α. Where it is large, a nonlinear loss will not follow.
+        decrease_within: The same fraction if αs is at most as long as t.
+        cosine: sᵀt / (‖s‖ ‖t‖).
+    """
+
+    decrease_fraction: float
+    length: float
+    decrease_within: float
+    cosine: float
+
+
+def compare_steps(
+    operator: PyTorchLinearOperator,
+    damping: float,
+    gradient: Tensor | Sequence[Tensor],
+    step: Tensor | Sequence[Tensor],
+    exact_step: Tensor | Sequence[Tensor],
+) -> StepComparison:
+    """Compare a step with the exact one, in the damped quadratic model.
+
+    Args:
+        operator: The exact operator C.
+        damping: λ, a finite number >= 0.
+        gradient: g ``[D]``, or a list of tensors in parameter order.
+        step: s, in either format.
+        exact_step: t, in either format.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        ValueError: If sizes don't fit, something is not finite, or a step is zero.
+    """
+    s = flat_vector(step, operator, "step")
+    t = flat_vector(exact_step, operator, "exact_step")
+    model, best = (quadratic_decrease(operator, damping, gradient, v) for v in (s, t))
+    longest = best.step_length * (t.norm() / s.norm()).item()
+    return StepComparison(
+        decrease_fraction=model.decrease / best.decrease,
+        length=model.step_length / longest,
+        decrease_within=model.decrease_within(longest) / best.decrease,
+        cosine=torch.cosine_similarity(s, t, dim=0).item(),
+    )
+
+
 def subspace_overlap(U: Float[Tensor, "D K"], V: Float[Tensor, "D K"]) -> Float[Tensor, " K"]:
     """Return how much the spans of the first k of two sets of vectors overlap, for every k.
 
