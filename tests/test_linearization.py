@@ -93,7 +93,7 @@ def test_blocks_of_points_are_invisible(term, monkeypatch):
     """Large batches are cut into blocks that stay in the cache; here each point is one."""
     model, x, loss_term = build("repeated"), points(), TERMS[term]
     whole = linearize(loss_term, model, x)
-    monkeypatch.setattr("pinncurv.linearization.capture._BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr("pinncurv.linearization.blocks._BLOCK_ELEMENTS", 1)
     blocks = linearize(loss_term, model, x)
     assert len(list(blocks)) == 3
     torch.testing.assert_close(naive_jacobian(blocks), naive_jacobian(whole))

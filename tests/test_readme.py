@@ -17,8 +17,10 @@ def test_the_examples_run_in_order():
         assert record.new_loss < record.loss < 1
     assert 0 < namespace["relative_error"] < 10
     assert namespace["step"].isfinite().all()
-    assert 0 < namespace["cosine"] < 1
-    assert 0 < namespace["fraction"] < 1
-    assert namespace["condition_number"] > 1
+    comparison = namespace["comparison"]
+    assert 0 < comparison.cosine.value < 1
+    assert 0 < comparison.step.decrease_fraction < 1
+    assert comparison.condition_number > 1
+    assert len(namespace["eigenvalues"]) == 129
     assert namespace["report"].passed
-    assert 0 < namespace["similarity"] < namespace["cosine"]
+    assert 0 < namespace["similarity"] < comparison.cosine.value

@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pinncurv.curvature import KFAC, ParameterSpace, ekfac, expand, gauss_newton_blocks, reduce
+from pinncurv.curvature import (
+    KFAC,
+    ParameterSpace,
+    expand,
+    gauss_newton_blocks,
+    reduce,
+    second_moments,
+)
 from pinncurv.curvature.ekfac import EKFAC, EKFACLinearOperator, KFACFactors, PartialTraces
 from pinncurv.diffops import Value
 from pinncurv.linearization import Empirical, ForwardOnly, linearize
@@ -91,15 +98,15 @@ def test_definition(kind, names, basis):
 
 @pytest.mark.parametrize(("V", "S"), [(1, 1), (1, 4), (2, 3), (1, 9)])
 def test_both_ways_to_the_moments(V, S, monkeypatch):
-    monkeypatch.setattr(ekfac, "_ROW_ELEMENTS", 60)  # blocks of two points
+    monkeypatch.setattr(second_moments, "_ROW_ELEMENTS", 60)  # blocks of two points
     generator = torch.Generator().manual_seed(0)
     G, Z = (
         torch.randn(shape, generator=generator, dtype=torch.float64)
         for shape in ((V, S, 7, 4), (S, 7, 5))
     )
     expected = torch.einsum("vsno,sni->vnoi", G, Z).square().sum((0, 1))
-    oracles.assert_close(ekfac._moments_by_points(G, Z), expected)
-    oracles.assert_close(ekfac._moments_by_pairs(G, Z), expected)
+    oracles.assert_close(second_moments._moments_by_points(G, Z), expected)
+    oracles.assert_close(second_moments._moments_by_pairs(G, Z), expected)
 
 
 def test_empirical_choice():

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pinncurv.curvature import KFACLinearOperator, Objective, coverage
+from pinncurv import curvature
+from pinncurv.curvature import KernelLinearOperator, KFACLinearOperator, Objective, coverage
 from pinncurv.diffops import Value
 from pinncurv.linearization import linearize
 from pinncurv.problems import Fixed, LossTerm
@@ -101,6 +102,32 @@ def test_gradient_after_or_before_a_curvature(chunk_size):
         torch.testing.assert_close(a, b)
 
 
+def test_the_gradient_is_summed_up_once(monkeypatch):
+    """Also while the kernel is built from all pairs of chunks."""
+    reference = objective().linearize().gradient()
+    added = []
+    add = curvature.objective._add_gradient
+    monkeypatch.setattr(
+        curvature.objective, "_add_gradient", lambda *a: (added.append(a[1]), add(*a))
+    )
+    linearized = objective(chunk_size=2).linearize()
+    kernel = KernelLinearOperator.from_linearizations(linearized.linearizations)
+    dense = kernel.to_dense()
+    oracles.assert_close(dense, kernel @ torch.eye(len(dense), dtype=torch.float64))
+    for a, b in zip(linearized.gradient(), reference, strict=True):
+        torch.testing.assert_close(a, b)
+    assert [len(chunk.residual) for chunk in added] == [2, 2, 2, 1, 2, 2, 1]
+
+
+def test_gradient_within_an_unfinished_iteration():
+    """An outer iteration holds the sums up, so the gradient takes a pass of its own."""
+    linearized = objective(chunk_size=2).linearize()
+    for _ in linearized.linearizations[0]:
+        inside = linearized.gradient()
+    for a, b in zip(inside, objective().linearize().gradient(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_abandoned_iteration_does_not_corrupt_the_gradient():
     reference = objective(chunk_size=2).linearize().gradient()
     linearized = objective(chunk_size=2).linearize()
@@ -181,7 +208,7 @@ def test_blocks_of_points_are_invisible(term, monkeypatch):
     """Large batches are cut into blocks that stay in the cache; here each point is one."""
     made = Objective(build("gated"), [TERMS[term]], [points()])
     loss, gradient = made.loss(), made.linearize().gradient()
-    monkeypatch.setattr("pinncurv.linearization.capture._BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr("pinncurv.linearization.blocks._BLOCK_ELEMENTS", 1)
     made = Objective(made.model, made.terms, made.points)
     torch.testing.assert_close(made.loss(), loss)
     torch.testing.assert_close(made.linearize().gradient(), gradient)

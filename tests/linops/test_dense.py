@@ -102,6 +102,26 @@ def test_one_eigendecomposition_serves_all_dampings(generator, monkeypatch):
     torch.testing.assert_close(V * m @ V.mT, operator.matrix)
 
 
+@pytest.mark.parametrize("rank", [None, 1])
+@pytest.mark.parametrize("build", [dense, block_diagonal])
+def test_large_matrices_are_factorized_by_cholesky(build, rank, generator, monkeypatch):
+    operator = build([2, 3, 1], True, generator, rank)
+    expected = {damping: operator.inverse(damping).to_dense() for damping in (1e-8, 1e-2)}
+    monkeypatch.setattr("pinncurv.linops.dense._LARGEST_EIGH", 0)
+    monkeypatch.setattr("torch.linalg.eigh", lambda *_: pytest.fail("a slow eigendecomposition"))
+    fresh = operator.with_tensors(operator.tensors())
+    for damping, inverse in expected.items():
+        received = fresh.inverse(damping)
+        assert {report.method for report in received.reports} == {"cholesky"}
+        torch.testing.assert_close(received.to_dense(), inverse, rtol=1e-7, atol=1e-7 / damping)
+    monkeypatch.undo()
+    if rank is None:
+        check_operator(operator.with_tensors(operator.tensors()))
+    else:
+        with pytest.raises(FactorizationError, match="Pass damping > 0"):
+            fresh.inverse(0.0)
+
+
 def test_blocks_of_dense_in_joint_order(generator):
     operator = block_diagonal([2, 3, 1], True, generator)
     full = operator.to_dense()

@@ -1,13 +1,23 @@
 """Curvature operators of a PINN loss, built from the linearizations of its terms.
 
 Exact: ``jacobian.py``, ``gauss_newton.py`` (inverted by ``woodbury.py`` or ``iterative.py``),
-``kernel.py``, ``hessian.py``. Approximations: ``kfac.py``, ``ekfac.py``, ``optimal_kronecker.py``,
-``subspace.py``, ``nystroem.py``. Each file has its operator and the recipe that an optimizer takes;
-``products.py`` has the few matrix products that everything follows from.
+``kernel.py``, ``hessian.py``. Approximations: ``kfac.py``, ``channel_kronecker.py``, ``ekfac.py``,
+``optimal_kronecker.py``, ``subspace.py``, ``nystroem.py``. Each file has its operator and the
+recipe that an optimizer takes; ``products.py`` has the few matrix products that everything follows
+from.
 ``objective.py`` is the loss on one batch, and ``coverage.py`` reports on every parameter.
+Costs are multiplications and numbers held, for N points, S channels, V residual components, layers
+of d_in inputs (and bias) and d_out outputs, D parameters in all and R = Σ_t N_t V_t residuals; sums
+over layers and terms are left out. To them the linearizations add a forward and V backward passes
+and N S (d_in + V d_out) numbers, or with ``chunk_size`` passes instead of numbers for every use.
 A new operator is a new file that turns linearizations into a linear operator.
 """
 
+from pinncurv.curvature.channel_kronecker import (
+    ChannelFactors,
+    ChannelKronecker,
+    ChannelKroneckerLinearOperator,
+)
 from pinncurv.curvature.coverage import Coverage, ParameterCoverage, coverage
 from pinncurv.curvature.ekfac import (
     EKFAC,
@@ -64,6 +74,9 @@ __all__ = [
     "EKFAC",
     "KFAC",
     "BlockDiagonalGaussNewton",
+    "ChannelFactors",
+    "ChannelKronecker",
+    "ChannelKroneckerLinearOperator",
     "Coverage",
     "DiagonalGaussNewton",
     "EKFACLinearOperator",

@@ -11,9 +11,7 @@ from torch import Tensor
 
 from pinncurv.curvature.parameters import ParameterSpace
 from pinncurv.curvature.products import output_gradients
-from pinncurv.linearization import Fisher, LayerLinearization, Linearization
-
-_DTYPE = torch.float64
+from pinncurv.linearization import Fisher, LayerLinearization, Linearization, Type2
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,10 +68,18 @@ def layers_of(
         linearization: One term.
         space: The parameters.
         fisher: Which output gradients to take; those of the linearization by default.
+
+    Raises:
+        ValueError: If the linearization was made with another choice than ``fisher``.
     """
-    keep = fisher is None or linearization.fisher == fisher
+    made = linearization.fisher
+    if fisher is not None and made not in (Type2(), fisher):
+        raise ValueError(
+            f"Term '{linearization.term.name}' was linearized with {made}, which can't be turned "
+            f"into {fisher}. Linearize with fisher=Type2(), the default."
+        )
     for chunk in linearization:
-        layers = (chunk if keep or fisher is None else chunk.with_fisher(fisher)).layers
+        layers = (chunk if fisher in (None, made) else chunk.with_fisher(fisher)).layers
         for i, block in enumerate(space.blocks):
             if space.weight_name(block) in layers:
                 yield i, layers[space.weight_name(block)]

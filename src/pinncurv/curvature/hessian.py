@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pinncurv.curvature.parameters import ParameterSpace
-from pinncurv.linearization import Linearization, points_per_block
+from pinncurv.linearization import Linearization, check_differentiable
 from pinncurv.linops import (
     EigenFactorization,
     FactorizationError,
@@ -33,10 +33,12 @@ class SecondDerivativeLinearOperator(SymmetricLinearOperator, ABC):
 
     v ↦ ∂/∂θ (vᵀ J(θ)ᵀ u)
 
-    A product differentiates twice through one forward pass per block of points, whose graph is
-    then freed; each further column costs one more backward pass. The operator is symmetric but in
-    general indefinite. It recomputes the passes, so it is usable as long as the parameters do not
-    change.
+    Cost: a product takes one forward pass, one backward pass that is recorded, and for each column
+    one backward pass through both; the graph of one block of points is held. The inverse is dense,
+    D products, O(D³) and 2 D² numbers.
+
+    The operator is symmetric but in general indefinite. It recomputes the passes, so it is usable
+    as long as the parameters do not change.
 
     Args:
         linearizations: One per term. Only their terms, points and chunk sizes matter.
@@ -159,25 +161,10 @@ def _scaled_residuals(linearization: Linearization) -> Iterator[Float[Tensor, "n
     Raises:
         RuntimeError: If the parameters have changed since the linearization, or in inference mode.
     """
-    term, x = linearization.term, linearization.x
-    if torch.is_inference_mode_enabled():
-        raise RuntimeError(
-            f"The second derivatives of term '{term.name}' must be possible by a backward pass, "
-            "got torch.inference_mode(), which allows none. Use torch.no_grad() instead."
-        )
-    step = points_per_block(term, x, linearization.parameters)
-    step = min(step, linearization.chunk_size or step)
-    scale = term.scale(x)
-    for start in range(0, len(x), step):
-        if linearization._versions != linearization._current_versions():
-            raise RuntimeError(
-                f"The Hessian recomputes the residual of term '{term.name}', but the parameters "
-                "have changed since it was linearized. Linearize again after an update."
-            )
-        part = slice(start, start + step)
+    check_differentiable(linearization.term.name)
+    for block in linearization.blocks():
         with torch.enable_grad():
-            residual = term.at(part).evaluate(linearization.model, x[part])
-            residual = residual * (scale if isinstance(scale, float) else scale[part])
+            residual = block.residual(linearization.model)
         yield residual
 
 
@@ -223,7 +210,7 @@ class Hessian:
     ∇²L
 
     It is indefinite, so an optimizer that inverts it is Newton's method: it is attracted by saddle
-    points, too. With enough damping it descends.
+    points, too. With enough damping it descends. Cost: see ``SecondDerivativeLinearOperator``.
     """
 
     def __call__(self, linearizations: Sequence[Linearization]) -> SecondDerivativeLinearOperator:
@@ -236,6 +223,8 @@ class ResidualHessian:
     """Recipe: what the Hessian has beyond the Gauss-Newton matrix, matrix-free.
 
     ∇²L - JᵀJ
+
+    Cost: see ``SecondDerivativeLinearOperator``.
     """
 
     def __call__(self, linearizations: Sequence[Linearization]) -> SecondDerivativeLinearOperator:

@@ -11,8 +11,14 @@ from curvlinops._torch_base import PyTorchLinearOperator
 from pinncurv.curvature.gauss_newton import GaussNewtonLinearOperator
 from pinncurv.curvature.kfac import KFAC
 from pinncurv.linearization import Linearization
-from pinncurv.linops import CGInverseLinearOperator, FactorDamping, check_damping, trace_norm
-from pinncurv.linops.cg import RelativeProgress, StoppingRule
+from pinncurv.linops import (
+    CGInverseLinearOperator,
+    FactorDamping,
+    RelativeProgress,
+    StoppingRule,
+    check_damping,
+    trace_norm,
+)
 
 Recipe = Callable[[Sequence[Linearization]], PyTorchLinearOperator]
 
@@ -45,6 +51,9 @@ class PreconditionedCG:
     The first iterations make most of the progress, so the solve is stopped by the progress of the
     quadratic model, long before the residual is small, which CG does not even lower monotonically.
     That and reaching ``max_iterations`` are normal; ``last_records`` says how far the solve came.
+
+    Cost: that of K and P to build; per iteration one product with JᵀJ, 2 N S V D, and one with P;
+    some vectors of D numbers, and those that ``spacing`` keeps.
 
     Attributes:
         damping: λ, a finite number >= 0.

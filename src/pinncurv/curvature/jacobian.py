@@ -36,6 +36,8 @@ class JacobianLinearOperator(PyTorchLinearOperator):
 
     It maps the list of parameters to one tensor ``[N_t, V_t]`` per term.
 
+    Cost: N S V D per column and product, also with the transpose, and no differentiation.
+
     Args:
         linearizations: One per term.
         space: The parameters.

@@ -101,6 +101,9 @@ class SketchedInverseLinearOperator(SymmetricLinearOperator):
     matrix; with Ĵ in both places the formula is exact, and the inverse positive definite. Q = JᵀE
     is never held.
 
+    Cost: two products with J and its transpose per product, one in ``solve_residual``, and 2 R m
+    for the sketch of rank m, whose 2 R m numbers are held.
+
     Args:
         jacobian: The Jacobian of the scaled residuals.
         sketch: The sketch of its kernel.
@@ -165,10 +168,10 @@ class Nystroem:
 
     JᵀJ ↦ (ĴᵀĴ + λI)⁻¹,  Ĵ = J P of the given rank
 
-    For R residuals it costs m products with the kernel and O(R m²), which is less than ``Woodbury``
-    where R is a hundred times m. The sketch needs no state: every step draws the same Ω from the
-    seed. Use it without an average and with intervals of one, such that the optimizer steps by
-    ``solve_residual``.
+    Cost: m products with the kernel, 2 m N S V D, and O(R m²); 2 R m numbers. That is less than
+    ``Woodbury`` where R is a hundred times m. The sketch needs no state: every step draws the same
+    Ω from the seed. Use it without an average and with intervals of one, such that the optimizer
+    steps by ``solve_residual``.
 
     Args:
         damping: λ, a finite number > 0 when it is applied.

@@ -16,9 +16,9 @@ from pinncurv.curvature.products import jacobian_adjoint_product
 from pinncurv.linearization import (
     Chunk,
     Linearization,
+    TermBlock,
     check_compatible,
     check_finite_parameters,
-    points_per_block,
     trainable_parameters,
 )
 from pinncurv.problems import LossTerm
@@ -42,29 +42,35 @@ class SummingLinearization(Linearization):
 
     ∇L_t = J_tᵀ r̃_t
 
-    A curvature built from recomputed chunks and the gradient then cost one pass, not two.
+    A curvature built from recomputed chunks and the gradient then cost one pass, not two. Where
+    iterations are nested, as for pairs of chunks, the outer one sums.
     """
 
     _sums: TermSums | None = None
+    _is_summing: bool = False
 
     def __iter__(self) -> Iterator[Chunk]:
         """Yield the chunks."""
-        if self._sums is not None:
-            yield from super().__iter__()
-            return
+        return super().__iter__() if self._sums or self._is_summing else self._sum_up()
+
+    def _sum_up(self) -> Iterator[Chunk]:
         residuals: list[Tensor] = []
         gradient: dict[str, Tensor] = {}
-        for chunk in super().__iter__():
-            residuals.append(chunk.residual)
-            _add_gradient(gradient, chunk)
-            yield chunk
-            del chunk  # or it would live on while the next one is computed
-        self._sums = TermSums(torch.cat(residuals), gradient)
+        self._is_summing = True
+        try:
+            for chunk in super().__iter__():
+                residuals.append(chunk.residual)
+                _add_gradient(gradient, chunk)
+                yield chunk
+                del chunk  # or it would live on while the next one is computed
+            self._sums = TermSums(torch.cat(residuals), gradient)
+        finally:  # also where the iteration is abandoned
+            self._is_summing = False
 
     def sums(self) -> TermSums:
         """Return the sums, from one more pass if there has been none yet."""
         if self._sums is None:
-            for _ in self:
+            for _ in self._sum_up():
                 pass
         assert self._sums is not None
         return self._sums
@@ -189,8 +195,11 @@ class Objective:
             check_compatible(term, model, x)
         self.terms = tuple(term.to(x) for term, x in zip(self.terms, self.points, strict=True))
         check_finite_parameters(model)
-        pairs = zip(self.terms, self.points, strict=True)
-        self._blocks = {term.name: list(self._cut(term, x)) for term, x in pairs}
+        parameters = trainable_parameters(model)
+        self._blocks = {
+            term.name: list(TermBlock.of_all(term, x).cut(parameters, chunk_size))
+            for term, x in zip(self.terms, self.points, strict=True)
+        }
 
     def term_losses(self) -> dict[str, Tensor]:
         """Return L_t by the name of the term, with a graph unless torch.no_grad is on."""
@@ -256,31 +265,3 @@ class Objective:
             tensors += [term.weight] if isinstance(term.weight, Tensor) else []
         state = [(id(tensor), tensor._version, tensor.requires_grad) for tensor in tensors]
         return (self.model.training, *state)
-
-    def _cut(self, term: LossTerm, x: Tensor) -> Iterator[_Block]:
-        """Cut the points of a term into the blocks that are evaluated at a time."""
-        step = points_per_block(term, x, trainable_parameters(self.model))
-        step = min(step, self.chunk_size or step)
-        scale = term.scale(x)
-        for start in range(0, len(x), step):
-            part = slice(start, start + step)
-            yield _Block(term.at(part), x[part], scale if isinstance(scale, float) else scale[part])
-
-
-@dataclass(frozen=True, eq=False)
-class _Block:
-    """A term at some of its points.
-
-    Args:
-        term: The term.
-        x: The points, ``[n, d]``.
-        scale: sqrt(w_n / N), a number or ``[n, 1]``.
-    """
-
-    term: LossTerm
-    x: Tensor
-    scale: Tensor | float
-
-    def loss(self, model: Module) -> Tensor:
-        """Return what these points contribute to the loss."""
-        return 0.5 * (self.term.evaluate(model, self.x) * self.scale).square().sum()

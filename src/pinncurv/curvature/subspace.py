@@ -27,6 +27,10 @@ class SubspaceGaussNewtonLinearOperator(SymmetricLinearOperator):
     Where the eigenvalues of JᵀJ decay fast, as they do for PINNs, a sample not much larger than
     the effective dimension tr JᵀJ (JᵀJ + λI)⁻¹ is enough. The basis is never formed: Q = J_mᵀ Y
     with the m sampled rows J_m.
+
+    Cost: for m sampled rows, the R m + m² inner products of rows (see ``KernelLinearOperator``)
+    and O(R m²) to build; 2 m S D per product, that is one with JᵀJ at the sampled points; R m + m²
+    numbers and Z and G at the sampled points. Inverses cost nothing to build.
     """
 
     def __init__(
@@ -109,6 +113,8 @@ class SubspaceInverseLinearOperator(SymmetricLinearOperator):
 
     Q diag(1 / (σ² + λ)) Qᵀ + c (I - Q Qᵀ)
 
+    Cost: that of a product with the compressed matrix, 2 m S D; nothing to build.
+
     Args:
         operator: The compressed matrix.
         damping: λ.
@@ -135,6 +141,8 @@ class SubspaceSolverLinearOperator(SubspaceInverseLinearOperator):
     """The damped inverse on the subspace, and zero outside of it.
 
     Q diag(1 / (σ² + λ)) Qᵀ
+
+    Cost: 2 m S D per product; ``solve_residual`` takes half of that and R m.
 
     Args:
         operator: The compressed matrix.
@@ -233,6 +241,8 @@ class SubspaceGaussNewton:
 
     An optimizer draws other points in every step.
 
+    Cost: see ``SubspaceGaussNewtonLinearOperator``.
+
     Args:
         points: How many points to sample.
         seed: Which points.
@@ -261,6 +271,8 @@ class InSubspace:
     Q diag(1 / (σ² + λ)) Qᵀ
 
     Its step is the exact minimizer of the damped quadratic model in the subspace.
+
+    Cost: see ``SubspaceSolverLinearOperator``.
 
     Args:
         damping: λ, a finite number > 0 when it is applied.

@@ -32,6 +32,9 @@ class KernelInverseLinearOperator(SymmetricLinearOperator):
     with J and not with K, brings that down to ε √(‖K‖ / λ), to which rounding of v adds ε ‖v‖ / λ:
     that is what a QR factorization of J would do, and less than a dense inverse of JᵀJ loses.
 
+    Cost: the dense kernel and R³ / 3 to build, R² numbers besides the kernel's; a product takes 2
+    R² and four products with J or its transpose, without refinement half of that.
+
     Args:
         jacobian: The Jacobian of the scaled residuals.
         factorization: The factorization of K + λI.
@@ -174,8 +177,9 @@ class Woodbury:
 
     JᵀJ ↦ (I - Jᵀ (JJᵀ + λI)⁻¹ J) / λ
 
-    For R residuals in D parameters it costs R³ / 3 and the kernel, and nothing that grows as D² or
-    R D is held. With more residuals than parameters, the dense inverse is cheaper.
+    Cost: the dense kernel, R³ / 3 and 2 R² numbers, see ``KernelInverseLinearOperator``; nothing
+    that grows as D² or R D is held. With more residuals than parameters, the dense inverse is
+    cheaper.
 
     Args:
         damping: λ, a finite number > 0 when it is applied.

@@ -98,7 +98,7 @@ class Jet:
 
     __slots__ = ("data", "layout")
 
-    def __init__(self, data: Float[Tensor, "S *value"], layout: Layout) -> None:
+    def __init__(self, data: Float[Tensor, " S *value"], layout: Layout) -> None:
         self.data = data
         self.layout = layout
 

@@ -45,12 +45,12 @@ class Contraction:
             matrix is not None and matrix.ndim == 3
         )
 
-    def select(self, first: Float[Tensor, "R *value"]) -> Float[Tensor, "k *value"]:
+    def select(self, first: Float[Tensor, " R *value"]) -> Float[Tensor, " k *value"]:
         """Return the channels of the directions that take part."""
         selection = self._selection
         return first[selection] if isinstance(selection, slice) else first[list(selection)]
 
-    def multiply(self, first: Float[Tensor, "R *value"]) -> Float[Tensor, "k *value"]:
+    def multiply(self, first: Float[Tensor, " R *value"]) -> Float[Tensor, " k *value"]:
         """Return Q times the selected first-derivative channels."""
         selected = self.select(first)
         if self.matrix is not None:
@@ -64,8 +64,8 @@ class Contraction:
 
     def add_product_(
         self,
-        total: Float[Tensor, "R *value"],
-        first: Float[Tensor, "R *value"],
+        total: Float[Tensor, " R *value"],
+        first: Float[Tensor, " R *value"],
         factor: Float[Tensor, "*value"],
         scale: float,
     ) -> None:
@@ -77,7 +77,7 @@ class Contraction:
         for r, qx in zip(self.indices, multiplied, strict=True):
             total[r].addcmul_(qx, factor, value=scale)
 
-    def quadratic(self, first: Float[Tensor, "R *value"]) -> Float[Tensor, "*value"]:
+    def quadratic(self, first: Float[Tensor, " R *value"]) -> Float[Tensor, "*value"]:
         """Return Σ_rs Q_rs x_r x_s, elementwise in the value's axes."""
         selected = self.select(first)
         if len(self.indices) == 0:

@@ -1,12 +1,14 @@
 """Linearization of one loss term: inputs Z and output gradients G of every linear layer.
 
-``capture.py`` runs the two passes, ``layers.py`` is what they leave, ``fisher.py`` are the choices
-of G, and ``linearization.py`` puts them together for all points or chunk by chunk.
+``blocks.py`` cuts the points, ``capture.py`` runs the two passes, ``layers.py`` is what they leave,
+``fisher.py`` are the choices of G, and ``linearization.py`` puts them together for all points or
+chunk by chunk.
 """
 
+from pinncurv.linearization.blocks import TermBlock, points_per_block
 from pinncurv.linearization.capture import (
     UncapturedParameterError,
-    points_per_block,
+    check_differentiable,
     trainable_parameters,
 )
 from pinncurv.linearization.fisher import Empirical, Fisher, ForwardOnly, Type2
@@ -25,9 +27,11 @@ __all__ = [
     "ForwardOnly",
     "LayerLinearization",
     "Linearization",
+    "TermBlock",
     "Type2",
     "UncapturedParameterError",
     "check_compatible",
+    "check_differentiable",
     "check_finite_parameters",
     "linearize",
     "points_per_block",

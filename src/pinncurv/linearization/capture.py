@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,57 +9,45 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Module
 
-from pinncurv.diffops import make_plan
 from pinncurv.jets import LinearCall, record
+from pinncurv.linearization.blocks import TermBlock
 from pinncurv.linearization.layers import Chunk, LayerLinearization
-from pinncurv.problems import LossTerm
-
-# A jet of the widest layer should have at most this many elements: it then stays in the cache, and
-# its memory is recycled by the allocator instead of being mapped anew for every operation.
-_BLOCK_ELEMENTS = 1 << 19
 
 
-def points_per_block(term: LossTerm, x: Tensor, parameters: dict[str, Tensor]) -> int:
-    """Return how many points to process at a time so that jets stay small, in equal blocks."""
-    widest = max(max(parameter.shape, default=1) for parameter in parameters.values())
-    S = make_plan(term.at(slice(1)).operators, x[:1]).layout.S
-    blocks = math.ceil(len(x) * S * widest / _BLOCK_ELEMENTS)
-    return math.ceil(len(x) / blocks)
-
-
-def linearize_points(
-    term: LossTerm,
-    model: Module,
-    x: Tensor,
-    parameters: dict[str, Tensor],
-    scale: Tensor | float,
-) -> Chunk:
+def linearize_points(block: TermBlock, model: Module, parameters: dict[str, Tensor]) -> Chunk:
     """Linearize a term at points by one forward and one backward pass.
 
     Args:
-        term: The term.
+        block: The term and the points.
         model: The network.
-        x: The points, ``[N, d]``.
         parameters: The trainable parameters by name.
-        scale: sqrt(w_n / N) at these points, a number or ``[N, 1]``.
 
     Raises:
         RuntimeError: In inference mode, in which there is no backward pass.
         UncapturedParameterError: If a parameter is used outside linear layers.
     """
+    check_differentiable(block.term.name)
+    with torch.enable_grad(), record(list(parameters.values())) as tape:
+        residual = block.term.evaluate(model, block.x)
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    check_captured(residual, names, {id(call.output) for call in tape.calls}, block.term.name)
+    detached = residual.detach()
+    gradients = _pull_back(residual, tape.calls, _unit_vectors(detached, block.scale))
+    layers = _collect_layers(tape.calls, gradients, names, len(block.x))
+    return Chunk(detached * block.scale, detached, layers)
+
+
+def check_differentiable(term: str) -> None:
+    """Check that autograd is able to differentiate a term.
+
+    Raises:
+        RuntimeError: In inference mode.
+    """
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
-            f"Linearizing term '{term.name}' must be possible by a backward pass, got "
+            f"Differentiating term '{term}' must be possible by a backward pass, got "
             "torch.inference_mode(), which allows none. Use torch.no_grad() instead."
         )
-    with torch.enable_grad(), record(list(parameters.values())) as tape:
-        residual = term.evaluate(model, x)
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    check_captured(residual, names, {id(call.output) for call in tape.calls}, term.name)
-    detached = residual.detach()
-    gradients = _pull_back(residual, tape.calls, _unit_vectors(detached, scale))
-    layers = _collect_layers(tape.calls, gradients, names, len(x))
-    return Chunk(detached * scale, detached, layers)
 
 
 def trainable_parameters(model: Module) -> dict[str, Tensor]:

@@ -9,11 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import Module
 
-from pinncurv.linearization.capture import (
-    linearize_points,
-    points_per_block,
-    trainable_parameters,
-)
+from pinncurv.linearization.blocks import TermBlock
+from pinncurv.linearization.capture import linearize_points, trainable_parameters
 from pinncurv.linearization.fisher import Fisher, Type2
 from pinncurv.linearization.layers import Chunk, LayerLinearization, join_points
 from pinncurv.problems import LossTerm
@@ -44,18 +41,15 @@ class Linearization:
         fisher: Fisher | None = None,
         chunk_size: int | None = None,
     ) -> None:
-        self.term = term.to(x)
         self.model = model
-        self.x = x
         self.fisher = Type2() if fisher is None else fisher
         self.chunk_size = chunk_size if chunk_size is not None and chunk_size < len(x) else None
         self.parameters = trainable_parameters(model)
-        self._scale = term.scale(x)
+        self._all = TermBlock.of_all(term, x)
         self._versions = self._current_versions()
-        self._block = points_per_block(term, x, self.parameters)
-        self._kept = list(self._chunks(self._block)) if self.chunk_size is None else None
+        self._kept = list(self._chunks()) if self.chunk_size is None else None
         # the structure is the same at every point, so a chunked linearization looks at one
-        sample = self._kept[0] if self._kept else self._linearize(slice(0, 1))
+        sample = self._kept[0] if self._kept else self._linearize(self._all.at(slice(0, 1)))
         self.num_components = sample.residual.shape[1]
         self.layer_parameters = {name: layer.bias for name, layer in sample.layers.items()}
 
@@ -65,20 +59,35 @@ class Linearization:
         Raises:
             RuntimeError: If chunks must be recomputed but the parameters have changed since.
         """
-        if self.chunk_size is None:
-            yield from self._kept or []
-        else:
-            yield from self._chunks(min(self._block, self.chunk_size))
+        return iter(self._chunks() if self._kept is None else self._kept)
 
-    def _chunks(self, step: int) -> Iterator[Chunk]:
-        """Linearize so many points at a time."""
-        for start in range(0, len(self.x), step):
+    def _chunks(self) -> Iterator[Chunk]:
+        return map(self._linearize, self.blocks())
+
+    def blocks(self) -> Iterator[TermBlock]:
+        """Yield the term at the points that are differentiated at a time.
+
+        Raises:
+            RuntimeError: If the parameters have changed since the linearization.
+        """
+        for block in self._all.cut(self.parameters, self.chunk_size):
             if self._versions != self._current_versions():
                 raise RuntimeError(
-                    f"The linearization of term '{self.term.name}' recomputes its chunks, but the "
-                    "parameters have changed since it was made. Linearize again after an update."
+                    f"Passes of the linearization of term '{self.term.name}' are recomputed, but "
+                    "the parameters have changed since it was made. Linearize again after an "
+                    "update."
                 )
-            yield self._linearize(slice(start, start + step))
+            yield block
+
+    @property
+    def term(self) -> LossTerm:
+        """The loss term."""
+        return self._all.term
+
+    @property
+    def x(self) -> Float[Tensor, "N d"]:
+        """The points."""
+        return self._all.x
 
     @property
     def mean_weight(self) -> float:
@@ -107,17 +116,13 @@ class Linearization:
         """
         part = Linearization.__new__(Linearization)
         part.__dict__.update(vars(self))
-        part.term, part.x, part.chunk_size = self.term.at(points), self.x[points], None
-        part._scale = self._scale if isinstance(self._scale, float) else self._scale[points]
-        part._kept = [self._linearize(points)]
+        part._all, part.chunk_size = self._all.at(points), None
+        part._kept = [self._linearize(part._all)]
         return part
 
-    def _linearize(self, part: slice | Tensor) -> Chunk:
-        """Run one forward and one backward pass at a part of the points."""
-        scale = self._scale if isinstance(self._scale, float) else self._scale[part]
-        term = self.term.at(part)
-        chunk = linearize_points(term, self.model, self.x[part], self.parameters, scale)
-        return chunk.with_fisher(self.fisher)
+    def _linearize(self, block: TermBlock) -> Chunk:
+        """Run one forward and one backward pass at some points."""
+        return linearize_points(block, self.model, self.parameters).with_fisher(self.fisher)
 
 
 def linearize(

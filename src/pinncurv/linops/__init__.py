@@ -3,6 +3,9 @@
 All operators are ``SymmetricLinearOperator``s, that is curvlinops ``PyTorchLinearOperator``s with a
 left product, ``to_dense``, ``diagonal``, ``trace`` and ``inverse(damping)``.
 
+Costs are multiplications and numbers held, for layers of d_in inputs (and bias) and d_out outputs,
+so blocks of n = d_in d_out, and D parameters in all; sums over layers are left out.
+
 - ``operator``: the base class, the protocol of operators that can be averaged, damping's check.
 - ``blocks``, ``layerwise``: layers as blocks of the parameter space, block-diagonal operators.
 - ``factors``, ``kronecker``: Kronecker factors, and operators that are sums of Kronecker products.
@@ -12,21 +15,20 @@ left product, ``to_dense``, ``diagonal``, ``trace`` and ``inverse(damping)``.
 - ``inverses``, ``kronecker_inverse``: the inverse (C + λ I)⁻¹.
 - ``restriction``: operators on some layers, and operators made of several such.
 - ``factor_damping``, ``simultaneous``: the inverse with damping in every Kronecker factor.
-- ``cg``: preconditioned conjugate gradients.
+- ``cg``, ``cg_inverse``: preconditioned conjugate gradients, and the inverse by them.
 - ``psd``: the one path for factorizations of positive semidefinite matrices.
 """
 
 from pinncurv.linops.blocks import LayerBlock, check_blocks, flat_positions, from_joint, to_joint
 from pinncurv.linops.cg import (
-    CGInverseLinearOperator,
     CGIterate,
-    CGNotConverged,
     CGRecord,
     CGResult,
     RelativeProgress,
     StoppingRule,
     conjugate_gradients,
 )
+from pinncurv.linops.cg_inverse import CGInverseLinearOperator, CGNotConverged
 from pinncurv.linops.dense import (
     DenseBlockDiagonalLinearOperator,
     DenseLinearOperator,

@@ -37,6 +37,8 @@ class KroneckerCongruenceLinearOperator(LayerwiseLinearOperator):
 
     The basis need not be orthogonal. It is kept in the precision that it comes in; products are
     computed in that precision and cast to the operator's data type.
+
+    Cost: d_in² + d_out² + d_in d_out numbers; 2 d_in d_out (d_in + d_out) per product.
     """
 
     def __init__(
@@ -110,6 +112,9 @@ class KroneckerEigenLinearOperator(KroneckerCongruenceLinearOperator):
 
     Kronecker products and their damped inverses have this form with S a function of the outer
     product of eigenvalues; EKFAC (George et al. 2018) has it with corrected eigenvalues S.
+
+    Cost: see ``KroneckerCongruenceLinearOperator``; the inverse takes d_in d_out and shares the
+    bases.
     """
 
     def inverse(self, damping: float) -> KroneckerEigenLinearOperator:

@@ -91,6 +91,9 @@ class FactorDamping:
 
     Not the same as ``Damped``, which is (C + λ I)⁻¹.
 
+    Cost: O(d_in³ + d_out³) to build, 2 d_in d_out (d_in + d_out) per product, d_in² + d_out² +
+    d_in d_out numbers in float64, whatever the number of terms.
+
     Attributes:
         damping: The damping λ, a finite number >= 0.
         heuristic: How λ is distributed, ``same`` or ``trace_norm`` or another such function.

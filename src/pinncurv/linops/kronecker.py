@@ -24,6 +24,8 @@ class SumKroneckerLinearOperator(LayerwiseLinearOperator):
     C_l = Σ_t B_lt ⊗ A_lt, that is X_l ↦ Σ_t B_lt X_l A_lt
 
     KFAC for a loss with T terms has this form (Dangel, Müller, Zeinhofer 2024, section 3.3).
+
+    Cost: d_in² + d_out² numbers and d_in d_out (d_in + d_out) per product, for each term.
     """
 
     def __init__(

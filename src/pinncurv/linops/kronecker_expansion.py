@@ -45,6 +45,9 @@ class KroneckerExpansionLinearOperator(LayerwiseLinearOperator):
 
     The two matrices of a product are both symmetric or both antisymmetric, so that the product is
     symmetric. Neither the products nor their sum need be positive semidefinite.
+
+    Cost: d_in² + d_out² numbers and d_in d_out (d_in + d_out) per product, times the number of
+    Kronecker products; the inverse is that of a dense block.
     """
 
     def __init__(

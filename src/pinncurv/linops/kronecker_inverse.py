@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pinncurv.linops.cg import CGInverseLinearOperator
+from pinncurv.linops.cg_inverse import CGInverseLinearOperator
 from pinncurv.linops.eigenform import KroneckerBasis, KroneckerCongruenceLinearOperator
 from pinncurv.linops.factors import merge
 from pinncurv.linops.inverses import BlockFactorizedInverseLinearOperator

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Size, Tensor
 
 from pinncurv.linops.blocks import LayerBlock, check_blocks, flat_positions, from_joint, to_joint
-from pinncurv.linops.cg import CGInverseLinearOperator
+from pinncurv.linops.cg_inverse import CGInverseLinearOperator
 from pinncurv.linops.dense import (
     DenseBlockDiagonalLinearOperator,
     DenseLinearOperator,
@@ -79,6 +79,8 @@ class RestrictedLinearOperator(SymmetricLinearOperator):
     """A symmetric operator on the parameters of some layers only, by products with the whole one.
 
     P C Pᵀ, P selects parameters
+
+    Cost: a product is one with C.
     """
 
     def __init__(self, operator: PyTorchLinearOperator, blocks: Sequence[LayerBlock]) -> None:
@@ -217,6 +219,8 @@ class BlockDiagonalLinearOperator(LayerwiseLinearOperator):
     """Block diagonal over layers, with an operator of its own for each layer.
 
     C = diag(C_1, …, C_L)
+
+    Cost: the sum of those of the layers' operators.
     """
 
     def __init__(
