@@ -85,7 +85,7 @@ def baseline(size: Size, model: nn.Module, batch: tuple[Tensor, ...]) -> Callabl
     assert problem.solution is not None
     target = problem.solution(boundary)
     heat = size.problem is heat4d
-    source = None if heat else 2 * torch.pi**2 * problem.solution(interior)
+    source = 0.0 if heat else 2 * torch.pi**2 * problem.solution(interior)
     parameters = list(model.parameters())
 
     def evaluate() -> object:
@@ -189,7 +189,8 @@ def main() -> None:
     parser.add_argument("--measure", nargs=2, metavar=("FIGURE", "SIZE"), help="measure one only")
     arguments = parser.parse_args()
     if arguments.measure:
-        measure(*arguments.measure, arguments.threads)
+        figure, name = arguments.measure
+        measure(figure, name, arguments.threads)
         return
     figures = ["baseline", *(f for f in arguments.figures if f != "baseline")]
     run(arguments.sizes, figures, arguments.rounds, arguments.threads)

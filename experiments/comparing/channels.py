@@ -64,11 +64,11 @@ def _summands(contraction: Contraction) -> Iterator[Contraction]:
     """Split a sum of second derivatives."""
     Q, weights = contraction.matrix, contraction.weights
     for k, r in enumerate(contraction.indices):
-        if Q is not None:
-            yield Contraction((r,), weights=Q[..., k, k].unsqueeze(0))
-        else:
+        if Q is None:
             yield Contraction((r,), weights=None if weights is None else weights[k : k + 1])
-        for m, s in enumerate(contraction.indices[:k] if Q is not None else ()):
+            continue
+        yield Contraction((r,), weights=Q[..., k, k].unsqueeze(0))
+        for m, s in enumerate(contraction.indices[:k]):
             swap = torch.tensor([[0.0, 1.0], [1.0, 0.0]]).to(Q)
             yield Contraction((s, r), matrix=Q[..., k, m, None, None] * swap)
 

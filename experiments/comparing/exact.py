@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypedDict
 
 import torch
 from curvlinops._torch_base import PyTorchLinearOperator
@@ -33,6 +34,14 @@ def flat(tensors: Sequence[Tensor]) -> Float[Tensor, " D"]:
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
+class Probing(TypedDict):
+    """The arguments of an estimate."""
+
+    vectors: int
+    sketch: int
+    generator: Generator
+
+
 @dataclass(frozen=True, eq=False)
 class Limits:
     """Where exact comparisons end.
@@ -53,7 +62,7 @@ class Limits:
         return cls(settings.dense_limit, settings.block_limit, settings.probes)
 
     @property
-    def probing(self) -> dict[str, object]:
+    def probing(self) -> Probing:
         """The arguments of an estimate; the same probes for every operator."""
         generator = Generator().manual_seed(0)
         return {"vectors": self.probes, "sketch": self.probes // 2, "generator": generator}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import torch
@@ -25,10 +27,14 @@ from experiments.comparing.panels import (
     draw_spectra,
     names,
     styles,
+    use_logarithms,
 )
 from experiments.training.files import write_atomically
 
-_STYLE = {
+if TYPE_CHECKING:  # older matplotlibs that this runs with have no such name
+    from matplotlib.typing import RcKeyType
+
+_STYLE: dict[RcKeyType, Any] = {
     **{"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.titlesize": 9},
     **{"lines.linewidth": 1.4, "legend.frameon": False, "figure.titlesize": 10},
 }
@@ -56,9 +62,10 @@ def draw(
         "layers": _layers,
         "training": _training,
         "damping": _damping,
-        "pairs": _pairs,
         "overview": _overview,
     }
+    if any(damped.step_cosines for result in results for damped in result.damped):
+        pictures["pairs"] = _pairs
     if any(math.isfinite(d.continued_loss) for result in results for d in result.damped):
         pictures["prediction"] = _prediction
     paths = []
@@ -99,7 +106,7 @@ def _spectra(results: Sequence[OperatorResult], dampings: Sequence[float], title
 def _layers(results: Sequence[OperatorResult], dampings: Sequence[float], title: str) -> Figure:
     """Maps over pairs of layers, for the first and the last step."""
     steps = _ends(results)
-    compared = [name for name in names(results) if name != EXACT]
+    compared = names([r for r in results if r.operator != EXACT and r.matrices is not None])
     per_step = 1 + len(compared)
     columns = min(per_step, _MAPS_PER_ROW)
     rows = math.ceil(per_step / columns)
@@ -110,7 +117,7 @@ def _layers(results: Sequence[OperatorResult], dampings: Sequence[float], title:
     for part, step in zip(parts, steps, strict=True):
         part.suptitle(_after(step))
         axes = part.subplots(rows, columns, squeeze=False)
-        here = _at(results, step)
+        here, image = _at(results, step), None
         values = _median([result.mass for result in here])
         draw_map(axes.flat[0], values, "Greys", 0, values.max().item())
         axes.flat[0].set_title("mass of exact")
@@ -121,7 +128,8 @@ def _layers(results: Sequence[OperatorResult], dampings: Sequence[float], title:
                 image = draw_map(axis, _median(maps), "PuOr", -1, 1)
         for axis in axes.flat[per_step:]:
             axis.set_axis_off()
-        part.colorbar(image, ax=list(axes.flat), label="cosine", shrink=0.8)
+        if image is not None:
+            part.colorbar(image, ax=list(axes.flat), label="cosine", shrink=0.8)
     return figure
 
 
@@ -133,7 +141,7 @@ def _training(results: Sequence[OperatorResult], dampings: Sequence[float], titl
     cosine, error, decrease, condition = figure.subplots(2, 2, sharex=True).flat
     _cosine_along_training(cosine, results)
     draw_curves(error, curves_along_training(_approximate(results), _error), looks)
-    error.set(yscale="log", title=f"relative error of the matrix, at least {_LEAST_ERROR:g}")
+    error.set(title=f"relative error of the matrix, at least {_LEAST_ERROR:g}")
     draw_curves(
         decrease, curves_along_training(results, _inverse("decrease_fraction", damping)), looks
     )
@@ -141,7 +149,9 @@ def _training(results: Sequence[OperatorResult], dampings: Sequence[float], titl
     draw_curves(
         condition, curves_along_training(results, _inverse("condition_number", damping)), looks
     )
-    condition.set(yscale="log", title=f"condition number of (P+λI)⁻¹(G+λI), λ = {damping:g}")
+    condition.set(title=f"condition number of (P+λI)⁻¹(G+λI), λ = {damping:g}")
+    use_logarithms(error, "y")
+    use_logarithms(condition, "y")
     for axis in (cosine, error, decrease, condition):
         _steps(axis, results)
     for axis in (cosine, error):
@@ -164,13 +174,12 @@ def _damping(results: Sequence[OperatorResult], dampings: Sequence[float], title
         "cg_iterations": "iterations of preconditioned CG",
     }
     for axis, (field, heading) in zip(axes, panels.items(), strict=True):
-        draw_curves(
-            axis, curves_over_damping(last, lambda i, field=field: getattr(i, field)), looks
-        )
+        draw_curves(axis, curves_over_damping(last, attrgetter(field)), looks)
         axis.set(xscale="log", title=heading)
     axes[0].set_ylim(-0.03, 1.03)
     for axis in axes[2:]:
-        axis.set(yscale="log", xlabel="damping λ")
+        axis.set_xlabel("damping λ")
+        use_logarithms(axis, "y")
     figure.suptitle(f"{title}: {_after(_ends(results)[-1])}")
     _legend(figure, axes[0])
     return figure
@@ -232,9 +241,10 @@ def _prediction(results: Sequence[OperatorResult], dampings: Sequence[float], ti
             after = [_damped(result, damping).continued_loss / result.loss for result in own]
             look = {**looks[name], "linestyle": "none", "marker": looks[name]["marker"] or "*"}
             axis.plot([measure(result) for result in own], after, label=name, **look)
-        axis.set(title=heading, yscale="log")
+        axis.set_title(heading)
+        use_logarithms(axis, "y")
     for axis in axes[2:]:
-        axis.set_xscale("log")
+        use_logarithms(axis, "x")
     for axis in (axes[0], axes[2]):
         axis.set_ylabel("loss after further steps / before")
     figure.suptitle(f"{title}, λ = {damping:g}: every point of every training")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from curvlinops._torch_base import PyTorchLinearOperator
 from torch import Generator, Tensor
@@ -69,14 +69,14 @@ def compare_inverses(
     """
     best = exact.step(damping)
     steps = compare_steps(exact.operator, damping, exact.gradient, step, best)
-    step_results = {
-        "decrease_fraction": steps.decrease_fraction,
-        "step_length": steps.length,
-        "decrease_within": steps.decrease_within,
-        "step_cosine": steps.cosine,
-    }
+    compared = InverseComparison(
+        decrease_fraction=steps.decrease_fraction,
+        step_length=steps.length,
+        decrease_within=steps.decrease_within,
+        step_cosine=steps.cosine,
+    )
     if not definite:
-        return InverseComparison(**step_results, condition_number=math.inf)
+        return replace(compared, condition_number=math.inf)
     record = cg_records(
         exact.operator,
         damping,
@@ -85,8 +85,8 @@ def compare_inverses(
         tolerance=cg_tolerance,
         max_iterations=cg_limit,
     )[""]
-    return InverseComparison(
-        **step_results,
+    return replace(
+        compared,
         condition_number=_condition_number(inverse, damping, exact, lanczos_steps),
         condition_is_bound=not exact.is_dense,
         cg_iterations=record.iterations,

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from experiments.comparing import figures, table
@@ -17,12 +14,11 @@ from experiments.comparing.measure import OperatorResult, measure
 from experiments.comparing.points import TrainingStoppedError, Trajectory, trajectories
 from experiments.comparing.progress import Progress
 from experiments.comparing.settings import Settings
+from experiments.training.device import set_up_device
 from experiments.training.environment import describe_environment
 from experiments.training.errors import UserError
-from experiments.training.main import find_device
+from experiments.training.program import ExitCode, run_program
 from experiments.training.run_folder import RunFolder
-
-_USER_ERROR, _FAILURE, _INTERRUPTED = 2, 1, 130
 
 
 @dataclass(frozen=True)
@@ -43,14 +39,10 @@ class Job:
     def title(self) -> str:
         """What is compared."""
         first = self.trajectories[0]
-        problem = first.trainer.problem
-        widths = (problem.d_in, *first.settings.hidden, problem.d_out)
-        count = sum(parameter.numel() for parameter in first.trainer.model.parameters())
-        network = "-".join(map(str, widths))
-        return f"{problem.name}, network {network} ({count} parameters), {first.optimizer}"
+        return f"{first.trainer.describe()}, {first.optimizer}"
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str]) -> ExitCode:
     """Run the program.
 
     Args:
@@ -60,19 +52,11 @@ def main(arguments: Sequence[str]) -> int:
         The exit code: 0 if all is well, 1 if something could not be measured, 2 if the request was
         wrong, 130 if interrupted.
     """
-    logging.basicConfig(format="%(levelname)s: %(message)s")
-    try:
-        job = prepare(parse(arguments))
-    except (UserError, ValueError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return _USER_ERROR
-    try:
-        return run(job, Console(), Console(stderr=True))
-    except KeyboardInterrupt:
-        print(f"stopped; results so far: {job.folder.path}", file=sys.stderr)
-        return _INTERRUPTED
-    finally:
-        job.folder.close()
+    return run_program(
+        lambda: prepare(parse(arguments)),
+        lambda job: run(job, Console(), Console(stderr=True)),
+        lambda path: f"stopped; results so far: {path}",
+    )
 
 
 def prepare(line: CommandLine) -> Job:
@@ -83,8 +67,7 @@ def prepare(line: CommandLine) -> Job:
         ValueError: If a part of the library refuses its settings.
     """
     settings = line.settings.resolved()
-    torch.set_num_threads(settings.threads or 1)
-    device = find_device(settings.device)
+    device = set_up_device(settings)
     trainings = trajectories(settings, device)
     folder = _create_folder(line.run_folder, trainings[0].settings.problem)
     folder.write_settings(settings)
@@ -100,7 +83,7 @@ def _create_folder(path: Path | None, problem: str) -> RunFolder:
     return RunFolder.create(path, f"compare-{problem}")
 
 
-def run(job: Job, console: Console, status: Console) -> int:
+def run(job: Job, console: Console, status: Console) -> ExitCode:
     """Compare at all points, and close with table and figures.
 
     Args:
@@ -120,7 +103,7 @@ def run(job: Job, console: Console, status: Console) -> int:
         for training in job.trajectories:
             progress.show(f"{training.name}: {training.optimizer}")
             try:
-                _compare_along(training, settings, results, progress, job)
+                _compare_along(training, results, progress, job)
             except TrainingStoppedError as stop:
                 problems.append(f"{training.name} stopped: {stop}")
     if results:
@@ -129,24 +112,21 @@ def run(job: Job, console: Console, status: Console) -> int:
     if problems:
         console.print("\n".join(problems), highlight=False, soft_wrap=True, markup=False)
     failed = any(damped.failed for result in results for damped in result.damped)
-    return _FAILURE if failed or len(results) < points * len(settings.operators) else 0
+    complete = len(results) == points * len(settings.operators)
+    return ExitCode.SUCCESS if complete and not failed else ExitCode.FAILURE
 
 
 def _compare_along(
-    training: Trajectory,
-    settings: Settings,
-    results: list[OperatorResult],
-    progress: Progress,
-    job: Job,
+    training: Trajectory, results: list[OperatorResult], progress: Progress, job: Job
 ) -> None:
     """Add the results of one training; after every point, they are on the disk."""
     for point in training.points():
         progress.show(f"{training.name}, step {point.step}")
-        for result in measure(point, settings):
+        for result in measure(point, job.settings):
             results.append(result)
             progress.advance()
             progress.show(f"{training.name}, step {point.step}, {result.operator} is done")
-        table.save(results, settings, job.title, job.folder.path)
+        table.save(results, job.settings, job.title, job.folder.path)
         progress.show(f"{training.name}: {training.optimizer} after step {point.step}")
 
 

@@ -268,7 +268,8 @@ def _compare(
         damped = [DampedResult(d, missing, note=note, failed=True) for d in settings.dampings]
     else:
         damped = [_damped(approximation, d, done, note) for d in settings.dampings]
-        done.append(approximation)
+        if settings.pairs:
+            done.append(approximation)
     return {**result, "damped": tuple(damped)}
 
 
@@ -287,17 +288,20 @@ def _damped(
     return replace(result, step_cosines=cosines, note=notes_of_both)
 
 
-class _Notes(warnings.catch_warnings):
+class _Notes:
     """Collects the library's warnings for the table instead of printing them."""
 
     def __init__(self) -> None:
-        super().__init__(record=True)
+        self._catching = warnings.catch_warnings(record=True)
         self._caught: list[warnings.WarningMessage] = []
 
     def __enter__(self) -> _Notes:
-        self._caught = super().__enter__() or []
+        self._caught = self._catching.__enter__()
         warnings.simplefilter("always")
         return self
+
+    def __exit__(self, *_: object) -> None:
+        self._catching.__exit__(None, None, None)
 
     @property
     def text(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from curvlinops._torch_base import PyTorchLinearOperator
@@ -14,6 +14,7 @@ from experiments.comparing.channels import OnChannels, uncollapsed, unmerged
 from pinncurv.curvature import (
     KFAC,
     BlockDiagonalGaussNewton,
+    ChannelKronecker,
     DiagonalGaussNewton,
     GaussNewtonLinearOperator,
     ParameterSpace,
@@ -146,6 +147,8 @@ OPERATORS = {
     "kfac-reduce-uncollapsed": Entry(OnChannels(KFAC(reduce), uncollapsed), DampedBlocks),
     "kfac-unmerged": Entry(OnChannels(KFAC(), unmerged), DampedBlocks),
     "kfac-reduce-unmerged": Entry(OnChannels(KFAC(reduce), unmerged), DampedBlocks),
+    "channels": Entry(ChannelKronecker(pairs=False), DampedBlocks),
+    "channel-pairs": Entry(ChannelKronecker(), DampedBlocks),
     "kfac-empirical": Entry(KFAC(fisher=Empirical()), DampedBlocks),
     "kfac-forward-only": Entry(KFAC(fisher=ForwardOnly()), DampedBlocks),
     "ekfac": Entry(EKFAC()),
@@ -160,7 +163,12 @@ OPERATORS = {
     "cg-5-kfac": _iterations(5, KFAC()),
     "cg-5-ekfac": _iterations(5, EKFAC(), Damped(1e-8)),
     "cg-10-kfac": _iterations(10, KFAC()),
+    "cg-10-ekfac": _iterations(10, EKFAC(), Damped(1e-8)),
     "identity": Entry(ScaledIdentity()),
 }
 
-OperatorName = Literal[tuple(OPERATORS)]  # type: ignore[valid-type]
+# For the command line one of the names, for mypy a string.
+if TYPE_CHECKING:
+    OperatorName = str
+else:
+    OperatorName = Literal[tuple(OPERATORS)]

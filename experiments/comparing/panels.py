@@ -6,11 +6,12 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
 from matplotlib.image import AxesImage
 from torch import Tensor
 
@@ -94,9 +95,16 @@ def draw_curves(axis: Axes, curves: Mapping[str, Curve], looks: Looks) -> None:
             axis.fill_between(line.positions, line.lowest, line.highest, color=colour, alpha=0.15)
 
 
+def use_logarithms(axis: Axes, which: Literal["x", "y"]) -> None:
+    """Make an axis logarithmic, if there is anything on it."""
+    smallest = axis.dataLim.minposx if which == "x" else axis.dataLim.minposy
+    if math.isfinite(smallest):
+        axis.set(**{f"{which}scale": "log"})
+
+
 def curves_along_training(
     results: Sequence[OperatorResult], value: Callable[[OperatorResult], float]
-) -> dict[str, Curve]:
+) -> Mapping[str, Curve]:
     """Collect a number of every approximation by step."""
     curves: dict[str, dict[float, list[float]]] = {name: {} for name in names(results)}
     for result in results:
@@ -106,7 +114,7 @@ def curves_along_training(
 
 def curves_over_damping(
     results: Sequence[OperatorResult], value: Callable[[Any], float]
-) -> dict[str, Curve]:
+) -> Mapping[str, Curve]:
     """Collect a number of every approximation by damping."""
     curves: dict[str, dict[float, list[float]]] = {name: {} for name in names(results)}
     for result in results:
@@ -136,8 +144,9 @@ def draw_spectra(
     for damping in dampings:
         if damping > bottom:
             axis.axhline(damping, color="0.4", linewidth=0.8, linestyle=(0, (1, 2)))
-    axis.set_yscale("log")
-    axis.set_ylim(bottom, 10 * top)
+    if top > 0:
+        axis.set_yscale("log")
+        axis.set_ylim(bottom, 10 * top)
     axis.set(xlabel="rank", ylabel="eigenvalue")
     if axis.dataLim.x1 > _MANY:
         axis.set_xscale("log")
@@ -159,7 +168,8 @@ def _at_ranks_of_first(spectra: Sequence[Spectrum]) -> Tensor:
 
 def draw_map(axis: Axes, values: Tensor, colours: str, low: float, high: float) -> AxesImage:
     """Draw a number per pair of layers."""
-    image = axis.imshow(values.cpu().numpy(), cmap=colours, vmin=low, vmax=high)
+    norm = Normalize(low, high)
+    image = axis.imshow(values.cpu().numpy(), cmap=colours, norm=norm)
     layers = len(values)
     axis.set_xticks(range(layers), [str(i + 1) for i in range(layers)])
     axis.set_yticks(range(layers), [str(i + 1) for i in range(layers)])
@@ -168,7 +178,7 @@ def draw_map(axis: Axes, values: Tensor, colours: str, low: float, high: float) 
         for i in range(layers):
             for j in range(layers):
                 number = values[i, j].item()
-                shade = image.cmap(image.norm(number))
+                shade = image.cmap(norm(number))
                 dark = 0.3 * shade[0] + 0.6 * shade[1] + 0.1 * shade[2] < 0.5
                 colour = "white" if dark else "black"
                 text = f"{number:.2f}" if abs(number) >= _VISIBLE else ""

@@ -124,8 +124,9 @@ class EarlierRun(Trajectory):
                 f"--runs: {folder} has no checkpoint of {name}. It has some of: "
                 f"{', '.join(_with_checkpoint(folder, run)) or 'none of its optimizers'}."
             )
-        changed = {"optimizers": (name,), "chunk_size": settings.chunk_size or run.chunk_size}
-        super().__init__(str(folder), replace(run, **changed).resolved(), device)
+        chunk_size = settings.chunk_size or run.chunk_size
+        training = replace(run, optimizers=(name,), chunk_size=chunk_size).resolved()
+        super().__init__(str(folder), training, device)
 
     @property
     def steps(self) -> tuple[int, ...]:

@@ -51,7 +51,8 @@ def predictions(results: Sequence[OperatorResult]) -> Iterator[Prediction]:
             for measure in _scores(*compared[0]):
                 pairs = [(_scores(*pair)[measure], -pair[1].continued_loss) for pair in compared]
                 known = [pair for pair in pairs if not any(map(math.isnan, pair))]
-                if len(known) >= _FEWEST and len({score for score, _ in known}) > 1:
+                differ = all(len(set(side)) > 1 for side in zip(*known, strict=True))
+                if len(known) >= _FEWEST and differ:
                     yield Prediction(
                         trajectory,
                         step,

@@ -11,7 +11,8 @@ import torch
 
 from experiments.comparing.operators import OperatorName
 from experiments.training.errors import UserError
-from experiments.training.optimizers import OptimizerName, Presets
+from experiments.training.names import OptimizerName
+from experiments.training.optimizers import Presets
 from experiments.training.settings import ProblemSettings, Seeds
 from experiments.training.settings import Settings as TrainingSettings
 
@@ -55,6 +56,8 @@ class Settings(ProblemSettings):
     """Relative residual norm that preconditioned conjugate gradients must reach."""
     cg_limit: int = 500
     """Most iterations of conjugate gradients."""
+    pairs: bool = True
+    """Whether to compare every two approximations, too."""
     continued_steps: int = 0
     """Train on from every point with every approximation, its step scaled by the exact quadratic
     model, for so many steps; 0 for none."""

@@ -91,7 +91,7 @@ def rows_of(results: Sequence[OperatorResult]) -> Rows:
 def _rows(result: OperatorResult) -> Iterator[dict[str, Cell]]:
     for damped in result.damped:
         inverse = damped.inverse
-        cells = (
+        cells: tuple[Cell, ...] = (
             *(result.trajectory, result.step, result.operator, damped.damping),
             *(result.loss, result.rmse, *_similarities(result.matrices)),
             *(inverse.decrease_fraction, inverse.step_length),

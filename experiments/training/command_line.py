@@ -51,7 +51,7 @@ def parse(arguments: Sequence[str]) -> CommandLine:
         UserError: If a file with settings cannot be read, or options exclude each other.
         SystemExit: If the command line is wrong (code 2, after a message), or asks for help.
     """
-    given, stored = read(CommandLine, arguments, "train.py"), []
+    given = read(CommandLine, arguments, "train.py")
     if given.resume is not None and (given.config is not None or given.run_folder is not None):
         raise UserError(
             "--resume continues in its own folder with its own settings; drop --config and "
@@ -59,8 +59,11 @@ def parse(arguments: Sequence[str]) -> CommandLine:
         )
     if given.resume is not None:
         stored = stored_arguments(given.resume / CONFIG, "--resume")
-    if given.config is not None:
+    elif given.config is not None:
         stored = stored_arguments(given.config, "--config")
+    else:
+        _check_effect(Settings(), given.settings)
+        return given
     line = read(CommandLine, [*stored, *arguments], "train.py")
     _check_effect(read(CommandLine, stored, "train.py").settings, line.settings)
     return line

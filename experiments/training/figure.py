@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import torch
@@ -20,6 +21,9 @@ from experiments.training.files import write_atomically
 from experiments.training.metrics import read_metrics
 from pinncurv.problems import Interior, Problem
 
+if TYPE_CHECKING:  # older matplotlibs that this runs with have no such name
+    from matplotlib.typing import RcKeyType
+
 FIGURE = "figure.png"
 
 # Okabe and Ito's colours, which remain distinct for the colour-blind; the line styles help in grey.
@@ -28,7 +32,12 @@ _LINES = ("-", "--", "-.", ":")
 
 # Curves of fewer points show them.
 _FEW = 10
-_STYLE = {"font.size": 10, "axes.grid": True, "grid.alpha": 0.3, "axes.titlesize": 10}
+_STYLE: dict[RcKeyType, Any] = {
+    "font.size": 10,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "axes.titlesize": 10,
+}
 
 # Points of the maps along each axis.
 _RESOLUTION = 200
@@ -98,7 +107,7 @@ def draw(
         if grid is None:
             _draw_curves(figure, folder, tuple(models))
         else:
-            upper, lower = figure.subfigures(2, 1, height_ratios=(1.15, 1))
+            upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.15, 1)).flat
             _draw_curves(upper, folder, tuple(models))
             _draw_maps(lower, problem, models, grid, coordinates)
         buffer = io.BytesIO()
@@ -158,8 +167,10 @@ def _draw_maps(
 def _common_scale(errors: Sequence[Tensor]) -> LogNorm:
     """Return one logarithmic scale for the errors of all networks, so that colours compare."""
     finite = [error[error.isfinite()] for error in errors]
-    sizes = [float(error.square().mean().sqrt()) for error in finite if error.any()]
-    largest = max((float(error.max()) for error in finite if error.any()), default=1.0)
+    shown = [(error, float(error.max())) for error in finite if error.any()]
+    # divided by the largest one, as the squares of a diverged network's errors overflow
+    sizes = [float((error / top).square().mean().sqrt()) * top for error, top in shown]
+    largest = max((top for _, top in shown), default=1.0)
     return LogNorm(_SMALLEST_SHOWN * min(sizes, default=1.0), largest, clip=True)
 
 

@@ -140,13 +140,13 @@ def train(
         metrics = MetricsFile(folder, list(first), trainer.step)
         if metrics.last_step < trainer.step == 0:
             metrics.append(first)
-        progress.start(trainer, first["rmse"])
+        progress.start(trainer, float(first["rmse"]))
         while not (budget.spent(trainer) or interruption.requested):
             record = trainer.advance()
             if is_recorded(trainer.step, settings.record_every):
                 row = trainer.measure(record)
                 metrics.append(row)
-                progress.measured(row["rmse"])
+                progress.measured(float(row["rmse"]))
             progress.update(trainer, record, budget.seconds_left(trainer))
             if clock.due(trainer.step):
                 save()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,18 +11,17 @@ from rich.console import Console
 
 from experiments.training import checkpoint, figure, summary
 from experiments.training.command_line import CommandLine, parse
+from experiments.training.device import set_up_device
 from experiments.training.environment import describe_environment
 from experiments.training.errors import UserError, first_line
 from experiments.training.loop import FINISHED, INTERRUPTED, Interruption, train
 from experiments.training.problems import PROBLEMS, build_problem
+from experiments.training.program import ExitCode, run_program
 from experiments.training.progress import Progress
 from experiments.training.run_folder import RunFolder
 from experiments.training.settings import Settings
 from experiments.training.trainer import Trainer
 from pinncurv.problems import Problem
-
-_USER_ERROR, _FAILURE, _INTERRUPTED = 2, 1, 130
-_DEVICES = ("cpu", "cuda", "mps")
 
 
 @dataclass(frozen=True)
@@ -44,17 +41,10 @@ class Job:
     @property
     def title(self) -> str:
         """What is trained."""
-        trainer = self.trainers[0]
-        widths = (trainer.problem.d_in, *self.settings.hidden, trainer.problem.d_out)
-        count = sum(parameter.numel() for parameter in trainer.model.parameters())
-        network = "-".join(map(str, widths))
-        return (
-            f"{trainer.problem.name}, network {network} ({count} parameters, "
-            f"{self.settings.activation}, {self.settings.dtype})"
-        )
+        return self.trainers[0].describe(self.settings.activation, self.settings.dtype)
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str]) -> ExitCode:
     """Run the program.
 
     Args:
@@ -64,19 +54,11 @@ def main(arguments: Sequence[str]) -> int:
         The exit code: 0 if every optimizer finished, 1 if one failed, 2 if the request was wrong,
         130 if interrupted.
     """
-    logging.basicConfig(format="%(levelname)s: %(message)s")
-    try:
-        job = prepare(parse(arguments))
-    except (UserError, ValueError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return _USER_ERROR
-    try:
-        return run(job, Console())
-    except KeyboardInterrupt:
-        print(f"stopped at once; {_hint(job.folder.path)}", file=sys.stderr)
-        return _INTERRUPTED
-    finally:
-        job.folder.close()
+    return run_program(
+        lambda: prepare(parse(arguments)),
+        lambda job: run(job, Console()),
+        lambda path: f"stopped at once; {_hint(path)}",
+    )
 
 
 def prepare(line: CommandLine) -> Job:
@@ -87,8 +69,7 @@ def prepare(line: CommandLine) -> Job:
         ValueError: If a part of the library refuses its settings.
     """
     settings = line.settings.resolved()
-    torch.set_num_threads(settings.threads or 1)
-    device = find_device(settings.device)
+    device = set_up_device(settings)
     problem = build_problem(settings.problem, settings.sizes)
     trainers = [_trainer(name, settings, problem, device) for name in settings.optimizers]
     if line.resume is None:
@@ -123,26 +104,7 @@ def _restore(trainers: Sequence[Trainer], settings: Settings, folder: RunFolder)
         raise
 
 
-def find_device(name: str) -> torch.device:
-    """Return a device that works.
-
-    Raises:
-        UserError: If it does not exist here.
-    """
-    try:
-        device = torch.device(name)
-        if device.type not in _DEVICES:
-            raise NotImplementedError(f"it is none of {', '.join(_DEVICES)}")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(
-            f"--device {name} cannot be used here ({first_line(error)}). Use cpu"
-            f"{' or cuda' if torch.cuda.is_available() else ''}."
-        ) from error
-    return device
-
-
-def run(job: Job, console: Console) -> int:
+def run(job: Job, console: Console) -> ExitCode:
     """Train all optimizers, and close with table and figure.
 
     Args:
@@ -165,8 +127,8 @@ def run(job: Job, console: Console) -> int:
     _close(job, results, console)
     outcomes = {result.outcome for result in results.values()}
     if interruption.requested:
-        return _INTERRUPTED
-    return 0 if outcomes == {FINISHED} else _FAILURE
+        return ExitCode.INTERRUPTED
+    return ExitCode.SUCCESS if outcomes == {FINISHED} else ExitCode.FAILURE
 
 
 def _close(job: Job, results: dict[str, summary.Result], console: Console) -> None:

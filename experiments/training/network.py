@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +27,6 @@ ACTIVATIONS = {
     "silu": nn.SiLU,
     "softplus": nn.Softplus,
 }
-
-ActivationName = Literal[tuple(ACTIVATIONS)]  # type: ignore[valid-type]
 
 
 def build_network(

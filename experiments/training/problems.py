@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import signature
-from typing import Literal
 
 from experiments.training.errors import UserError
 from pinncurv import problems
@@ -39,8 +38,6 @@ PROBLEMS = {
     "anisotropic-fokker-planck": Entry(problems.anisotropic_fokker_planck, _SPACE_TIME),
     "anisotropic-log-fokker-planck": Entry(problems.anisotropic_log_fokker_planck, _SPACE_TIME),
 }
-
-ProblemName = Literal[tuple(PROBLEMS)]  # type: ignore[valid-type]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from experiments.training.errors import UserError
 from experiments.training.files import PARTIAL, write_atomically
-from experiments.training.settings import Settings
+from experiments.training.settings import ProblemSettings
 
 try:
     import fcntl
@@ -60,17 +60,17 @@ class RunFolder:
             raise UserError(f"Another process is writing to the run folder {path}.") from error
 
     @classmethod
-    def create(cls, path: Path | None, problem: str) -> RunFolder:
+    def create(cls, path: Path | None, stem: str) -> RunFolder:
         """Create a run folder.
 
         Args:
             path: The folder, which must not exist or be empty; None for a new one in runs/.
-            problem: Part of the name of the new one.
+            stem: What the name of the new one starts with, e.g. the problem.
 
         Raises:
             UserError: If the folder is used already, or cannot be created.
         """
-        path = _unused(problem) if path is None else path
+        path = _unused(stem) if path is None else path
         try:
             path.mkdir(parents=True, exist_ok=True)
             used = any(entry.name not in _REMNANTS for entry in path.iterdir())
@@ -96,7 +96,7 @@ class RunFolder:
         folder.mkdir(exist_ok=True)
         return folder
 
-    def write_settings(self, settings: Settings) -> None:
+    def write_settings(self, settings: ProblemSettings) -> None:
         """Write the settings."""
         self._write_json(CONFIG, dataclasses.asdict(settings))
 
@@ -115,11 +115,11 @@ class RunFolder:
         write_atomically(self.path / name, text.encode())
 
 
-def _unused(problem: str) -> Path:
-    """Return a new name from problem and time."""
-    stem = f"{problem}-{datetime.now():%Y%m%d-%H%M%S}"
-    path, count = Path("runs") / stem, 1
+def _unused(stem: str) -> Path:
+    """Return a new name from its stem and the time."""
+    name = f"{stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    path, count = Path("runs") / name, 1
     while os.path.lexists(path):
         count += 1
-        path = Path("runs") / f"{stem}-{count}"
+        path = Path("runs") / f"{name}-{count}"
     return path

@@ -12,9 +12,9 @@ from typing import Any, Literal
 import torch
 
 from experiments.training.errors import UserError
-from experiments.training.network import ActivationName
-from experiments.training.optimizers import OptimizerName, Presets
-from experiments.training.problems import ProblemName, Sizes, resolve_sizes
+from experiments.training.names import ActivationName, OptimizerName, ProblemName
+from experiments.training.optimizers import Presets
+from experiments.training.problems import Sizes, resolve_sizes
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 

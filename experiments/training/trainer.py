@@ -33,8 +33,9 @@ class Trainer:
         self.problem = problem
         self.device = device
         self.dtype = DTYPES[settings.dtype]
+        self.widths = (problem.d_in, *settings.hidden, problem.d_out)
         self.model = build_network(
-            (problem.d_in, *settings.hidden, problem.d_out),
+            self.widths,
             settings.activation,
             settings.seeds.initialization,
             self.dtype,
@@ -50,6 +51,17 @@ class Trainer:
         self._draw()
         evaluation = torch.Generator().manual_seed(settings.seeds.evaluation)
         self._evaluation_points = problem.evaluation.sample(evaluation, self.dtype, device)
+
+    def describe(self, *details: str) -> str:
+        """Return what is trained, in a few words.
+
+        Args:
+            details: What else is to be said of the network.
+        """
+        count = sum(parameter.numel() for parameter in self.model.parameters())
+        network = "-".join(map(str, self.widths))
+        said = ", ".join((f"{count} parameters", *details))
+        return f"{self.problem.name}, network {network} ({said})"
 
     def advance(self) -> StepRecord:
         """Take one step, on new points if they are due, and count its time.

@@ -1,9 +1,11 @@
-"""Leaves the number of threads, which a run sets, as it was."""
+"""Leaves the number of threads, which a run sets, as it was; and runs without figures."""
 
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+from experiments.training import figure
 
 
 @pytest.fixture(autouse=True)
@@ -11,3 +13,9 @@ def _same_threads() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def _no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Save the second that every figure of a training takes."""
+    monkeypatch.setattr(figure, "draw", lambda folder, *_: folder / figure.FIGURE)

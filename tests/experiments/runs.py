@@ -17,6 +17,14 @@ ALL = [
 ]
 
 
+_SEARCHING = ("kfac", "engd", "engd-per-layer", "engd-diagonal")
+
+# All of them, with few evaluations of the loss in each step.
+EVERY = ["--optimizers", *ALL, "--lbfgs.max-iter", "3"]
+for _name in _SEARCHING:
+    EVERY += [f"--{_name}.line-search-exponents", "-3", "0"]
+
+
 def start(folder: Path, *arguments: str) -> int:
     """Start a tiny run in a folder, in this process."""
     return main(["--run-folder", str(folder), *TINY, *arguments])

@@ -26,6 +26,8 @@ from tests.experiments.runs import start
 
 _NETWORK = ["--n-interior", "12", "--n-boundary", "6", "--hidden", "4"]
 _ONCE = ["--threads", "1", "--repeats", "1"]
+# More than fit into a row of the maps; one of each kind, but for those that are no matrix.
+_KINDS = ["exact", "exact-blocks", "exact-diagonal", "kfac-expand", "ekfac", "subspace", "identity"]
 _TINY = [*_NETWORK, *_ONCE, "--seeds", "1", "--steps", "0", "2"]
 
 Rows = list[dict[str, str]]
@@ -51,20 +53,12 @@ def without_times(rows: Rows) -> Rows:
     return [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in rows]
 
 
-def test_every_operator_along_training_leaves_table_and_figures(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = tmp_path / "run"
-    options = ["--operators", *OPERATORS, "--seeds", "3", "4", "--dampings", "1e-6", "1e-2"]
-    assert compare(run, *_NETWORK, *_ONCE, "--steps", "2", "0", *options) == 0
-    rows = read(run)
-    assert [(r["training"], r["step"], r["operator"], r["damping"]) for r in rows] == [
-        (f"seed {seed}", str(step), name, damping)
-        for seed in (3, 4)
-        for step in (0, 2)
-        for name in OPERATORS
-        for damping in ("0.01", "1e-06")
-    ]
+@pytest.mark.usefixtures("_no_figures")
+def test_every_operator_is_measured(tmp_path: Path) -> None:
+    options = ["--operators", *OPERATORS, "--seeds", "3", "--dampings", "1e-6", "1e-2"]
+    assert compare(tmp_path / "run", *_NETWORK, *_ONCE, "--steps", "2", *options) == 0
+    rows = read(tmp_path / "run")
+    assert [row["operator"] for row in rows[::2]] == list(OPERATORS)
     for row in rows:
         share = float(row["decrease"])
         assert 0 <= share <= 1 + 1e-6, row
@@ -81,17 +75,30 @@ def test_every_operator_along_training_leaves_table_and_figures(
         if row["operator"] == "exact-blocks":
             assert float(row["block_error"]) < 1e-12 < 0.01 < float(row["error"])
 
+
+def test_a_comparison_along_training_leaves_table_and_figures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, names = tmp_path / "run", [*_KINDS, "cg-5"]
+    options = ["--operators", *names, "--seeds", "3", "4", "--dampings", "1e-6", "1e-2"]
+    assert compare(run, *_NETWORK, *_ONCE, "--steps", "2", "0", *options) == 0
+    assert [(r["training"], r["step"], r["operator"], r["damping"]) for r in read(run)] == [
+        (f"seed {seed}", str(step), name, damping)
+        for seed in (3, 4)
+        for step in (0, 2)
+        for name in names
+        for damping in ("0.01", "1e-06")
+    ]
     assert {"config.json", "environment.json", "table.md", "spectra.csv", "layers.csv"} <= {
         path.name for path in run.iterdir()
     }
-    for name in ("spectra", "layers", "training", "damping", "pairs", "overview"):
+    for name in ("spectra", "layers", "training", "damping", "overview", "pairs"):
         assert (run / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    matrices = sum(entry.is_matrix for entry in OPERATORS.values())
-    assert len((run / "spectra.csv").read_text().splitlines()) == 1 + 4 * matrices * 17
+    assert len((run / "spectra.csv").read_text().splitlines()) == 1 + 4 * len(_KINDS) * 17
     environment = json.loads((run / "environment.json").read_text())[0]
     assert {"commit", "device", "packages", "started"} <= environment.keys()
     printed = capsys.readouterr()
-    assert all(name in printed.out for name in OPERATORS)
+    assert all(name in printed.out for name in names)
     assert "seed 3" in printed.err
 
 
@@ -190,7 +197,7 @@ def test_further_training_is_that_of_an_optimizer_and_leaves_the_point_alone(
 @pytest.mark.usefixtures("_no_figures")
 def test_without_matrices_estimates_agree_within_their_errors(tmp_path: Path) -> None:
     names = ["exact", "exact-diagonal", "kfac-expand", "ekfac", "subspace"]
-    options = [*_TINY, "--dampings", "1e-2", "--operators", *names]
+    options = [*_TINY, "--steps", "2", "--dampings", "1e-2", "--operators", *names]
     assert compare(tmp_path / "dense", *options) == 0
     free = ["--dense-limit", "1", "--probes", "12"]
     assert compare(tmp_path / "free", *options, *free, "--block-limit", "1") == 0
@@ -211,6 +218,13 @@ def test_without_matrices_estimates_agree_within_their_errors(tmp_path: Path) ->
         assert float(free["condition"]) <= float(dense["condition"]) * (1 + 1e-6)
 
 
+@pytest.mark.parametrize("names", [["exact"], ["cg-5"], ["cg-5", "cg-5-kfac"]])
+def test_pictures_need_no_two_matrices(tmp_path: Path, names: list[str]) -> None:
+    options = ["--operators", *names, "--dampings", "1e-3", "--continued-steps", "1"]
+    assert compare(tmp_path / "run", *_TINY, *options) == 0
+    assert (tmp_path / "run" / "prediction.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_large_blocks_are_inverted_by_factorization(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings(n_interior=12, n_boundary=6, hidden=(4,), steps=(0,)).resolved()
     (point,) = OwnTraining(1, settings, torch.device("cpu")).points()
@@ -222,7 +236,7 @@ def test_large_blocks_are_inverted_by_factorization(monkeypatch: pytest.MonkeyPa
         torch.testing.assert_close(DampedBlocks(0.1)(operator).to_dense(), expected)
 
 
-@pytest.mark.usefixtures("_no_figures")
+@pytest.mark.usefixtures("_no_figure", "_no_figures")
 def test_checkpoints_of_a_run_are_compared_where_they_are(tmp_path: Path) -> None:
     trained, run = tmp_path / "trained", tmp_path / "run"
     options = ["--steps", "5", "--checkpoint-steps", "3", "--record-every", "1"]
@@ -296,10 +310,10 @@ def test_near_misses_are_named(
     assert f"Perhaps you meant {near}" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("_no_figure")
 def test_runs_that_cannot_be_compared_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("experiments.training.figure.draw", lambda folder, *_: folder)
     for name, width in (("one", "4"), ("two", "5")):
         start(tmp_path / name, "--steps", "1", "--optimizers", "sgd", "--hidden", width)
     one, two = str(tmp_path / "one"), str(tmp_path / "two")

@@ -8,20 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.training import figure
 from experiments.training.loop import is_recorded
 from experiments.training.metrics import read_metrics
 from experiments.training.run_folder import RunFolder
 from experiments.training.trainer import Trainer
 from pinncurv.optim import StepRecord
-from tests.experiments.runs import ALL, resume, rows, same, start, state
+from tests.experiments.runs import ALL, EVERY, resume, rows, same, start, state
 
 
 def test_every_preset_runs_and_leaves_a_readable_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
-    assert start(folder, "--steps", "3", "--optimizers", *ALL) == 0
+    assert start(folder, "--steps", "3", *EVERY) == 0
 
     names = {path.name for path in folder.iterdir()}
     assert {"config.json", "environment.json", "summary.csv", "figure.png", *ALL} <= names
@@ -58,14 +57,17 @@ def test_other_problems_and_networks_run(arguments: list[str], tmp_path: Path) -
     assert (run / "figure.png").stat().st_size > 10_000
 
 
+@pytest.mark.usefixtures("_no_figure")
 def test_a_budget_of_seconds_ends_the_run(tmp_path: Path) -> None:
     assert start(tmp_path / "run", "--seconds", "0.05", "--optimizers", "adam") == 0
     assert read_metrics(tmp_path / "run" / "adam")["seconds"][-1] >= 0.05
 
 
+@pytest.mark.usefixtures("_no_figure")
 def test_the_settings_of_a_run_can_be_fed_back(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
-    start(first, "--steps", "3", "--optimizers", "kfac", "--kfac.momentum", "0.3")
+    options = ["--kfac.momentum", "0.3", "--kfac.line-search-exponents", "-3", "0"]
+    start(first, "--steps", "3", "--optimizers", "kfac", *options)
     assert start(second, "--config", str(first / "config.json")) == 0
     assert same(state(first, "kfac"), state(second, "kfac"))
 
@@ -131,6 +133,7 @@ def test_a_folder_of_a_run_killed_before_it_began_is_unused(tmp_path: Path) -> N
     RunFolder.create(tmp_path, "poisson2d").close()
 
 
+@pytest.mark.usefixtures("_no_figure")
 def test_a_folder_that_another_run_writes_to_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -175,6 +178,16 @@ def test_a_diverging_run_stops_and_keeps_its_last_checkpoint(
     assert rows(run, "adam")[-1]["step"] == "30"
 
 
+def test_errors_whose_squares_overflow_are_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--steps", "30", "--optimizers", "sgd", "--sgd.lr", "1e30"]
+    assert start(tmp_path / "run", *options) == 1
+    assert "sgd stopped: " in capsys.readouterr().out
+    assert (tmp_path / "run" / "figure.png").exists()
+
+
+@pytest.mark.usefixtures("_no_figure")
 @pytest.mark.parametrize("method", ["advance", "measure"])
 def test_one_optimizer_out_of_memory_does_not_stop_the_others(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -187,7 +200,6 @@ def test_one_optimizer_out_of_memory_does_not_stop_the_others(
         return working(trainer, *arguments)
 
     monkeypatch.setattr(Trainer, method, fail)
-    monkeypatch.setattr(figure, "draw", lambda folder, *_: folder / figure.FIGURE)
     run = tmp_path / "run"
     options = ["--steps", "3", "--checkpoint-steps", "1"]
     assert start(run, "--optimizers", "sgd", "adam", *options) == 1
