@@ -212,14 +212,76 @@ GRID = GridLineSearch(-30, 0)
                 CGBacktracking(),
                 None,
                 WarmStart(0.5),
-                LevenbergMarquardt(shrink=1.5, grow=1.5, minimum=1e-12),
+                LevenbergMarquardt(shrink=1.5, grow=1.5, reject=1.5, minimum=1e-12),
             ),
         ),
+        *[
+            (build, {"curvature": None}, (MATRIX_FREE, inverse, *rest))
+            for build, inverse, rest in [
+                (
+                    presets.gauss_newton_cg,
+                    PreconditionedCG(1e-8, None),
+                    (QuadraticModel(), None, None),
+                ),
+                (
+                    presets.hessian_free,
+                    PreconditionedCG(
+                        1e-3,
+                        None,
+                        tolerance=1e-10,
+                        max_iterations=250,
+                        stop=RelativeProgress(5e-4),
+                        spacing=1.3,
+                    ),
+                    (
+                        CGBacktracking(),
+                        None,
+                        WarmStart(0.95),
+                        LevenbergMarquardt(shrink=1.5, grow=1.5, reject=1.5, minimum=1e-12),
+                    ),
+                ),
+            ]
+        ],
     ],
 )
 def test_composition(build, settings, expected):
     received = composition(build(network().parameters(), **settings))
     assert received == (*expected, CONSTANT)[:6]
+
+
+# Below about 6e-8 ‖JᵀJ‖, float32 does not resolve the exact matrix.
+@pytest.mark.parametrize(
+    ("name", "double"),
+    [
+        ("engd", 1e-10),
+        ("engd_per_layer", 1e-10),
+        ("engd_w", 1e-10),
+        ("gauss_newton", 1e-12),
+        ("gauss_newton_cg", 1e-8),
+        ("spring", 1e-8),
+        ("subspace_gauss_newton", 1e-8),
+    ],
+)
+def test_the_default_damping_of_a_precision(name, double):
+    for dtype, expected in ((torch.float64, double), (torch.float32, 1e-4)):
+        model = network(dtype=dtype)
+        groups = [{"params": model[0].parameters()}, {"params": model[2].weight}]
+        for params in (model.parameters(), model.named_parameters(), groups):
+            optimizer = getattr(presets, name)(params)
+            assert optimizer.preconditioner.damping == expected
+        assert (
+            getattr(presets, name)(model.parameters(), damping=1e-3).preconditioner.damping == 1e-3
+        )
+
+
+@pytest.mark.parametrize("name", ["engd", "engd_per_layer", "gauss_newton"])
+def test_exact_methods_train_in_single_precision(name):
+    model = network(2, 12, 12, 1, dtype=torch.float32)
+    objective, optimizer = poisson(model, n=60), getattr(presets, name)(model.parameters())
+    start = objective.loss().item()
+    for _ in range(25):
+        record = optimizer.step(objective)
+    assert record.new_loss < 1e-6 * start
 
 
 BUILDS = {

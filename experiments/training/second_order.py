@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 
 from torch.nn import Parameter
 
+from experiments.training.errors import UserError
 from experiments.training.memory import check_dense_curvature
 from pinncurv.curvature import (
     EKFAC,
@@ -28,7 +29,7 @@ from pinncurv.curvature import (
     expand,
     reduce,
 )
-from pinncurv.linearization import Empirical, ForwardOnly, Type2
+from pinncurv.linearization import Empirical, Fisher, ForwardOnly, Type2
 from pinncurv.linops import Damped, FactorDamping, RelativeProgress, same, trace_norm
 from pinncurv.optim import (
     CGBacktracking,
@@ -58,7 +59,11 @@ from pinncurv.optim import (
 
 STARTS = {"identity": from_identity, "zero": from_zero, "first": from_first}
 SHARINGS = {"expand": expand, "reduce": reduce}
-FISHERS = {"type-2": Type2, "empirical": Empirical, "forward-only": ForwardOnly}
+FISHERS: dict[str, Callable[[], Fisher]] = {
+    "type-2": Type2,
+    "empirical": Empirical,
+    "forward-only": ForwardOnly,
+}
 HEURISTICS = {"same": same, "trace-norm": trace_norm}
 FORMS: dict[str, Callable[[], Curvature]] = {
     "full": GaussNewton,
@@ -71,9 +76,15 @@ MOMENTA: dict[str, Callable[[float], Momentum]] = {
     "spring": Spring,
     "warm-start": WarmStart,
 }
+
+
+def _with_trace_norm(damping: float) -> FactorDamping:
+    return FactorDamping(damping, trace_norm)
+
+
 PRECONDITIONERS: dict[str, tuple[Curvature | None, Callable[[float], Inverse]]] = {
-    "none": (None, Damped),
-    "kfac": (KFAC(), lambda damping: FactorDamping(damping, trace_norm)),
+    "none": (None, _with_trace_norm),
+    "kfac": (KFAC(), _with_trace_norm),
     "ekfac": (EKFAC(), Damped),
     "diagonal": (DiagonalGaussNewton(), Damped),
 }
@@ -144,8 +155,24 @@ class CurvatureSettings(ABC):
     def damped_inverse(self) -> Inverse:
         """Return what inverts it."""
 
+    @property
+    def has_tensors(self) -> bool:
+        """Whether the operator has tensors of its own, which can be averaged and kept."""
+        return False
+
     def build(self, parameters: Iterable[Parameter]) -> Stepper:
-        """Return the optimizer."""
+        """Return the optimizer.
+
+        Raises:
+            UserError: If an operator without tensors of its own is to last more than one step.
+        """
+        wanted = (self.decay, self.curvature_every, self.inverse_every)
+        if not self.has_tensors and wanted != (0, 1, 1):
+            raise UserError(
+                "decay, curvature-every and inverse-every must be 0, 1 and 1 for an operator "
+                "without tensors of its own to average or to keep, got "
+                f"{self.decay:g}, {self.curvature_every} and {self.inverse_every}. Leave them out."
+            )
         return CurvatureOptimizer(
             parameters,
             curvature=self.curvature(),
@@ -195,6 +222,11 @@ class KFACSettings(CurvatureSettings):
     merge_terms: bool = False
     """Whether factor damping merges the factors of both terms into one pair before inverting."""
 
+    @property
+    def has_tensors(self) -> bool:
+        """Yes, the factors."""
+        return True
+
     def curvature(self) -> Curvature:
         """Return what builds the operator."""
         return KFAC(SHARINGS[self.sharing], FISHERS[self.fisher]())
@@ -213,6 +245,11 @@ class GaussNewtonSettings(CurvatureSettings):
 
     form: Literal["full", "matrix-free", "per-layer", "diagonal"] = "full"
     """Which part of the matrix; matrix-free inverts by the kernel if that is the smaller one."""
+
+    @property
+    def has_tensors(self) -> bool:
+        """Whether entries of the matrix are stored."""
+        return self.form != "matrix-free"
 
     def build(self, parameters: Iterable[Parameter]) -> Stepper:
         """Return the optimizer.
@@ -297,6 +334,24 @@ class EKFACSettings(CurvatureSettings):
     """How the channels of a layer enter the factors."""
     basis: Literal["kfac", "partial-traces"] = "kfac"
     """Whose eigenvectors: KFAC's factors or the exact block's partial traces."""
+
+    @property
+    def has_tensors(self) -> bool:
+        """Yes, bases and moments, which can be kept."""
+        return True
+
+    def build(self, parameters: Iterable[Parameter]) -> Stepper:
+        """Return the optimizer.
+
+        Raises:
+            UserError: If averages are asked for.
+        """
+        if self.decay:
+            raise UserError(
+                "decay must be 0 for EKFAC, whose moments belong to another basis in every step, "
+                f"got {self.decay:g}. Leave it out."
+            )
+        return super().build(parameters)
 
     def curvature(self) -> Curvature:
         """Return what builds the operator."""

@@ -50,6 +50,7 @@ OPTIMIZERS: dict[str, Callable[[Iterable[Any]], CurvatureOptimizer]] = {
     "gauss_newton": lambda p: presets.gauss_newton(p, 1e-1),
     "gauss_newton_cg": lambda p: presets.gauss_newton_cg(p, 1e-2),
     "hessian_free": lambda p: presets.hessian_free(p, 1e-1, curvature=KFAC()),
+    "engd_w": lambda p: presets.engd_w(p, 1e-2, SHORT),
     "adaptive": lambda p: presets.gauss_newton(p, 1e-1, rule=LevenbergMarquardt()),
     "kfac_intervals": lambda p: CurvatureOptimizer(
         p,

@@ -6,7 +6,15 @@ from typing import Any
 import pytest
 import torch
 
-from pinncurv.curvature import KFAC, BlockDiagonalGaussNewton, DiagonalGaussNewton, GaussNewton
+from pinncurv.curvature import (
+    KFAC,
+    BlockDiagonalGaussNewton,
+    DiagonalGaussNewton,
+    GaussNewton,
+    GaussNewtonLinearOperator,
+    Hessian,
+    SubspaceGaussNewton,
+)
 from pinncurv.linops import Damped, FactorDamping
 from pinncurv.optim import (
     CurvatureOptimizer,
@@ -163,6 +171,26 @@ def test_intervals_against_a_loop():
         set_flat(twin, flat(twin) - 1e-3 * torch.linalg.solve(inverted, g))
         assert optimizer.step(poisson(model, seed=k)).accepted
         torch.testing.assert_close(flat(model), flat(twin), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 5])
+@pytest.mark.parametrize("intervals", [Intervals(curvature=2), Intervals(inverse=2)])
+@pytest.mark.parametrize(
+    "curvature",
+    [GaussNewtonLinearOperator.from_linearizations, SubspaceGaussNewton(10), Hessian()],
+)
+def test_intervals_need_an_operator_with_tensors(curvature, intervals, chunk_size):
+    """A later step could not go on with it, be it after a checkpoint or with chunks."""
+    model = network()
+    optimizer = fixed(
+        model.parameters(), 1e-3, curvature=curvature, inverse=Damped(1e-1), intervals=intervals
+    )
+    before = values(model)
+    with pytest.raises(
+        TypeError, match=r"interval above 1 .* tensors and with_tensors, .* got .* with Intervals"
+    ):
+        optimizer.step(poisson(model, chunk_size=chunk_size))
+    assert all(map(torch.equal, before, values(model)))
 
 
 # --- bad settings ---------------------------------------------------------------------------------

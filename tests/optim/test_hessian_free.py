@@ -28,7 +28,6 @@ from pinncurv.optim import (
 )
 from pinncurv.optim.damping import ShortStepDamping
 from pinncurv.optim.momentum import WarmStart
-from pinncurv.optim.protocols import IterativeInverse
 from pinncurv.optim.step_sizes import CGBacktracking
 from tests.optim.cases import MatrixOperator, Obstacle, flat, linear_fit, network, poisson, set_flat
 
@@ -274,17 +273,6 @@ def plain_gauss_newton(linearizations):
     return DenseLinearOperator(rows.T @ rows, [p.shape for p in linearizations[0].parameters])
 
 
-@pytest.mark.parametrize("chunk_size", [None, 8])
-def test_retries_of_a_matrix_free_operator(chunk_size):
-    """A retry linearizes anew, and the operator with it: the parameters were moved and restored."""
-    model = network()
-    optimizer = presets.hessian_free(model.parameters(), damping=1e-6, max_iterations=8)
-    objective = poisson(model, chunk_size=chunk_size)
-    records = [optimizer.step(objective) for _ in range(2)]
-    assert records[0].damping > 1e-6
-    assert all(record.accepted for record in records)
-
-
 @pytest.mark.parametrize(
     ("scale", "expected"), [(2.0**-11, 1e-3), (2.0**-10, 1e-4), (0.0625, 1e-4), (0.125, 1e-5)]
 )
@@ -326,7 +314,7 @@ def test_hessian_free_trains(curvature):
     model = network(2, 12, 1)
     objective = poisson(model, n=6)
     optimizer = presets.hessian_free(model.parameters(), curvature=curvature)
-    records = [optimizer.step(objective) for _ in range(12)]
+    records = [optimizer.step(objective) for _ in range(20)]
     losses = [record.loss for record in records]
     assert losses == sorted(losses, reverse=True)
     assert records[-1].new_loss < 1e-2 * losses[0]
@@ -335,7 +323,8 @@ def test_hessian_free_trains(curvature):
         assert 0 < solve.iterations <= 250
         assert len(solve.values) == solve.iterations + 1
         assert record.predicted_decrease > 0
-        assert record.scale == 1
+        assert record.scale == record.accepted  # never shortened
+    assert records[-1].accepted
 
 
 def test_gauss_newton_cg_trains():
@@ -354,4 +343,4 @@ def test_momentum_beside_backtracking():
     )
     records = [optimizer.step(poisson(model)) for _ in range(3)]
     assert records[-1].new_loss < records[0].loss
-    assert isinstance(optimizer.preconditioner.invert(), IterativeInverse)
+    assert len(records[-1].solver["last_records"]) == 1

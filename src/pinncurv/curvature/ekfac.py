@@ -115,7 +115,8 @@ class EKFACLinearOperator(KroneckerEigenLinearOperator):
     choice. ``expand`` and the partial traces have S = 0 on the null space of a factor; ``reduce``
     need not, so take more points than a layer is wide.
 
-    Averages over steps are not supported: S would belong to another basis in every step.
+    It can be kept for some steps, but not averaged over them: S would belong to another basis in
+    every step.
 
     Cost: to build, that of the factors, O(d_in³ + d_out³) for their eigenvectors, N S (d_in² + V
     d_out²) to rotate Z and G, and N V (S + 10) d_in d_out or N S (S + 1) / 2 d_in d_out for the
@@ -218,6 +219,25 @@ class EKFACLinearOperator(KroneckerEigenLinearOperator):
             self.blocks,
             self.shapes,
             [self.terms[t]],
+            self.dtype,
+            self.reports,
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """Bases and moments, in the order layer, (U_A, U_B, S of every term)."""
+        layers = zip(self.bases, self.term_scales, strict=True)
+        return [tensor for basis, scales in layers for tensor in (basis.A, basis.B, *scales)]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> EKFACLinearOperator:
+        """The operator with other bases and moments, in the order of ``tensors``."""
+        width = 2 + len(self.terms)
+        layers = [tensors[i : i + width] for i in range(0, len(tensors), width)]
+        return EKFACLinearOperator(
+            [KroneckerBasis(A, B) for A, B, *_ in layers],
+            [scales for _, _, *scales in layers],
+            self.blocks,
+            self.shapes,
+            self.terms,
             self.dtype,
             self.reports,
         )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -126,12 +127,20 @@ def elementwise_rule(
                 stacklevel=2,
             )
 
-        def make(x: Tensor) -> Derivatives:
-            return Derivatives(derivatives(x, *args, **kwargs), name)
-
+        make = partial(_derivatives, derivatives, name, args, kwargs)
         return input.like(_Elementwise.apply(input.data, input.layout, make))
 
     return rule
+
+
+def _derivatives(
+    function: DerivativesFunction,
+    name: str,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    x: Tensor,
+) -> Derivatives:
+    return Derivatives(function(x, *args, **kwargs), name)
 
 
 def register_elementwise(

@@ -2,9 +2,9 @@
 
 ``optimizer.py`` composes a curvature with its inverse (``preconditioner.py``), a step size
 (``step_sizes.py``), a momentum (``momentum.py``), an average (``averaging.py``) and a damping that
-may adapt (``damping.py``); ``trial.py`` tries an update before it is taken. ``protocols.py`` says
-what is asked of each, so that none needs to come from this package. ``first_order.py`` steps
-optimizers of torch the same way.
+may adapt (``damping.py``); ``attempt.py`` and ``trial.py`` try an update before it is taken.
+``protocols.py`` says what is asked of each, so that none needs to come from this package.
+``first_order.py`` steps optimizers of torch the same way.
 """
 
 from pinncurv.optim.averaging import ExponentialAverage, from_first, from_identity, from_zero
@@ -19,6 +19,7 @@ from pinncurv.optim.momentum import Descent, HeavyBall, Momentum, Spring, WarmSt
 from pinncurv.optim.optimizer import CurvatureOptimizer
 from pinncurv.optim.preconditioner import Intervals, Preconditioner
 from pinncurv.optim.protocols import (
+    Chunked,
     Curvature,
     Differentiable,
     Evaluable,
@@ -30,6 +31,8 @@ from pinncurv.optim.protocols import (
     Randomized,
     ResidualInverse,
     StepRecord,
+    Storable,
+    ThroughJacobian,
 )
 from pinncurv.optim.step_sizes import (
     CGBacktracking,
@@ -44,6 +47,7 @@ from pinncurv.optim.step_sizes import (
 
 __all__ = [
     "CGBacktracking",
+    "Chunked",
     "ConstantDamping",
     "Curvature",
     "CurvatureOptimizer",
@@ -75,6 +79,8 @@ __all__ = [
     "Spring",
     "StepRecord",
     "StepSize",
+    "Storable",
+    "ThroughJacobian",
     "WarmStart",
     "from_first",
     "from_identity",

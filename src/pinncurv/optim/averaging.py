@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pinncurv.linops import Averageable
+from pinncurv.optim.protocols import Storable
 
 Start = Callable[[Averageable], list[Tensor]]
 
@@ -69,7 +70,7 @@ class ExponentialAverage:
         ]
 
 
-def fitted(saved: Sequence[Tensor], operator: Averageable) -> list[Tensor]:
+def fitted(saved: Sequence[Tensor], operator: Storable) -> list[Tensor]:
     """Return saved tensors in dtype and on the device of those that define an operator.
 
     Raises:

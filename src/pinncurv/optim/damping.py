@@ -18,6 +18,11 @@ class DampingRule(ABC):
         """
         return 0
 
+    @property
+    def needs_ratio(self) -> bool:
+        """Whether ``accepted`` looks at the ratio, which may cost one more product with J."""
+        return True
+
     @abstractmethod
     def accepted(self, damping: float, ratio: float, scale: float = 1.0) -> float:
         """Return λ after a step that was taken.
@@ -37,6 +42,11 @@ class DampingRule(ABC):
 @dataclass(frozen=True)
 class ConstantDamping(DampingRule):
     """Always the damping of the inverse."""
+
+    @property
+    def needs_ratio(self) -> bool:
+        """No."""
+        return False
 
     def accepted(self, damping: float, ratio: float, scale: float = 1.0) -> float:
         """Return the same damping."""
@@ -148,6 +158,11 @@ class ShortStepDamping(DampingRule):
                 f"{self.factor}, {self.short}, {self.long}."
             )
         _check_bounds(self.minimum, self.maximum)
+
+    @property
+    def needs_ratio(self) -> bool:
+        """No: the rule looks at how much of an update was taken."""
+        return False
 
     def accepted(self, damping: float, ratio: float, scale: float = 1.0) -> float:
         """Look at how much of the update was taken."""

@@ -22,13 +22,11 @@ class Descent:
         linearized: The loss, linearized at the current parameters.
         gradient: ∇L.
         inverse: (C + λI)⁻¹.
-        is_current: Whether C belongs to this linearization, and not to an earlier step.
     """
 
     linearized: LinearizedLoss
     gradient: Sequence[Tensor]
     inverse: PyTorchLinearOperator
-    is_current: bool = True
 
     def step(self, offset: Sequence[Tensor] | None = None) -> list[Tensor]:
         """Return the step from the parameters, or from θ + v with the offset v.
@@ -50,8 +48,8 @@ class Descent:
         return [-part for part in solution]
 
     def _knows_residual(self, inverse: PyTorchLinearOperator) -> TypeGuard[ResidualInverse]:
-        """Whether the inverse's Jacobian is that of this loss, and not of a part or reordered."""
-        if not (self.is_current and isinstance(inverse, ResidualInverse)):
+        """Whether the inverse's Jacobian is that of this loss: of this step, whole, in order."""
+        if not isinstance(inverse, ResidualInverse):
             return False
         mine, theirs = self.linearized.linearizations, inverse.linearizations
         return len(mine) == len(theirs) and all(map(operator.is_, mine, theirs))

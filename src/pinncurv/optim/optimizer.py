@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, is_dataclass
+from dataclasses import is_dataclass
 from itertools import chain
 from typing import Any
 
@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pinncurv.optim.attempt import Attempt, Parabola
 from pinncurv.optim.averaging import ExponentialAverage
 from pinncurv.optim.damping import ConstantDamping, DampingRule
 from pinncurv.optim.momentum import Descent, Momentum
 from pinncurv.optim.preconditioner import Intervals, Preconditioner
 from pinncurv.optim.protocols import (
+    Chunked,
     Curvature,
     Evaluation,
     Inverse,
@@ -105,7 +107,8 @@ class CurvatureOptimizer(Optimizer):
 
         Raises:
             FloatingPointError: If the loss is not finite before the step; names the terms.
-            TypeError: If the objective is none.
+            TypeError: If the objective is none, or the operator lacks what an average or an
+                interval above one needs.
             ValueError: If the objective's parameters are not those of the optimizer.
         """
         if not isinstance(objective, LeastSquares):
@@ -120,16 +123,21 @@ class CurvatureOptimizer(Optimizer):
             self.preconditioner.refresh(linearized)
             gradient = linearized.gradient()
             finite_loss(linearized.term_losses)
-            for retry in range(self.damping.retries + 1):
-                if retry:
-                    linearized = _linearize(objective)
-                    self.preconditioner.relinearize(linearized)
+            for left in reversed(range(self.damping.retries + 1)):
                 attempt = self._propose(linearized, gradient, trial)
-                del linearized  # frees Z and G before the loss is evaluated
-                record = self._try(attempt, trial)
+                outlives = bool(left) and self._outlives_trial(linearized)
+                if not outlives:
+                    del linearized  # frees Z and G before the loss is evaluated
+                if not left:
+                    self.preconditioner.release()  # which may hold them, too
+                record = attempt.make(trial, self._scales(attempt.proposal))
                 if record.accepted:
                     break
                 self.preconditioner.damping = self.damping.rejected(record.damping)
+                if left and not outlives:
+                    linearized = _linearize(objective)
+                    self.preconditioner.relinearize(linearized)
+            self.preconditioner.release()
             self._settle(attempt, trial, record)
         return record
 
@@ -151,6 +159,10 @@ class CurvatureOptimizer(Optimizer):
             return _linearize(landing.evaluation)
         return _linearize(objective)
 
+    def _outlives_trial(self, linearized: LinearizedLoss) -> bool:
+        """Whether a retry can go on with linearization and operator."""
+        return _is_kept(linearized) and self.preconditioner.is_kept
+
     def _all_parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
@@ -169,13 +181,11 @@ class CurvatureOptimizer(Optimizer):
                 "model.parameters() of the same model."
             )
 
-    def _propose(
-        self, linearized: LinearizedLoss, gradient: list[Tensor], trial: Trial
-    ) -> _Attempt:
+    def _propose(self, linearized: LinearizedLoss, gradient: list[Tensor], trial: Trial) -> Attempt:
         """Find a direction and how far to go along it."""
         parameters = linearized.parameters
         inverse = self.preconditioner.invert()
-        descent = Descent(linearized, gradient, inverse, self.preconditioner.is_current)
+        descent = Descent(linearized, gradient, inverse)
         direction = self._direction(descent, parameters)
         previous = self._remembered(parameters, "previous_update")
         losses = dict(linearized.term_losses)
@@ -194,9 +204,7 @@ class CurvatureOptimizer(Optimizer):
         chosen = direction if proposal.direction is None else proposal.direction
         update = self._update(parameters, proposal, chosen, previous)
         model = self._model(situation, proposal, update, trial)
-        return _Attempt(
-            losses, damping, direction, proposal, update, model, _solver_report(inverse)
-        )
+        return Attempt(losses, damping, direction, proposal, update, model, _solver_report(inverse))
 
     def _model(
         self,
@@ -204,19 +212,17 @@ class CurvatureOptimizer(Optimizer):
         proposal: Proposal,
         update: Sequence[Tensor],
         trial: Trial,
-    ) -> _Parabola:
+    ) -> Parabola:
         """Return the damped quadratic model along an update, where there is one."""
-        promised = proposal.predicted_decrease
-        if math.isnan(promised) and isinstance(self.damping, ConstantDamping):
-            return _Parabola(math.nan, math.nan)
-        slope = _dot(situation.gradient, update)
+        promised, gradient = proposal.predicted_decrease, situation.gradient
+        if math.isnan(promised) and not self.damping.needs_ratio:
+            return Parabola()
         if math.isfinite(promised) and all(group["lr"] == 1 for group in self.param_groups):
-            return _Parabola(slope, -2 * (promised + slope))
-        searched = math.isfinite(proposal.new_loss)  # then chunks can't be recomputed any more
-        linearized = _linearize(trial.objective) if searched else situation.linearized
-        image = linearized.jacobian @ list(update)
-        curvature = _dot(image, image) + situation.damping * _dot(update, update)
-        return _Parabola(slope, curvature)
+            return Parabola.promising(promised, gradient, update)
+        linearized = situation.linearized
+        if math.isfinite(proposal.new_loss) and not _is_kept(linearized):
+            linearized = _linearize(trial.objective)  # a search has moved the parameters
+        return Parabola.along(linearized, gradient, update, situation.damping)
 
     def _direction(self, descent: Descent, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Return the preconditioned gradient, with momentum if there is any."""
@@ -242,34 +248,6 @@ class CurvatureOptimizer(Optimizer):
                 part.mul_(rates[id(parameter)])
         return update
 
-    def _try(self, attempt: _Attempt, trial: Trial) -> StepRecord:
-        """Apply an update; shorten it while the loss rises, or reject it."""
-        loss = sum(attempt.term_losses.values())
-        scale, new_loss = math.nan, math.nan
-        for scale in self._scales(attempt.proposal):
-            new_loss = trial.move(attempt.update, scale, limit=loss if scale < 1 else None)
-            if new_loss <= loss:  # False for NaN
-                break
-        moved = new_loss < loss or trial.moved
-        accepted = math.isfinite(new_loss) and new_loss <= loss and moved
-        if not accepted:
-            trial.restore()
-        taken = scale if accepted else 0.0
-        predicted = attempt.model.decrease(scale if accepted else 1.0)
-        return StepRecord(
-            loss=loss,
-            term_losses=attempt.term_losses,
-            new_loss=new_loss if accepted else loss,
-            step_size=attempt.proposal.step_size * taken if accepted else 0.0,
-            momentum=attempt.proposal.momentum * taken if accepted else 0.0,
-            damping=attempt.damping,
-            predicted_decrease=predicted,
-            accepted=accepted,
-            reason=_reason(accepted, moved, scale, new_loss),
-            scale=taken,
-            solver=attempt.solver,
-        )
-
     def _scales(self, proposal: Proposal) -> Iterator[float]:
         """Yield which multiples of an update to try, from what worked last to the shortest."""
         halvings = 0 if self.damping.retries else self.max_halvings
@@ -277,7 +255,7 @@ class CurvatureOptimizer(Optimizer):
         first = 0 if searched else min(self.preconditioner.state["halvings"], halvings)
         yield from (0.5**halving for halving in range(first, halvings + 1))
 
-    def _settle(self, attempt: _Attempt, trial: Trial, record: StepRecord) -> None:
+    def _settle(self, attempt: Attempt, trial: Trial, record: StepRecord) -> None:
         """Remember what the next step needs."""
         self._landing = trial.landing
         update = [record.scale * part for part in attempt.update] if record.accepted else None
@@ -364,66 +342,16 @@ class CurvatureOptimizer(Optimizer):
         return {**super().__getstate__(), **mine, "_landing": None}
 
 
-@dataclass(frozen=True)
-class _Parabola:
-    """The quadratic model along an update v.
-
-    m(sv) = m(0) + s ∇Lᵀv + ½ s² vᵀ(JᵀJ + λI)v
-
-    Args:
-        slope: ∇Lᵀv.
-        curvature: vᵀ(JᵀJ + λI)v.
-    """
-
-    slope: float
-    curvature: float
-
-    def decrease(self, scale: float) -> float:
-        """Return m(0) - m(scale · v)."""
-        return -scale * (self.slope + 0.5 * scale * self.curvature)
-
-
-def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
-    return float(torch.stack([(a * b).sum() for a, b in zip(left, right, strict=True)]).sum())
-
-
-@dataclass(frozen=True, eq=False)
-class _Attempt:
-    """An update to try.
-
-    Args:
-        term_losses: The terms of the loss before it.
-        damping: λ.
-        direction: Δ.
-        proposal: α and μ.
-        update: lr (α Δ + μ δ).
-        model: The model along the update.
-        solver: What the inverse reports.
-    """
-
-    term_losses: dict[str, float]
-    damping: float
-    direction: list[Tensor]
-    proposal: Proposal
-    update: list[Tensor]
-    model: _Parabola
-    solver: dict[str, Any]
-
-
 def _linearize(source: LeastSquares | Evaluation) -> LinearizedLoss:
     """Linearize, with a graph for those who need one."""
     with torch.enable_grad():
         return source.linearize()
 
 
-def _reason(accepted: bool, moved: bool, scale: float, new_loss: float) -> str:
-    """Say why a step was not taken as proposed."""
-    if accepted:
-        return f"shortened to {scale:g} of its length (more raised the loss)" if scale < 1 else ""
-    if not moved:
-        return f"rejected: at {scale:g} of its length, the update no longer moves the parameters"
-    what = "raised the loss" if math.isfinite(new_loss) else "made the loss non-finite"
-    return f"rejected: the update {what} even at {scale:g} of its length"
+def _is_kept(linearized: LinearizedLoss) -> bool:
+    """Whether nothing is recomputed, which it can't be once the parameters were moved."""
+    made = linearized.linearizations
+    return all(isinstance(part, Chunked) and part.chunk_size is None for part in made)
 
 
 def _solver_report(inverse: Any) -> dict[str, Any]:

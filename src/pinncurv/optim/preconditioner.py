@@ -12,12 +12,22 @@ from torch import Tensor
 
 from pinncurv.linops import Averageable
 from pinncurv.optim.averaging import ExponentialAverage, fitted
-from pinncurv.optim.protocols import Curvature, Inverse, LinearizedLoss, Randomized
+from pinncurv.optim.protocols import (
+    Curvature,
+    Inverse,
+    LinearizedLoss,
+    Randomized,
+    Storable,
+    ThroughJacobian,
+)
 
 
 @dataclass(frozen=True)
 class Intervals:
     """How many steps pass between two refreshments.
+
+    Intervals above one need an operator with tensors of its own (``Storable``), which KFAC and the
+    dense, per-layer and diagonal Gauss-Newton matrices are.
 
     Args:
         curvature: Steps between two estimates of the curvature.
@@ -89,6 +99,16 @@ class Preconditioner:
         self.state.update(saved)
         self.forget()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy needs: all but the operators, which it rebuilds."""
+        kept = ("curvature", "inverse", "average", "intervals", "state")
+        return {name: getattr(self, name) for name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over what a copy needs."""
+        vars(self).update(state)
+        self.forget()
+
     def forget(self) -> None:
         """Drop the operators, to be rebuilt from the state."""
         self._operator: Any = None
@@ -111,20 +131,25 @@ class Preconditioner:
 
     def relinearize(self, linearized: LinearizedLoss) -> None:
         """Build a matrix-free operator again, on a linearization that replaces this step's."""
-        if self.is_current and not isinstance(self._operator, Averageable):
+        if not isinstance(self._operator, Storable):
             self._operator = self._build(linearized)
             self._choose(self._operator)
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the operator stays valid, as J does, when parameters are moved and restored."""
+        return isinstance(self._operator, Storable | ThroughJacobian)
+
+    def release(self) -> None:
+        """Drop the operators if the next step builds them anew, to free their memory."""
+        if self.intervals == Intervals():
+            self.forget()
 
     def _follow(self, parameter: Tensor) -> None:
         """Rebuild what was kept for another device or dtype."""
         kept = self._operator
         if kept is not None and (kept.device, kept.dtype) != (parameter.device, parameter.dtype):
             self.forget()
-
-    @property
-    def is_current(self) -> bool:
-        """Whether the inverse belongs to the linearization of this step alone."""
-        return self.intervals == Intervals() and self.average is None
 
     def invert(self) -> PyTorchLinearOperator:
         """Return the inverse with the current damping, computed when either has changed."""
@@ -139,16 +164,13 @@ class Preconditioner:
             curvature = curvature.at_step(self.state["step"])
         return curvature(linearized.linearizations)
 
-    def _estimate(self, linearized: LinearizedLoss, due: bool) -> PyTorchLinearOperator:
+    def _estimate(self, linearized: LinearizedLoss, due: bool) -> Any:
         """Return the operator: a new estimate if due, else the one that was saved."""
         operator = self._build(linearized)
-        if not isinstance(operator, Averageable):
-            if self.average is not None:
-                raise TypeError(
-                    "An average needs an operator with the methods tensors, with_tensors and "
-                    f"identity, got {type(operator).__name__}. Pass average=None."
-                )
-            return operator
+        if self.average is not None:
+            _check_averageable(operator)
+        if self.intervals != Intervals():
+            _check_storable(operator, self.intervals)
         if due and self.average is not None:
             self.state["average"] = self.average.update(operator, self.state["average"])
         elif due and self.intervals.curvature > 1:
@@ -159,11 +181,29 @@ class Preconditioner:
     def _choose(self, operator: Any) -> None:
         """Set the operator to invert from now on."""
         self._inverted, self._inverse = operator, None
-        if self.intervals.inverse > 1 and isinstance(operator, Averageable):
+        if self.intervals.inverse > 1:
             self.state["inverted"] = operator.tensors()
 
 
-def _rebuilt(operator: Any, tensors: Sequence[Tensor]) -> Any:
+def _check_averageable(operator: Any) -> None:
+    if not isinstance(operator, Averageable):
+        raise TypeError(
+            "An average needs an operator with the methods tensors, with_tensors and "
+            f"identity, got {type(operator).__name__}. Pass average=None."
+        )
+
+
+def _check_storable(operator: Any, intervals: Intervals) -> None:
+    if not isinstance(operator, Storable):
+        raise TypeError(
+            "An interval above 1 needs an operator with tensors of its own, that is with the "
+            "methods tensors and with_tensors, or neither a checkpoint nor a chunked objective "
+            f"could go on with it in a later step, got {type(operator).__name__} with "
+            f"{intervals}. Set intervals=Intervals(), the default."
+        )
+
+
+def _rebuilt(operator: Storable, tensors: Sequence[Tensor]) -> Any:
     """Return an operator with saved tensors."""
     return operator.with_tensors(fitted(tensors, operator))
 

@@ -104,6 +104,47 @@ Curvature = Callable[[Sequence[Any]], PyTorchLinearOperator]
 
 
 @runtime_checkable
+class Chunked(Protocol):
+    """A linearization that may be recomputed chunk by chunk. Optional, as all that may save work.
+
+    One without a chunk size is kept, and is not made again when a step is retried.
+    """
+
+    @property
+    def chunk_size(self) -> int | None:
+        """How many points are recomputed at a time; None if nothing is."""
+        ...
+
+
+@runtime_checkable
+class Storable(Protocol):
+    """An operator that is defined by tensors of its own. Optional: intervals above one need it.
+
+    C = C(T₁, T₂, …)
+
+    A ``pinncurv.linops.Averageable`` is one that can be averaged, too.
+    """
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors that define the operator."""
+        ...
+
+    def with_tensors(self, tensors: list[Tensor]) -> Any:
+        """Return the operator of the same structure that other tensors define."""
+        ...
+
+
+@runtime_checkable
+class ThroughJacobian(Protocol):
+    """An operator that sees the network through its Jacobian alone. Optional: see ``Chunked``."""
+
+    @property
+    def jacobian(self) -> PyTorchLinearOperator:
+        """J."""
+        ...
+
+
+@runtime_checkable
 class Randomized(Protocol):
     """A curvature that draws random numbers. Optional: others in every step, resumed or not."""
 

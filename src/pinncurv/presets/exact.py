@@ -1,0 +1,179 @@
+"""Methods that invert the exact Gauss-Newton matrix, or a part of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from pinncurv.curvature import (
+    BlockDiagonalGaussNewton,
+    DiagonalGaussNewton,
+    GaussNewton,
+    InSubspace,
+    SubspaceGaussNewton,
+)
+from pinncurv.linops import Damped
+from pinncurv.optim import (
+    Curvature,
+    CurvatureOptimizer,
+    DampingRule,
+    ExponentialAverage,
+    GridLineSearch,
+    LevenbergMarquardt,
+    QuadraticModel,
+    ShortStepDamping,
+    StepSize,
+    from_zero,
+)
+from pinncurv.optim.averaging import Start
+from pinncurv.presets.precision import default_damping, groups_of
+
+
+def _engd(
+    params: Iterable[Any],
+    curvature: Curvature,
+    damping: float | None,
+    decay: float,
+    start: Start,
+    step_size: StepSize | None,
+) -> CurvatureOptimizer:
+    """Compose energy natural gradient descent with one form of the Gauss-Newton matrix."""
+    groups = groups_of(params)
+    return CurvatureOptimizer(
+        groups,
+        curvature=curvature,
+        inverse=Damped(default_damping(groups, 1e-10) if damping is None else damping),
+        step_size=GridLineSearch() if step_size is None else step_size,
+        average=ExponentialAverage(decay, start) if decay else None,
+    )
+
+
+def engd(
+    params: Iterable[Any],
+    damping: float | None = None,
+    decay: float = 0.0,
+    start: Start = from_zero,
+    step_size: StepSize | None = None,
+) -> CurvatureOptimizer:
+    """Return energy natural gradient descent with the full Gauss-Newton matrix.
+
+    Args:
+        params: Parameters or parameter groups.
+        damping: λ of (JᵀJ + λI)⁻¹; by default 1e-10 in float64, else 1e-4.
+        decay: β of the matrix's moving average; 0 for none.
+        start: What the moving average starts from.
+        step_size: The step size; the grid line search by default.
+
+    Source: Müller and Zeinhofer 2023.
+    """
+    return _engd(params, GaussNewton(), damping, decay, start, step_size)
+
+
+def engd_per_layer(
+    params: Iterable[Any],
+    damping: float | None = None,
+    decay: float = 0.0,
+    start: Start = from_zero,
+    step_size: StepSize | None = None,
+) -> CurvatureOptimizer:
+    """Return the same with the per-layer diagonal blocks. Arguments as ``engd``."""
+    return _engd(params, BlockDiagonalGaussNewton(), damping, decay, start, step_size)
+
+
+def engd_diagonal(
+    params: Iterable[Any],
+    damping: float = 1e-6,
+    decay: float = 0.0,
+    start: Start = from_zero,
+    step_size: StepSize | None = None,
+) -> CurvatureOptimizer:
+    """Return the same with the diagonal. Arguments as ``engd``, with a damping of 1e-6."""
+    return _engd(params, DiagonalGaussNewton(), damping, decay, start, step_size)
+
+
+def gauss_newton(
+    params: Iterable[Any],
+    damping: float | None = None,
+    use_momentum: bool = True,
+    rule: DampingRule | None = None,
+    curvature: Curvature | None = None,
+) -> CurvatureOptimizer:
+    """Return the exact Gauss-Newton method with the quadratic model.
+
+    The default damping does little more than keep the matrix invertible; what keeps the steps
+    short is that an update is halved until the loss decreases. On small networks that converges
+    much faster than damping adapted by ``LevenbergMarquardt``, which ``rule`` selects. Where the
+    records say that steps are shortened by many powers of two, it is the other way round: take
+    more damping, or the rule from ``damping=1e-3`` on.
+
+    Args:
+        params: Parameters or parameter groups.
+        damping: λ, of the first step if it adapts; by default 1e-12 in float64, else 1e-4.
+        use_momentum: Whether the quadratic model may take part of the previous update.
+        rule: How λ adapts; constant by default.
+        curvature: The form of the exact matrix: dense by default. For networks with more parameters
+            than residuals, ``GaussNewtonLinearOperator.from_linearizations`` inverts by the kernel.
+
+    Source: Martens and Grosse 2015, section 7, with the exact matrix.
+    """
+    groups = groups_of(params)
+    if damping is None:
+        damping = default_damping(groups, 1e-12)
+    return CurvatureOptimizer(
+        groups,
+        curvature=GaussNewton() if curvature is None else curvature,
+        inverse=Damped(damping),
+        step_size=QuadraticModel(use_momentum),
+        damping=rule,
+    )
+
+
+def levenberg_marquardt(
+    params: Iterable[Any],
+    damping: float = 1e-3,
+    use_momentum: bool = True,
+    curvature: Curvature | None = None,
+) -> CurvatureOptimizer:
+    """Return the exact Gauss-Newton method with a damping that adapts to the quadratic model.
+
+    Steadier than ``gauss_newton`` where that has to shorten its steps a lot, slower elsewhere.
+
+    Args:
+        params: Parameters or parameter groups.
+        damping: λ of the first step.
+        use_momentum: Whether the quadratic model may take part of the previous update.
+        curvature: The form of the exact matrix, as in ``gauss_newton``.
+
+    Source: Nocedal and Wright 2006, section 10.3; Martens and Grosse 2015, sections 6.5 and 7.
+    """
+    return gauss_newton(params, damping, use_momentum, LevenbergMarquardt(), curvature)
+
+
+def subspace_gauss_newton(
+    params: Iterable[Any],
+    points: int = 200,
+    damping: float | None = None,
+    seed: int = 0,
+    rule: DampingRule | None = None,
+) -> CurvatureOptimizer:
+    """Return the exact Gauss-Newton method on the gradients at a few random points.
+
+    Its steps cost about those of KFAC, and are nearly those of ``gauss_newton`` as long as the
+    points are more than the effective dimension of the exact matrix (about 100 for PDEs in two
+    dimensions; more than 1000 late in the training in four dimensions and more).
+
+    Args:
+        params: Parameters or parameter groups.
+        points: How many points are drawn in every step.
+        damping: λ of the first step; by default 1e-8 in float64, else 1e-4.
+        seed: Which points are drawn.
+        rule: How λ adapts; by default it is raised while steps have to be shortened.
+    """
+    groups = groups_of(params)
+    return CurvatureOptimizer(
+        groups,
+        curvature=SubspaceGaussNewton(points, seed),
+        inverse=InSubspace(default_damping(groups, 1e-8) if damping is None else damping),
+        step_size=QuadraticModel(),
+        damping=ShortStepDamping(short=2.0**-4, long=0.5, minimum=1e-10) if rule is None else rule,
+    )

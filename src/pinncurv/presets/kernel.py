@@ -1,0 +1,68 @@
+"""Methods that go through the kernel JJᵀ, for many parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from pinncurv.curvature import GaussNewtonLinearOperator, Woodbury
+from pinncurv.optim import (
+    CurvatureOptimizer,
+    GridLineSearch,
+    NormConstrained,
+    Spring,
+    StepSize,
+)
+from pinncurv.presets.precision import default_damping, groups_of
+
+
+def engd_w(
+    params: Iterable[Any], damping: float | None = None, step_size: StepSize | None = None
+) -> CurvatureOptimizer:
+    """Return energy natural gradient descent through the kernel, for many parameters.
+
+    The steps are those of ``engd``. They cost the third power of the number of residuals instead
+    of that of the number of parameters, so take ``engd`` where there are fewer parameters.
+
+    Args:
+        params: Parameters or parameter groups.
+        damping: λ of (JᵀJ + λI)⁻¹, positive; by default 1e-10 in float64, else 1e-4.
+        step_size: The step size; the grid line search by default.
+
+    Source: Guzman-Cordero et al. 2025 (ENGD-W).
+    """
+    groups = groups_of(params)
+    return CurvatureOptimizer(
+        groups,
+        curvature=GaussNewtonLinearOperator.from_linearizations,
+        inverse=Woodbury(default_damping(groups, 1e-10) if damping is None else damping),
+        step_size=GridLineSearch() if step_size is None else step_size,
+    )
+
+
+def spring(
+    params: Iterable[Any],
+    damping: float | None = None,
+    momentum: float = 0.9,
+    step_size: StepSize | None = None,
+) -> CurvatureOptimizer:
+    """Return SPRING: the steps of ``engd_w`` with momentum through the solve.
+
+    The variant for PINNs also divides the k-th step by √(1 - μ^(2k)), which is not done here.
+
+    Args:
+        params: Parameters or parameter groups.
+        damping: λ of (JᵀJ + λI)⁻¹, positive; by default 1e-8 in float64, else 1e-4.
+        momentum: μ, the part of the last direction that a step starts from.
+        step_size: The step size; by default full steps of at most length one.
+
+    Source: Goldshlager, Abrahamsen, Lin 2024 (SPRING); Guzman-Cordero et al. 2025 for PINNs.
+    """
+    groups = groups_of(params)
+    return CurvatureOptimizer(
+        groups,
+        curvature=GaussNewtonLinearOperator.from_linearizations,
+        inverse=Woodbury(default_damping(groups, 1e-8) if damping is None else damping),
+        step_size=NormConstrained(1.0, norm=1.0) if step_size is None else step_size,
+        momentum=Spring(momentum) if momentum else None,
+    )
