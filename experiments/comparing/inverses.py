@@ -25,7 +25,6 @@ class InverseComparison:
         decrease_fraction: The decrease of the exact quadratic model along the step, with the best
             step length, as a fraction of that of the exact step.
         step_length: The length of that step over that of the exact one.
-        decrease_within: The same fraction for a step that is no longer than the exact one.
         step_cosine: The cosine between the step and the exact one.
         condition_number: Of P⁻¹(G + λI), with P⁻¹ the damped inverse; a lower bound where
             ``condition_is_bound``, infinite for a singular P⁻¹.
@@ -36,7 +35,6 @@ class InverseComparison:
 
     decrease_fraction: float = math.nan
     step_length: float = math.nan
-    decrease_within: float = math.nan
     step_cosine: float = math.nan
     condition_number: float = math.nan
     condition_is_bound: bool = False
@@ -72,7 +70,6 @@ def compare_inverses(
     compared = InverseComparison(
         decrease_fraction=steps.decrease_fraction,
         step_length=steps.length,
-        decrease_within=steps.decrease_within,
         step_cosine=steps.cosine,
     )
     if not definite:

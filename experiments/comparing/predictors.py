@@ -70,7 +70,6 @@ def _scores(result: OperatorResult, damped: DampedResult) -> dict[str, float]:
     condition = inverse.condition_number
     return {
         "decrease": inverse.decrease_fraction,
-        "decrease_within": inverse.decrease_within,
         "step_cosine": inverse.step_cosine,
         "condition": -condition
         if math.isfinite(condition := inverse.condition_number)

@@ -44,7 +44,6 @@ COLUMNS = {
     "decrease": "decrease of the damped exact quadratic model along the step of (P + λI)⁻¹, with "
     "the best step length, over that of the exact step",
     "step_length": "length of that step over that of the exact one",
-    "decrease_within": "share of the decrease along a step that is no longer than the exact one",
     "step_cosine": "cosine between the two steps",
     "condition": "condition number of (P + λI)⁻¹(G + λI); inf if the inverse is singular",
     "condition_is_bound": "whether that is a lower bound, from Lanczos",
@@ -73,7 +72,7 @@ _SMALL = 1e-2
 
 _SHOWN = (
     *("training", "step", "operator", "damping", "loss", "rmse", "cosine", "error"),
-    *("block_cosine", "block_error", "decrease", "step_length", "decrease_within", "step_cosine"),
+    *("block_cosine", "block_error", "decrease", "step_length", "step_cosine"),
     *("condition", "cg_iterations"),
     *("continued_loss", "build_seconds", "invert_seconds", "note"),
 )
@@ -94,8 +93,7 @@ def _rows(result: OperatorResult) -> Iterator[dict[str, Cell]]:
         cells: tuple[Cell, ...] = (
             *(result.trajectory, result.step, result.operator, damped.damping),
             *(result.loss, result.rmse, *_similarities(result.matrices)),
-            *(inverse.decrease_fraction, inverse.step_length),
-            *(inverse.decrease_within, inverse.step_cosine),
+            *(inverse.decrease_fraction, inverse.step_length, inverse.step_cosine),
             *(inverse.condition_number, inverse.condition_is_bound),
             *(inverse.cg_iterations, inverse.cg_converged, damped.continued_loss),
             *(result.build_seconds, damped.seconds, damped.note),

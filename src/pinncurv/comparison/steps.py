@@ -72,15 +72,6 @@ class QuadraticDecrease:
         """−m(α*v) >= 0, in units of the loss."""
         return self.slope**2 / (2 * self.curvature)
 
-    def decrease_within(self, limit: float) -> float:
-        """Return −m(αv) for the best α of at most a limit, in units of the loss.
-
-        Args:
-            limit: The largest multiple of the direction.
-        """
-        alpha = min(self.step_length, limit)
-        return -alpha * (self.slope + 0.5 * alpha * self.curvature)
-
 
 def quadratic_decrease(
     operator: PyTorchLinearOperator,
@@ -180,13 +171,11 @@ class StepComparison:
     Attributes:
         decrease_fraction: max_α −m(αs) over −m(t), in [0, 1].
         length: ‖αs‖ / ‖t‖ for that α. Where it is large, a nonlinear loss will not follow.
-        decrease_within: The same fraction if αs is at most as long as t.
         cosine: sᵀt / (‖s‖ ‖t‖).
     """
 
     decrease_fraction: float
     length: float
-    decrease_within: float
     cosine: float
 
 
@@ -215,11 +204,9 @@ def compare_steps(
     s = flat_vector(step, operator, "step")
     t = flat_vector(exact_step, operator, "exact_step")
     model, best = (quadratic_decrease(operator, damping, gradient, v) for v in (s, t))
-    longest = best.step_length * (t.norm() / s.norm()).item()
     return StepComparison(
         decrease_fraction=model.decrease / best.decrease,
-        length=model.step_length / longest,
-        decrease_within=model.decrease_within(longest) / best.decrease,
+        length=model.step_length * (s.norm() / t.norm()).item(),
         cosine=torch.cosine_similarity(s, t, dim=0).item(),
     )
 
