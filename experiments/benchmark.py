@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -138,11 +137,10 @@ def measure(figure: str, name: str, threads: int) -> None:
     print(json.dumps({"seconds": statistics.median(seconds), "megabytes": peak}))
 
 
-def measure_in_process(figure: str, name: str, threads: int) -> dict[str, float]:
-    """Measure one figure in a process of its own."""
-    command = [sys.executable, str(Path(__file__)), "--measure", figure, name]
-    command += ["--threads", str(threads)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+def run_and_read(*command: str) -> dict[str, float]:
+    """Run Python in a process of its own, and return the JSON in its last line."""
+    arguments = [sys.executable, *command]
+    output = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
     result: dict[str, float] = json.loads(output.splitlines()[-1])
     return result
 
@@ -163,7 +161,8 @@ def run(sizes: list[str], figures: list[str], rounds: int, threads: int) -> None
         results: dict[str, list[dict[str, float]]] = {figure: [] for figure in chosen}
         for _ in range(rounds):
             for figure in chosen:
-                results[figure].append(measure_in_process(figure, name, threads))
+                command = ("--measure", figure, name, "--threads", str(threads))
+                results[figure].append(run_and_read(__file__, *command))
         base = statistics.median(r["seconds"] for r in results["baseline"])
         for figure in chosen:
             seconds = statistics.median(r["seconds"] for r in results[figure])

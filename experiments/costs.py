@@ -3,19 +3,16 @@
 The problem is Poisson's equation in two dimensions with 900 + 120 points, linearized beforehand.
 "Build" makes the operator, "solve" its inverse and one product with that. Every cell is the median
 over repetitions in a process of its own; memory is the peak of that process above what it holds
-once the loss is linearized.
+once the loss is linearized, so freed memory that is used again does not count (Linux only).
 
-Run it with ``python -m experiments.costs``; all networks take ten minutes.
+Run it with ``tox run -e costs``, or ``python -m experiments.costs --sizes s m``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -26,7 +23,7 @@ from typing import Any
 
 import torch
 
-from experiments.benchmark import DTYPE, SIZES, build_network
+from experiments.benchmark import DTYPE, SIZES, build_network, run_and_read
 from pinncurv.curvature import (
     EKFAC,
     KFAC,
@@ -88,14 +85,20 @@ def linearize(size: str) -> LinearizedObjective:
     return Objective(build_network(chosen.widths), problem.terms, batch).linearize()
 
 
+def resident(which: str) -> float:
+    """Return the process's memory in megabytes, now (VmRSS) or at its peak (VmHWM)."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in status if line.startswith(which)) * 1024 / 1e6
+
+
 def measure(name: str, size: str, threads: int) -> None:
     """Print one row's seconds and memory as JSON."""
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")  # conjugate gradients and the best product stop early
     method, linearized = METHODS[name], linearize(size)
     gradient = linearized.gradient()
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    before, start = pages * resource.getpagesize() / 1e6, time.perf_counter()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    before, start = resident("VmRSS"), time.perf_counter()
     seconds: list[tuple[float, float]] = []
     while len(seconds) < REPETITIONS and time.perf_counter() - start < SECONDS:
         times = [time.perf_counter()]
@@ -103,18 +106,9 @@ def measure(name: str, size: str, threads: int) -> None:
         times.append(time.perf_counter())
         method.inverse(operator) @ gradient
         seconds.append((times[1] - times[0], time.perf_counter() - times[1]))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    peak = resident("VmHWM")
     build, solve = map(statistics.median, zip(*seconds, strict=True))
-    print(json.dumps({"build": build, "solve": solve, "megabytes": max(0.0, peak - before)}))
-
-
-def measure_in_process(name: str, size: str, threads: int) -> dict[str, float]:
-    """Measure one row in a process of its own."""
-    command = [sys.executable, "-m", "experiments.costs", "--measure", name, size]
-    command += ["--threads", str(threads)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    result: dict[str, float] = json.loads(output.splitlines()[-1])
-    return result
+    print(json.dumps({"build": build, "solve": solve, "megabytes": peak - before}))
 
 
 def run(sizes: list[str], threads: int) -> None:
@@ -126,7 +120,8 @@ def run(sizes: list[str], threads: int) -> None:
         print(f"\n| {'-'.join(map(str, widths))}: D = {parameters:,} | build ms | solve ms | MB |")
         print("|:--|--:|--:|--:|", flush=True)
         for name in (name for name, method in METHODS.items() if size in method.sizes):
-            row = measure_in_process(name, size, threads)
+            command = ("--measure", name, size, "--threads", str(threads))
+            row = run_and_read("-m", "experiments.costs", *command)
             build, solve = row["build"] * 1e3, row["solve"] * 1e3
             print(f"| {name} | {build:.2f} | {solve:.2f} | {row['megabytes']:.0f} |", flush=True)
 

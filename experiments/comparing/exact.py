@@ -107,10 +107,15 @@ class Exact:
         jacobian = self.free.jacobian
         return RowsGaussNewton(jacobian) if math.prod(jacobian.shape) <= _MOST_ROWS else self.free
 
+    @property
+    def has_blocks(self) -> bool:
+        """Whether the blocks of layers are compared entry by entry."""
+        return max(block.numel for block in self.layers) <= self.limits.block
+
     @cached_property
     def blocks(self) -> PyTorchLinearOperator:
         """The diagonal blocks of G, formed below the limit."""
-        if max(block.numel for block in self.layers) <= self.limits.block:
+        if self.has_blocks:
             return BlockDiagonalGaussNewton()(self.linearized.linearizations)
         return block_part(self.operator, self.layers)
 

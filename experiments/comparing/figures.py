@@ -247,7 +247,7 @@ def _prediction(results: Sequence[OperatorResult], dampings: Sequence[float], ti
         use_logarithms(axis, "x")
     for axis in (axes[0], axes[2]):
         axis.set_ylabel("loss after further steps / before")
-    figure.suptitle(f"{title}, λ = {damping:g}: every point of every training")
+    figure.suptitle(f"{title}, λ = {damping:g}, all points")
     _legend(figure, axes[0])
     return figure
 

@@ -9,6 +9,7 @@ from curvlinops._torch_base import PyTorchLinearOperator
 from torch import Generator, Tensor
 
 from experiments.comparing.exact import Exact
+from experiments.comparing.operators import Entry
 from pinncurv.comparison import (
     cg_records,
     compare_steps,
@@ -27,7 +28,7 @@ class InverseComparison:
         step_length: The length of that step over that of the exact one.
         step_cosine: The cosine between the step and the exact one.
         condition_number: Of P⁻¹(G + λI), with P⁻¹ the damped inverse; a lower bound where
-            ``condition_is_bound``, infinite for a singular P⁻¹.
+            ``condition_is_bound``, infinite for a singular P⁻¹, NaN if it is no matrix.
         condition_is_bound: Whether it is from Lanczos.
         cg_iterations: Of conjugate gradients for the exact step, preconditioned by P⁻¹.
         cg_converged: Whether they reached the tolerance.
@@ -45,7 +46,7 @@ class InverseComparison:
 def compare_inverses(
     step: Tensor,
     inverse: PyTorchLinearOperator,
-    definite: bool,
+    entry: Entry,
     damping: float,
     exact: Exact,
     *,
@@ -58,7 +59,7 @@ def compare_inverses(
     Args:
         step: −P⁻¹∇L.
         inverse: P⁻¹.
-        definite: Whether it is positive definite.
+        entry: Whether it is a matrix, and positive definite.
         damping: λ.
         exact: The exact matrix.
         lanczos_steps: Lanczos steps for the condition number above the limit.
@@ -72,7 +73,9 @@ def compare_inverses(
         step_length=steps.length,
         step_cosine=steps.cosine,
     )
-    if not definite:
+    if not entry.is_matrix:
+        return compared
+    if not entry.definite:
         return replace(compared, condition_number=math.inf)
     record = cg_records(
         exact.operator,

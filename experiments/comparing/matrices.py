@@ -134,7 +134,7 @@ def cosine(first: PyTorchLinearOperator, second: PyTorchLinearOperator, exact: E
     )
     if exact.is_dense:
         return frobenius(P, Q).cosine.item()
-    if isinstance(P, LayerwiseLinearOperator) and isinstance(Q, LayerwiseLinearOperator):
+    if exact.has_blocks and all(isinstance(M, LayerwiseLinearOperator) for M in (P, Q)):
         return frobenius_by_layer(P, Q).total().cosine.item()
     return estimate_frobenius(P, Q, **exact.limits.probing).cosine.value.item()
 

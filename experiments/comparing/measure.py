@@ -47,7 +47,8 @@ class DampedResult:
         damping: λ.
         inverse: How good the inverse is.
         seconds: To invert and to compute one step; NaN where a factorization was reused.
-        continued_loss: The loss after some further steps with this inverse; NaN if not asked for.
+        continued_loss: The loss after some further steps with this inverse; NaN if not asked for,
+            infinite if they failed.
         step_cosines: The cosines with the steps of the approximations before, by name.
         note: What went wrong.
         failed: Whether there is no result.
@@ -160,11 +161,15 @@ class _Approximation:
         """Compare the matrix with those of others."""
         if not self.entry.is_matrix:
             return {}
-        return {
-            other.name: cosine(self.operator, other.operator, self.exact)
-            for other in others
-            if other.entry.is_matrix
-        }
+        cosines = {}
+        for other in others:
+            if other.entry.is_matrix:
+                try:
+                    cosines[other.name] = cosine(self.operator, other.operator, self.exact)
+                except _FAILURES as error:
+                    note = f"cosine with {other.name} failed: {first_line(error)}"
+                    warnings.warn(note, stacklevel=1)
+        return cosines
 
     def step_cosines(self, damping: float, others: Sequence[_Approximation]) -> dict[str, float]:
         """Compare the step with those of others."""
@@ -197,7 +202,7 @@ class _Approximation:
         comparison = compare_inverses(
             self.steps[damping],
             inverse,
-            self.entry.definite,
+            self.entry,
             damping,
             self.exact,
             lanczos_steps=self.settings.lanczos_steps,
@@ -217,7 +222,7 @@ class _Approximation:
             return continued_loss(self.exact.objective, self.entry, damping, steps, rule)
         except _FAILURES as error:
             warnings.warn(f"further training failed: {first_line(error)}", stacklevel=1)
-            return math.nan
+            return math.inf
 
 
 def measure(point: Point, settings: Settings) -> Iterator[OperatorResult]:

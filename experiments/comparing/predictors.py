@@ -20,7 +20,7 @@ class Prediction:
     """How well a measure ranks the approximations at one point.
 
     Args:
-        trajectory: Which training.
+        training: Which training.
         step: The training step.
         damping: λ.
         measure: The measure.
@@ -29,7 +29,7 @@ class Prediction:
         operators: How many approximations were ranked.
     """
 
-    trajectory: str
+    training: str
     step: int
     damping: float
     measure: str
@@ -47,9 +47,10 @@ def predictions(results: Sequence[OperatorResult]) -> Iterator[Prediction]:
     for trajectory, step in points:
         here = [r for r in results if (r.trajectory, r.step) == (trajectory, step)]
         for position, damped in enumerate(here[0].damped):
-            compared = [(result, result.damped[position]) for result in here]
-            for measure in _scores(*compared[0]):
-                pairs = [(_scores(*pair)[measure], -pair[1].continued_loss) for pair in compared]
+            losses = [result.damped[position].continued_loss for result in here]
+            scores = [_scores(result, result.damped[position]) for result in here]
+            for measure in scores[0]:
+                pairs = [(own[measure], -loss) for own, loss in zip(scores, losses, strict=True)]
                 known = [pair for pair in pairs if not any(map(math.isnan, pair))]
                 differ = all(len(set(side)) > 1 for side in zip(*known, strict=True))
                 if len(known) >= _FEWEST and differ:
@@ -71,9 +72,7 @@ def _scores(result: OperatorResult, damped: DampedResult) -> dict[str, float]:
     return {
         "decrease": inverse.decrease_fraction,
         "step_cosine": inverse.step_cosine,
-        "condition": -condition
-        if math.isfinite(condition := inverse.condition_number)
-        else unknown,
+        "condition": -condition if math.isfinite(condition) else unknown,
         "cg_iterations": -inverse.cg_iterations,
         "cosine": matrices.whole.cosine if matrices else unknown,
         "error": -matrices.whole.error if matrices else unknown,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -102,6 +103,9 @@ class Settings(ProblemSettings):
 
 def _check(settings: Settings) -> None:
     """Check what the settings of a training do not cover."""
+    runs = [str(Path(folder).resolve()) for folder in settings.runs]
+    if len(set(runs)) < len(runs):
+        raise UserError(f"--runs must be different folders, got {list(settings.runs)}.")
     for name in ("operators", "dampings", "steps", "seeds"):
         values = getattr(settings, name)
         if not values or len(set(values)) < len(values):
@@ -128,6 +132,8 @@ def _check(settings: Settings) -> None:
 
 def _check_effect(settings: Settings) -> None:
     """Refuse settings that would silently do nothing."""
+    if not settings.continued_steps and settings.continued_rule != Settings.continued_rule:
+        raise UserError("--continued-rule has no effect without --continued-steps. Add it.")
     if settings.runs:
         ignored = [*_OF_THE_RUN, *(field.name for field in fields(Presets))]
         reason = "with --runs, which fixes it. Drop one of the two"

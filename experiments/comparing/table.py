@@ -45,12 +45,13 @@ COLUMNS = {
     "the best step length, over that of the exact step",
     "step_length": "length of that step over that of the exact one",
     "step_cosine": "cosine between the two steps",
-    "condition": "condition number of (P + λI)⁻¹(G + λI); inf if the inverse is singular",
+    "condition": "condition number of (P + λI)⁻¹(G + λI); inf if the inverse is singular, empty if "
+    "it is no matrix",
     "condition_is_bound": "whether that is a lower bound, from Lanczos",
     "cg_iterations": "of conjugate gradients for the exact step, preconditioned by (P + λI)⁻¹",
     "cg_converged": "whether they reached the tolerance",
     "continued_loss": "L after --continued-steps further steps with (P + λI)⁻¹ and everything else "
-    "the same; empty if there are none",
+    "the same; empty if there are none, inf if they failed",
     "build_seconds": "to build P; noisy, the median of a few",
     "invert_seconds": "to invert and to compute one step; noisy, the median of a few; empty where "
     "a factorization of another damping was reused",

@@ -106,7 +106,49 @@ def test_what_cannot_be_compared_is_refused(case):
     operator, smaller = DenseLinearOperator(C, SHAPES), DenseLinearOperator(P[:8, :8], [(8,)])
     with pytest.raises(ValueError, match="same space"):
         compare(smaller, operator, g, DAMPING)
-    with pytest.raises(ValueError, match="curvature along the direction must be positive"):
+    with pytest.raises(ValueError, match="there is nothing to decrease"):
         compare(operator, operator, torch.zeros(24), DAMPING)
+    with pytest.raises(ValueError, match="exact step must be positive"):
+        compare_steps(operator, DAMPING, torch.zeros(24), g, g)
     with pytest.raises(ValueError, match="step"):
         compare_steps(operator, DAMPING, g, g[:3], g)
+
+
+def test_every_option_matters(case):
+    C, P, g = case
+    left, right = MatrixFree(P, SHAPES), MatrixFree(C, SHAPES)
+
+    def run(**options):
+        return compare(left, right, g, 1e-4, **({"dense_limit": 8, "probes": 8} | options))
+
+    assert run(cg_limit=2).cg.iterations == 2
+    loose, tight = run(cg_tolerance=0.5).cg, run(cg_tolerance=1e-6).cg
+    assert loose.iterations < tight.iterations
+    assert run(lanczos_steps=2).condition_number < run(lanczos_steps=24).condition_number
+    other = run(generator=torch.Generator().manual_seed(5))
+    assert other.cosine.value != run().cosine.value
+    assert run(probes=48).cosine.standard_error < run(probes=2).cosine.standard_error
+    singular = DenseLinearOperator(torch.diag(torch.arange(24).double()), SHAPES)
+    dense = DenseLinearOperator(C, SHAPES)
+    assert compare(dense, dense, g, DAMPING, inverse=singular).condition_number == torch.inf
+
+
+def test_sums_are_inverted_as_matrices_where_they_are_small(case):
+    C, P, g = case
+    exact = DenseLinearOperator(C, SHAPES)
+    total = exact + 0.5 * DenseLinearOperator(P, SHAPES)
+    received = compare(total, exact, g, DAMPING)
+    expected = compare(DenseLinearOperator(C + 0.5 * P, SHAPES), exact, g, DAMPING)
+    assert received.step.decrease_fraction == pytest.approx(expected.step.decrease_fraction)
+    assert received.condition_number == pytest.approx(expected.condition_number)
+
+
+def test_precisions_may_differ(case):
+    C, P, g = case
+    double = DenseLinearOperator(C, SHAPES), DenseLinearOperator(P, SHAPES)
+    single = DenseLinearOperator(C.float(), SHAPES), DenseLinearOperator(P.float(), SHAPES)
+    expected = compare(double[1], double[0], g, DAMPING)
+    for pair in ((single[1], double[0]), (double[1], single[0]), (single[1], single[0])):
+        received = compare(*pair, g, DAMPING)
+        assert received.step.cosine == pytest.approx(expected.step.cosine, rel=1e-4)
+        assert received.cg.converged

@@ -134,8 +134,17 @@ def test_abandoned_iteration_does_not_corrupt_the_gradient():
     for linearization in linearized.linearizations:
         next(iter(linearization))
         next(iter(linearization))
+        assert linearization._sums is None
+        list(linearization)  # sums up again
+        assert linearization._sums is not None
     for a, b in zip(linearized.gradient(), reference, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_loss_and_gradient_take_the_points_in_chunks():
+    made = objective(chunk_size=2)
+    sizes = [[len(block.x) for block in blocks] for blocks in made._blocks.values()]
+    assert sizes == [[2, 2], [2, 1], [2, 2, 1]]
 
 
 def test_linearization_leaves_no_trace():

@@ -6,9 +6,12 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import rankdata
 
 from experiments.comparing import figures, measure
 from experiments.comparing import main as comparing_main
@@ -19,7 +22,13 @@ from experiments.comparing.panels import Range
 from experiments.comparing.points import OwnTraining, Point
 from experiments.comparing.settings import Settings
 from experiments.training.metrics import read_metrics
-from pinncurv.curvature import KFAC, BlockDiagonalGaussNewton, DiagonalGaussNewton, GaussNewton
+from pinncurv.curvature import (
+    KFAC,
+    BlockDiagonalGaussNewton,
+    DiagonalGaussNewton,
+    GaussNewton,
+    Objective,
+)
 from pinncurv.linops import Damped, FactorizationError
 from pinncurv.optim import CurvatureOptimizer
 from tests.experiments.runs import start
@@ -62,7 +71,10 @@ def test_every_operator_is_measured(tmp_path: Path) -> None:
     for row in rows:
         share = float(row["decrease"])
         assert 0 <= share <= 1 + 1e-6, row
-        assert float(row["condition"]) >= 1 - 1e-6
+        if OPERATORS[row["operator"]].is_matrix:
+            assert float(row["condition"]) >= 1 - 1e-6
+        else:
+            assert row["condition"] == row["cg_iterations"] == ""
         exactly = "0.0" if OPERATORS[row["operator"]].is_matrix else ""
         assert all(row[f"{name}_se"] == exactly for name in ("cosine", "error", "block_cosine"))
         assert not row["note"]
@@ -123,6 +135,7 @@ def test_the_table_says_what_dense_linear_algebra_says(tmp_path: Path) -> None:
             "loss": point.trainer.objective.loss().detach(),
             "cosine": (P * G).sum() / (P.norm() * G.norm()),
             "error": (P - G).norm() / G.norm(),
+            "step_length": (g @ step) / (step @ damped @ step) * step.norm() / best.norm(),
             "step_cosine": torch.cosine_similarity(step, best, dim=0),
             "decrease": (g @ step) ** 2 / (step @ damped @ step) / (g @ best),
             "condition": values.max() / values.min(),
@@ -184,14 +197,56 @@ def test_further_training_is_that_of_an_optimizer_and_leaves_the_point_alone(
         assert float(row["continued_loss"]) == pytest.approx(loss, rel=1e-6)
     with (tmp_path / "further" / "predictors.csv").open(newline="") as file:
         found = {(r["step"], r["measure"]): r for r in csv.DictReader(file)}
-    at_two = [row for row in rows if row["step"] == "2"]
-    ranks = [
-        torch.tensor([float(row[name]) for row in at_two]).argsort().argsort().double()
-        for name in ("decrease", "continued_loss")
-    ]
-    expected = -torch.corrcoef(torch.stack(ranks))[0, 1]
-    assert float(found["2", "decrease"]["correlation"]) == pytest.approx(float(expected))
-    assert {row["operators"] for row in found.values()} == {"4"}
+    better_if_larger = {"decrease", "step_cosine", "cosine", "block_cosine"}
+    better_if_smaller = {"condition", "cg_iterations", "error", "block_error"}
+    assert {name for _, name in found} == better_if_larger | better_if_smaller
+    for (step, name), row in found.items():
+        here = [row for row in rows if row["step"] == step]
+        pair = (name, "continued_loss")
+        ranks = [rankdata([float(r[column]) for r in here]) for column in pair]
+        sign = -1 if name in better_if_larger else 1
+        expected = sign * np.corrcoef(ranks)[0, 1]
+        assert float(row["correlation"]) == pytest.approx(expected), name
+        assert row["operators"] == "4"
+
+
+@pytest.mark.usefixtures("_no_figures")
+def test_an_approximation_that_fails_further_on_is_the_last_in_the_ranking(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = measure.continued_loss
+
+    def fail(objective: Objective, entry: Entry, *rest: Any) -> float:
+        if entry is OPERATORS["exact"]:
+            raise RuntimeError("diverged")
+        return original(objective, entry, *rest)
+
+    names = ["exact", "exact-diagonal", "kfac-expand", "identity"]
+    options = [*_NETWORK, *_ONCE, "--seeds", "1", "--steps", "0", "--dampings", "1e-3"]
+    options += ["--operators", *names, "--continued-steps", "2", "--pairs", "False"]
+    monkeypatch.setattr(measure, "continued_loss", fail)
+    assert compare(tmp_path / "run", *options) == 0
+    rows = read(tmp_path / "run")
+    assert rows[0]["continued_loss"] == "inf"
+    assert "further training failed: diverged" in rows[0]["note"]
+    with (tmp_path / "run" / "predictors.csv").open(newline="") as file:
+        assert {row["operators"] for row in csv.DictReader(file)} == {"4"}
+    assert not (tmp_path / "run" / "pairs.csv").read_text().strip()
+
+
+@pytest.mark.usefixtures("_no_figures")
+def test_a_pair_that_cannot_be_compared_is_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> float:
+        raise RuntimeError("not enough memory")
+
+    monkeypatch.setattr(measure, "cosine", fail)
+    options = [*_NETWORK, *_ONCE, "--seeds", "1", "--steps", "0", "--dampings", "1e-3"]
+    assert compare(tmp_path / "run", *options, "--operators", "exact", "identity") == 0
+    row = read(tmp_path / "run")[1]
+    assert row["note"] == "cosine with exact failed: not enough memory"
+    assert all(row[name] for name in ("decrease", "condition", "cosine"))
 
 
 @pytest.mark.usefixtures("_no_figures")
@@ -278,6 +333,9 @@ def test_the_settings_of_a_comparison_can_be_fed_back(tmp_path: Path) -> None:
         (["--kfac.damping", "1"], "--kfac has no effect for the optimizer kfac-star"),
         (["--device", "gpu"], "--device gpu cannot be used here"),
         (["--runs", "nowhere"], "--runs: nowhere has no config.json"),
+        (["--runs", "nowhere", "./nowhere"], "--runs must be different folders"),
+        (["--continued-rule", "constant"], "has no effect without --continued-steps"),
+        (["--continued-steps", "-1"], "--continued-steps must be 0 or more"),
         (["--runs", "nowhere", "--steps", "1"], "--steps has no effect with --runs"),
         (["--runs", "nowhere", "--problem", "heat1d"], "--problem has no effect with --runs"),
         (["--config", "nowhere"], "--config: cannot read nowhere"),

@@ -1,4 +1,4 @@
-"""All that can be said about one approximation of one operator, in one call."""
+"""What is usually asked of one approximation of one operator, in one call."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pinncurv.comparison.estimates import Estimate
 from pinncurv.comparison.frobenius import frobenius
 from pinncurv.comparison.frobenius_estimates import estimate_frobenius
 from pinncurv.comparison.generalized import generalized_extremes, generalized_spectrum
-from pinncurv.comparison.products import apply, flat_vector
+from pinncurv.comparison.products import apply, flat_vector, to_dense
 from pinncurv.comparison.steps import StepComparison, cg_records, compare_steps
-from pinncurv.linops import CGRecord, Damped
+from pinncurv.linops import CGInverseLinearOperator, CGRecord, Damped, DenseLinearOperator
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def compare(
         approximation: P, symmetric positive semidefinite.
         operator: C, symmetric positive semidefinite.
         gradient: g ``[D]``, or a list of tensors in parameter order.
-        damping: λ, a finite number > 0.
+        damping: λ, a finite number >= 0, positive if an operator is singular.
         inverse: Another positive definite P⁻¹ than (P + λI)⁻¹, such as one by factor damping.
         dense_limit: Largest D for which D x D matrices are formed, at a cost of D³.
         probes: Random probes above that, and half as many vectors in a sketch.
@@ -77,9 +77,11 @@ def compare(
     """
     is_dense = check_same_space(approximation, operator) <= dense_limit
     random = Generator().manual_seed(0) if generator is None else generator
-    inverse = Damped(damping)(approximation) if inverse is None else inverse
+    inverse = _inverse(approximation, damping, is_dense) if inverse is None else inverse
     g = flat_vector(gradient, operator, "gradient")
-    step, best = apply(inverse, -g), apply(Damped(damping)(operator), -g)
+    if not bool(g.any()):
+        raise ValueError("The gradient must not be zero, there is nothing to decrease.")
+    step, best = apply(inverse, -g), apply(_inverse(operator, damping, is_dense), -g)
     if is_dense:
         exact = frobenius(approximation, operator)
         zero = torch.zeros_like(exact.cosine)
@@ -110,3 +112,14 @@ def compare(
         condition_is_bound=not is_dense,
         cg=solves[""],
     )
+
+
+def _inverse(
+    operator: PyTorchLinearOperator, damping: float, is_dense: bool
+) -> PyTorchLinearOperator:
+    """Return (C + λI)⁻¹, from the matrix where CG would be what else there is."""
+    inverse = Damped(damping)(operator)
+    if is_dense and isinstance(inverse, CGInverseLinearOperator):
+        matrix = DenseLinearOperator(to_dense(operator), operator._in_shape)
+        return matrix.inverse(damping)
+    return inverse

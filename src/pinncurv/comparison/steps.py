@@ -199,14 +199,20 @@ def compare_steps(
         The comparison.
 
     Raises:
-        ValueError: If sizes don't fit, something is not finite, or a step is zero.
+        ValueError: If sizes don't fit, something is not finite, a step is zero, or there is nothing
+            to decrease.
     """
     s = flat_vector(step, operator, "step")
     t = flat_vector(exact_step, operator, "exact_step")
     model, best = (quadratic_decrease(operator, damping, gradient, v) for v in (s, t))
+    if not best.decrease > 0:
+        raise ValueError(
+            f"The decrease along the exact step must be positive, received {best.decrease:.1e}. "
+            "Pass a nonzero gradient and exact_step = −(C + λI)⁻¹g."
+        )
     return StepComparison(
         decrease_fraction=model.decrease / best.decrease,
-        length=model.step_length * (s.norm() / t.norm()).item(),
+        length=abs(model.step_length) * (s.norm() / t.norm()).item(),
         cosine=torch.cosine_similarity(s, t, dim=0).item(),
     )
 

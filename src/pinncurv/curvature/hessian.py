@@ -162,7 +162,7 @@ def _scaled_residuals(linearization: Linearization) -> Iterator[Float[Tensor, "n
         RuntimeError: If the parameters have changed since the linearization, or in inference mode.
     """
     check_differentiable(linearization.term.name)
-    for block in linearization.blocks():
+    for block in linearization.term_blocks():
         with torch.enable_grad():
             residual = block.residual(linearization.model)
         yield residual

@@ -40,6 +40,9 @@ def linearize_points(block: TermBlock, model: Module, parameters: dict[str, Tens
 def check_differentiable(term: str) -> None:
     """Check that autograd is able to differentiate a term.
 
+    Args:
+        term: Its name.
+
     Raises:
         RuntimeError: In inference mode.
     """

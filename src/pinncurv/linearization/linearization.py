@@ -62,9 +62,9 @@ class Linearization:
         return iter(self._chunks() if self._kept is None else self._kept)
 
     def _chunks(self) -> Iterator[Chunk]:
-        return map(self._linearize, self.blocks())
+        return map(self._linearize, self.term_blocks())
 
-    def blocks(self) -> Iterator[TermBlock]:
+    def term_blocks(self) -> Iterator[TermBlock]:
         """Yield the term at the points that are differentiated at a time.
 
         Raises:

@@ -225,7 +225,8 @@ class _Recursion:
         self.rz = torch.dot(r, self.p)
 
     def _precondition(self, r: Tensor) -> Tensor:
-        return r if self.preconditioner is None else self.preconditioner @ r
+        P = self.preconditioner
+        return r if P is None else (P @ r.to(P.dtype)).to(r.dtype)
 
     def advance(self) -> bool:
         """Do one iteration, or return False where the curvature along p is not positive."""
