@@ -29,6 +29,7 @@ from pinncurv.optim import CurvatureOptimizer, QuadraticModel
 from pinncurv.problems import Fixed, LossTerm, poisson2d
 from tests import oracles
 from tests.conformance import check_operator
+from tests.curvature.test_memory import Meter
 from tests.networks import build, points
 from tests.terms import TERMS
 
@@ -296,6 +297,37 @@ def test_float32(pairs):
     torch.testing.assert_close(
         received.to_dense().double(), wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max().item()
     )
+    matrix = received.to_dense().double()
+    x = torch.rand(len(matrix), generator=torch.Generator().manual_seed(0))
+    damping = 1e-4 * matrix.trace().item()
+    exact = torch.linalg.solve(matrix + damping * torch.eye(len(matrix)).double(), x.double())
+    for inverse in (received.inverse(damping), received.inverse(damping, dense_limit=0)):
+        assert (inverse @ x).dtype == torch.float32
+        torch.testing.assert_close((inverse @ x).double(), exact, rtol=1e-4, atol=1e-5)
+    loose = received.inverse(damping, dense_limit=0, tolerance=0.5) @ x
+    assert (loose.double() - exact).norm() > 1e-3 * exact.norm()
+
+
+def test_products_with_many_columns_fit_into_memory(monkeypatch):
+    """A few pairs of channels at a time make the same product."""
+    operator = of([TERMS["poisson"]], build("tanh"), [points()])
+    X = torch.eye(operator.shape[1], dtype=torch.float64)
+    expected = operator @ X
+    with Meter() as meter:
+        monkeypatch.setattr("pinncurv.curvature.channel_kronecker._MOST_NUMBERS", 0)
+        torch.testing.assert_close(operator @ X, expected)
+    assert meter.largest <= X.numel()
+
+
+def test_factors_must_fit():
+    operator = of([TERMS["poisson"]], build("tanh"), [points()])
+    blocks, shapes = operator.blocks, operator.shapes
+    for factors in (operator.factors[:1], [(*layer, *layer) for layer in operator.factors]):
+        with pytest.raises(ValueError, match=r"factors for each of the . layers and the terms"):
+            ChannelKroneckerLinearOperator(factors, blocks, shapes, operator.terms)
+    swapped = operator.factors[::-1]
+    with pytest.raises(ValueError, match=r"layer .*, term .* must have shapes .* received"):
+        ChannelKroneckerLinearOperator(swapped, blocks, shapes, operator.terms)
 
 
 # --- the rest -------------------------------------------------------------------------------------

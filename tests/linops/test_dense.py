@@ -108,18 +108,34 @@ def test_large_matrices_are_factorized_by_cholesky(build, rank, generator, monke
     operator = build([2, 3, 1], True, generator, rank)
     expected = {damping: operator.inverse(damping).to_dense() for damping in (1e-8, 1e-2)}
     monkeypatch.setattr("pinncurv.linops.dense._LARGEST_EIGH", 0)
-    monkeypatch.setattr("torch.linalg.eigh", lambda *_: pytest.fail("a slow eigendecomposition"))
     fresh = operator.with_tensors(operator.tensors())
-    for damping, inverse in expected.items():
-        received = fresh.inverse(damping)
-        assert {report.method for report in received.reports} == {"cholesky"}
-        torch.testing.assert_close(received.to_dense(), inverse, rtol=1e-7, atol=1e-7 / damping)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.linalg.eigh", lambda *_: pytest.fail("a slow eigendecomposition"))
+        for damping, inverse in expected.items():
+            received = fresh.inverse(damping)
+            assert {report.method for report in received.reports} == {"cholesky"}
+            torch.testing.assert_close(received.to_dense(), inverse, rtol=1e-7, atol=1e-7 / damping)
     if rank is None:
         check_operator(operator.with_tensors(operator.tensors()))
     else:
         with pytest.raises(FactorizationError, match="Pass damping > 0"):
             fresh.inverse(0.0)
+
+
+def test_where_cholesky_fails_one_eigendecomposition_serves_all_dampings(generator, monkeypatch):
+    """The smallest eigenvalue is below zero by rounding, and the damping is smaller than that."""
+    C = psd(12, generator, rank=3)
+    C -= 1e-10 * torch.eye(12, dtype=C.dtype)
+    calls = []
+    original = torch.linalg.eigh
+    monkeypatch.setattr("pinncurv.linops.dense._LARGEST_EIGH", 0)
+    monkeypatch.setattr(torch.linalg, "eigh", lambda *a: calls.append(1) or original(*a))
+    operator = DenseLinearOperator(C, [(12,)])
+    for damping in (1e-14, 1e-12):
+        m = torch.linalg.eigvalsh(operator.inverse(damping).to_dense())
+        assert m.min() > 0
+        assert m.max() == pytest.approx(1 / damping, rel=1e-6)
+    assert len(calls) == 1
 
 
 def test_blocks_of_dense_in_joint_order(generator):

@@ -20,8 +20,8 @@ from pinncurv.linops.psd import (
     EigenFactorization,
     Factorization,
     FactorizationError,
+    cholesky,
     eigh,
-    factorize,
     symmetrize,
 )
 
@@ -39,11 +39,13 @@ def _damped(
     decompose: Callable[[], EigenFactorization],
 ) -> Factorization:
     """Factorize C + λI, by the eigendecomposition of C unless that takes too long."""
-    if damping == 0 or len(matrix) <= _LARGEST_EIGH:
-        return decompose().damped(damping)
-    shifted = symmetrize(matrix, name)
-    shifted.diagonal().add_(damping)
-    return factorize(shifted, name, damping)
+    if damping > 0 and len(matrix) > _LARGEST_EIGH:
+        shifted = symmetrize(matrix, name)
+        shifted.diagonal().add_(damping)
+        factorization = cholesky(shifted, name, damping)
+        if factorization is not None:
+            return factorization
+    return decompose().damped(damping)
 
 
 class DenseLinearOperator(SymmetricLinearOperator):
@@ -107,6 +109,9 @@ class DenseLinearOperator(SymmetricLinearOperator):
         """Return the damped inverse.
 
         (C + λ I)⁻¹ = V diag(1 / (max(m, 0) + λ)) Vᵀ
+
+        Above D = 1024 it is (C + λ I)⁻¹ by a Cholesky factorization, the same for semidefinite C,
+        where that succeeds.
 
         Args:
             damping: The damping λ, a finite number >= 0.
@@ -211,6 +216,9 @@ class DenseBlockDiagonalLinearOperator(LayerwiseLinearOperator):
         """Return the damped inverse.
 
         (C_l + λ I)⁻¹ = V_l diag(1 / (max(m_l, 0) + λ)) V_lᵀ
+
+        Blocks above n = 1024 by Cholesky factorizations of C_l + λ I, the same for semidefinite
+        C_l, where these succeed.
 
         Args:
             damping: The damping λ, a finite number >= 0.

@@ -14,6 +14,7 @@ from pinncurv.linops.dense import DenseBlockDiagonalLinearOperator
 from pinncurv.linops.factors import KroneckerFactors
 from pinncurv.linops.inverses import BlockFactorizedInverseLinearOperator
 from pinncurv.linops.layerwise import LayerwiseLinearOperator
+from pinncurv.linops.operator import check_damping
 
 
 @dataclass(frozen=True)
@@ -126,4 +127,8 @@ class KroneckerExpansionLinearOperator(LayerwiseLinearOperator):
                 )
         matrices = [self.block_to_dense(i) for i in range(len(self.blocks))]
         dense = DenseBlockDiagonalLinearOperator(matrices, self.blocks, self._in_shape)
-        return dense.inverse(damping)
+        damping = check_damping(damping)
+        positive = [dense.eigh(i).damped(damping) for i in range(len(matrices))]
+        return BlockFactorizedInverseLinearOperator(
+            positive, self.blocks, self._in_shape, self.dtype
+        )

@@ -232,12 +232,28 @@ def factorize(matrix: Float[Tensor, "n n"], name: str, floor: float = 0.0) -> Fa
     Raises:
         FactorizationError: If the matrix is numerically singular and there is no positive floor.
     """
+    factorization = cholesky(matrix, name, floor)
+    if factorization is not None:
+        return factorization
+    decomposition = eigh(matrix, name, floor)
+    check_nonsingular(decomposition)
+    return decomposition
+
+
+def cholesky(
+    matrix: Float[Tensor, "n n"], name: str, floor: float = 0.0
+) -> CholeskyFactorization | None:
+    """Factorize a matrix by Cholesky; None where it is not positive definite enough.
+
+    Args:
+        matrix: Symmetric, finite matrix, as ``symmetrize`` returns it.
+        name: What the matrix is, for the report.
+        floor: Lower bound on the eigenvalues that is known to hold in exact arithmetic.
+    """
     L, info = torch.linalg.cholesky_ex(matrix)
     if info.item() == 0 and _pivots_are_credible(L, floor):
         return CholeskyFactorization(L, FactorizationReport(name, "cholesky", floor))
-    factorization = eigh(matrix, name, floor)
-    check_nonsingular(factorization)
-    return factorization
+    return None
 
 
 def _pivots_are_credible(L: Tensor, floor: float) -> bool:
