@@ -28,7 +28,6 @@ from pinncurv.curvature.optimal_kronecker import OptimalKronecker
 from pinncurv.curvature.subspace import InSubspace, SubspaceGaussNewton
 from pinncurv.linearization import Empirical, ForwardOnly, Linearization
 from pinncurv.linops import (
-    BlockFactorizedInverseLinearOperator,
     Damped,
     DiagonalLinearOperator,
     FactorDamping,
@@ -36,8 +35,7 @@ from pinncurv.linops import (
     LayerwiseLinearOperator,
     SumKroneckerLinearOperator,
     check_damping,
-    factorize,
-    symmetrize,
+    factorize_damped_blocks,
     trace_norm,
 )
 from pinncurv.optim import Curvature, Inverse
@@ -70,15 +68,7 @@ class DampedBlocks:
         )
         if closed_form or max(block.numel for block in operator.blocks) <= _OWN_INVERSE:
             return Damped(self.damping)(operator)
-        factorizations = []
-        for i, block in enumerate(operator.blocks):
-            name = f"layer {block.name}, damped block"
-            matrix = symmetrize(operator.block_to_dense(i), name)
-            matrix.diagonal().add_(self.damping)
-            factorizations.append(factorize(matrix, name, self.damping))
-        return BlockFactorizedInverseLinearOperator(
-            factorizations, operator.blocks, operator.shapes, operator.dtype
-        )
+        return factorize_damped_blocks(operator, self.damping)
 
 
 @dataclass(frozen=True)

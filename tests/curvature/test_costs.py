@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode, mm_flop
 from pinncurv.curvature import (
     KFAC,
     BlockDiagonalGaussNewton,
+    ChannelKronecker,
     DiagonalGaussNewton,
     GaussNewton,
     GaussNewtonLinearOperator,
@@ -76,6 +77,8 @@ BUILD = {
     "diagonal": (DiagonalGaussNewton(), JACOBIAN),
     "expand": (KFAC(), FACTORS),
     "reduce": (KFAC(reduce), FACTORS / S),
+    "channels": (ChannelKronecker(pairs=False), FACTORS),
+    "channel-pairs": (ChannelKronecker(), FACTORS * (S + 1) / 2),
     "traces": (lambda made: PartialTraces().factors(made, expand, None), FACTORS + 2 * CHANNELS),
     "optimal": (
         OptimalKronecker(iterations=3, tolerance=0.0),
@@ -96,6 +99,7 @@ EXACT = GaussNewtonLinearOperator.from_linearizations
 PRODUCT = {
     "exact": (EXACT, None, 2 * JACOBIAN),
     "kfac": (KFAC(), None, KRONECKER),
+    "channel-pairs": (ChannelKronecker(), None, S**2 * KRONECKER),
     "factor-damping": (KFAC(), FactorDamping(1e-3), 2 * KRONECKER),
     "damped": (KFAC(), Damped(1e-3), 2 * KRONECKER),
     "woodbury": (EXACT, Woodbury(1e-3), 4 * JACOBIAN),

@@ -248,7 +248,7 @@ def test_float32(basis):
 @pytest.mark.parametrize("basis", BASES)
 def test_needs_output_gradients(basis):
     model, x, term = build("tanh"), points(), TERMS["poisson"]
-    match = "EKFAC .* must have output gradients, but term 'poisson' has none with ForwardOnly"
+    match = "EKFAC must have output gradients, but term 'poisson' has none with ForwardOnly"
     with pytest.raises(ValueError, match=match):
         EKFAC(**BASES[basis], fisher=ForwardOnly())([linearize(term, model, x)])
     with pytest.raises(ValueError, match=match):

@@ -169,3 +169,10 @@ def test_inverse_decreases_with_damping(generator):
     operator = dense([2, 3, 1], True, generator, rank=3)
     traces = [operator.inverse(damping).trace() for damping in (1e-12, 1e-6, 1.0)]
     assert all(first > second for first, second in pairwise(traces))
+
+
+def test_which_matrices_are_large(generator):
+    """Without damping there is no Cholesky factorization, whatever the size."""
+    for n, damping, method in ((1024, 1.0, "eigh"), (1025, 1.0, "cholesky"), (1025, 0.0, "eigh")):
+        operator = DenseLinearOperator(torch.eye(n, dtype=torch.float64), [(n,)])
+        assert operator.inverse(damping).reports[0].method == method

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pinncurv.curvature.parameters import ParameterSpace
 from pinncurv.curvature.products import output_gradients
-from pinncurv.linearization import Fisher, LayerLinearization, Linearization, Type2
+from pinncurv.linearization import Fisher, ForwardOnly, LayerLinearization, Linearization, Type2
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +57,27 @@ class BlockRows:
         """Return Σ_nv J_nvᵀ B J_nv = Σ_n Z_nᵀ (Σ_v G_nv B G_nvᵀ) Z_n, with B = I by default."""
         M = ((self.G if B is None else self.G @ B) @ self.G.mT).sum(1)
         return self.Z.flatten(0, 1).mT @ (M @ self.Z).flatten(0, 1)
+
+
+def check_gradients(
+    what: str, linearizations: Sequence[Linearization], fisher: Fisher | None
+) -> None:
+    """Check that there are output gradients, of which the rows of the Jacobian are made.
+
+    Args:
+        what: What needs them, for the error message.
+        linearizations: One per term.
+        fisher: Which output gradients to take; those of the linearizations by default.
+
+    Raises:
+        ValueError: If there are none; names the term.
+    """
+    for linearization in linearizations:
+        if ForwardOnly() in (linearization.fisher, fisher):
+            raise ValueError(
+                f"{what} must have output gradients, but term '{linearization.term.name}' has none "
+                "with ForwardOnly(). Use fisher=Type2() or Empirical(), or KFAC, which needs none."
+            )
 
 
 def layers_of(

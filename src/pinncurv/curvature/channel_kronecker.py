@@ -9,20 +9,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pinncurv.curvature.block_rows import BlockRows, layers_of
+from pinncurv.curvature.block_rows import BlockRows, check_gradients, layers_of
 from pinncurv.curvature.parameters import ParameterSpace
-from pinncurv.linearization import Fisher, ForwardOnly, Linearization, Type2
+from pinncurv.linearization import Fisher, Linearization, Type2
 from pinncurv.linops import (
     BlockFactorizedInverseLinearOperator,
     CGInverseLinearOperator,
-    Factorization,
     KroneckerFactors,
     LayerBlock,
     LayerwiseLinearOperator,
     SumKroneckerLinearOperator,
     check_damping,
-    factorize,
-    symmetrize,
+    factorize_damped_blocks,
 )
 
 # A product takes so many numbers of memory at most, and no less than one pair of channels needs.
@@ -135,7 +133,7 @@ class ChannelKroneckerLinearOperator(LayerwiseLinearOperator):
                 choice than ``fisher``.
         """
         space = ParameterSpace.from_linearizations(linearizations)
-        _check_fisher(linearizations, fisher)
+        check_gradients("Kronecker products by channel", linearizations, fisher)
         by_term = [_term_factors(each, space, pairs, fisher) for each in linearizations]
         names = [linearization.term.name for linearization in linearizations]
         return cls(list(zip(*by_term, strict=True)), space.blocks, space.shapes, names)
@@ -234,18 +232,9 @@ class ChannelKroneckerLinearOperator(LayerwiseLinearOperator):
         damping = check_damping(damping)
         double = self.with_tensors([M.double() for M in self.tensors()])
         if max(block.numel for block in self.blocks) <= dense_limit:
-            blocks = [double._factorized(i, damping) for i in range(len(self.blocks))]
-            return BlockFactorizedInverseLinearOperator(
-                blocks, self.blocks, self.shapes, self.dtype
-            )
+            return factorize_damped_blocks(double, damping, self.dtype)
         preconditioner = double.partial_traces().inverse(damping) if damping > 0 else None
         return CGInverseLinearOperator(double, damping, preconditioner, tolerance, dtype=self.dtype)
-
-    def _factorized(self, layer: int, damping: float) -> Factorization:
-        name = f"layer {self.blocks[layer].name}, damped block"
-        dense = symmetrize(self.block_to_dense(layer), name)
-        dense.diagonal().add_(damping)
-        return factorize(dense, name, damping)
 
     def partial_traces(self) -> SumKroneckerLinearOperator:
         """Approximate each block by the Kronecker product of its partial traces.
@@ -268,17 +257,6 @@ def _partial_traces(factors: Sequence[ChannelFactors]) -> KroneckerFactors:
     return KroneckerFactors(
         torch.einsum("p,pij->ij", b, A), scale * torch.einsum("p,poq->oq", a, B)
     )
-
-
-def _check_fisher(linearizations: Sequence[Linearization], fisher: Fisher | None) -> None:
-    """Check that there are output gradients."""
-    for linearization in linearizations:
-        if ForwardOnly() in (linearization.fisher, fisher):
-            raise ValueError(
-                "Kronecker products by channel must have output gradients to weigh the channels, "
-                f"but term '{linearization.term.name}' has none with ForwardOnly(). Use "
-                "fisher=Type2() or Empirical(), or KFAC(fisher=ForwardOnly())."
-            )
 
 
 def _term_factors(

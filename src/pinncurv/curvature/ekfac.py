@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pinncurv.curvature.block_rows import BlockRows, layers_of
+from pinncurv.curvature.block_rows import BlockRows, check_gradients, layers_of
 from pinncurv.curvature.kfac import KFACLinearOperator, WeightSharing, expand
 from pinncurv.curvature.parameters import ParameterSpace
 from pinncurv.curvature.second_moments import second_moments
-from pinncurv.linearization import Fisher, ForwardOnly, Linearization, Type2
+from pinncurv.linearization import Fisher, Linearization, Type2
 from pinncurv.linops import (
     FactorizationReport,
     KroneckerBasis,
@@ -174,7 +174,7 @@ class EKFACLinearOperator(KroneckerEigenLinearOperator):
                 choice than ``fisher``.
         """
         space = ParameterSpace.from_linearizations(linearizations)
-        _check_fisher(linearizations, fisher)
+        check_gradients("EKFAC", linearizations, fisher)
         pairs = (basis or KFACFactors()).factors(linearizations, sharing, fisher)
         bases, reports = [], []
         for pair, block in zip(pairs, space.blocks, strict=True):
@@ -241,17 +241,6 @@ class EKFACLinearOperator(KroneckerEigenLinearOperator):
             self.dtype,
             self.reports,
         )
-
-
-def _check_fisher(linearizations: Sequence[Linearization], fisher: Fisher | None) -> None:
-    """Check that there are rows of a Jacobian to take moments of."""
-    for linearization in linearizations:
-        if ForwardOnly() in (linearization.fisher, fisher):
-            raise ValueError(
-                "EKFAC takes moments of the rows of the Jacobian and must have output gradients, "
-                f"but term '{linearization.term.name}' has none with ForwardOnly(). Use "
-                "fisher=Type2() or Empirical(), or KFAC."
-            )
 
 
 def _term_scales(

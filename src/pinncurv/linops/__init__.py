@@ -51,6 +51,7 @@ from pinncurv.linops.inverses import (
     BlockFactorizedInverseLinearOperator,
     Damped,
     FactorizedInverseLinearOperator,
+    factorize_damped_blocks,
 )
 from pinncurv.linops.kronecker import SumKroneckerLinearOperator
 from pinncurv.linops.kronecker_expansion import KroneckerExpansionLinearOperator, KroneckerRecord
@@ -119,6 +120,7 @@ __all__ = [
     "eigh",
     "factor_damped_inverse",
     "factorize",
+    "factorize_damped_blocks",
     "flat_positions",
     "from_joint",
     "merge",

@@ -14,7 +14,7 @@ from pinncurv.linops.blocks import LayerBlock
 from pinncurv.linops.cg_inverse import CGInverseLinearOperator
 from pinncurv.linops.layerwise import LayerwiseLinearOperator
 from pinncurv.linops.operator import SymmetricLinearOperator, check_damping
-from pinncurv.linops.psd import Factorization, FactorizationReport
+from pinncurv.linops.psd import Factorization, FactorizationReport, factorize, symmetrize
 
 
 @dataclass(frozen=True)
@@ -130,3 +130,31 @@ class BlockFactorizedInverseLinearOperator(LayerwiseLinearOperator):
 
     def _block_diagonal(self, layer: int) -> Float[Tensor, "d_out d_joint"]:
         return self.block_to_dense(layer).diagonal().reshape(self.blocks[layer].shape)
+
+
+def factorize_damped_blocks(
+    operator: LayerwiseLinearOperator, damping: float, dtype: torch.dtype | None = None
+) -> BlockFactorizedInverseLinearOperator:
+    """Invert each layer's block as a dense matrix, by Cholesky where it is definite enough.
+
+    diag_l (C_l + λ I)⁻¹
+
+    Cost: n³ / 3 and n² numbers in float64 per layer, n = d_out (d_in + 1).
+
+    Args:
+        operator: Block diagonal over layers, positive semidefinite.
+        damping: λ, a finite number >= 0.
+        dtype: Data type of the vectors, by default the operator's.
+
+    Raises:
+        FactorizationError: If a block is not finite, or numerically singular without damping.
+    """
+    factorizations = []
+    for i, block in enumerate(operator.blocks):
+        name = f"layer {block.name}, damped block"
+        matrix = symmetrize(operator.block_to_dense(i), name)
+        matrix.diagonal().add_(check_damping(damping))
+        factorizations.append(factorize(matrix, name, damping))
+    return BlockFactorizedInverseLinearOperator(
+        factorizations, operator.blocks, operator.shapes, operator.dtype if dtype is None else dtype
+    )

@@ -10,20 +10,15 @@ from torch import Tensor
 from pinncurv.linops.cg_inverse import CGInverseLinearOperator
 from pinncurv.linops.eigenform import KroneckerBasis, KroneckerCongruenceLinearOperator
 from pinncurv.linops.factors import merge
-from pinncurv.linops.inverses import BlockFactorizedInverseLinearOperator
-from pinncurv.linops.psd import Factorization, factorize, symmetrize
+from pinncurv.linops.inverses import (
+    BlockFactorizedInverseLinearOperator,
+    factorize_damped_blocks,
+)
+from pinncurv.linops.psd import symmetrize
 from pinncurv.linops.simultaneous import SimultaneousDiagonalization, diagonalize
 
 if TYPE_CHECKING:
     from pinncurv.linops.kronecker import SumKroneckerLinearOperator
-
-
-def _factorize_block(
-    operator: SumKroneckerLinearOperator, layer: int, damping: float
-) -> Factorization:
-    dense = operator.block_to_dense(layer)
-    dense.diagonal().add_(damping)
-    return factorize(dense, f"layer {operator.blocks[layer].name}, damped block", damping)
 
 
 def in_double(operator: SumKroneckerLinearOperator) -> SumKroneckerLinearOperator:
@@ -61,11 +56,7 @@ def dense_inverse(
     Returns:
         The inverse.
     """
-    double = in_double(operator)
-    factorizations = [_factorize_block(double, i, damping) for i in range(len(double.blocks))]
-    return BlockFactorizedInverseLinearOperator(
-        factorizations, operator.blocks, operator.shapes, operator.dtype
-    )
+    return factorize_damped_blocks(in_double(operator), damping, operator.dtype)
 
 
 def cg_inverse(
