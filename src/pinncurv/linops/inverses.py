@@ -133,7 +133,11 @@ class BlockFactorizedInverseLinearOperator(LayerwiseLinearOperator):
 
 
 def factorize_damped_blocks(
-    operator: LayerwiseLinearOperator, damping: float, dtype: torch.dtype | None = None
+    operator: LayerwiseLinearOperator,
+    damping: float,
+    dtype: torch.dtype | None = None,
+    *,
+    checked: bool = False,
 ) -> BlockFactorizedInverseLinearOperator:
     """Invert each layer's block as a dense matrix, by Cholesky where it is definite enough.
 
@@ -145,6 +149,8 @@ def factorize_damped_blocks(
         operator: Block diagonal over layers, positive semidefinite.
         damping: λ, a finite number >= 0.
         dtype: Data type of the vectors, by default the operator's.
+        checked: Whether the blocks are known to be finite, symmetric and in float64, which saves a
+            pass over each of them.
 
     Raises:
         FactorizationError: If a block is not finite, or numerically singular without damping.
@@ -152,7 +158,8 @@ def factorize_damped_blocks(
     factorizations = []
     for i, block in enumerate(operator.blocks):
         name = f"layer {block.name}, damped block"
-        matrix = symmetrize(operator.block_to_dense(i), name)
+        dense = operator.block_to_dense(i)
+        matrix = dense if checked else symmetrize(dense, name)
         matrix.diagonal().add_(check_damping(damping))
         factorizations.append(factorize(matrix, name, damping))
     return BlockFactorizedInverseLinearOperator(

@@ -56,7 +56,7 @@ def dense_inverse(
     Returns:
         The inverse.
     """
-    return factorize_damped_blocks(in_double(operator), damping, operator.dtype)
+    return factorize_damped_blocks(in_double(operator), damping, operator.dtype, checked=True)
 
 
 def cg_inverse(
