@@ -41,6 +41,17 @@ class Gated(nn.Module):
         return self.head(h * u + (1 - h) * v)
 
 
+class TwoParts(nn.Module):
+    """u(x) at three points, u(x) v(x) at any other number: a term may leave v out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.u, self.v = build("tanh"), build("silu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.u(x) if x.shape[0] == 3 else self.u(x) * self.v(x)
+
+
 class FourierFeatures(nn.Module):
     """[sin(x B), cos(x B)] with a fixed random matrix, then a perceptron."""
 

@@ -13,8 +13,7 @@ from experiments.comparing.operators import Entry
 from pinncurv.comparison import (
     cg_records,
     compare_steps,
-    generalized_extremes,
-    generalized_spectrum,
+    condition_number,
 )
 
 
@@ -77,6 +76,14 @@ def compare_inverses(
         return compared
     if not entry.definite:
         return replace(compared, condition_number=math.inf)
+    condition = condition_number(
+        exact.operator,
+        inverse,
+        damping,
+        dense=exact.is_dense,
+        steps=lanczos_steps,
+        generator=Generator().manual_seed(0),
+    )
     record = cg_records(
         exact.operator,
         damping,
@@ -87,23 +94,8 @@ def compare_inverses(
     )[""]
     return replace(
         compared,
-        condition_number=_condition_number(inverse, damping, exact, lanczos_steps),
+        condition_number=condition,
         condition_is_bound=not exact.is_dense,
         cg_iterations=record.iterations,
         cg_converged=record.converged,
     )
-
-
-def _condition_number(
-    inverse: PyTorchLinearOperator, damping: float, exact: Exact, lanczos_steps: int
-) -> float:
-    if exact.is_dense:
-        values = generalized_spectrum(exact.operator, inverse, damping)
-        return (values[0] / values[-1]).item() if values[-1] > 0 else math.inf
-    return generalized_extremes(
-        exact.operator,
-        inverse,
-        damping,
-        steps=lanczos_steps,
-        generator=Generator().manual_seed(0),
-    ).condition_number

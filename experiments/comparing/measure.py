@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from curvlinops._torch_base import PyTorchLinearOperator
@@ -87,10 +87,10 @@ class OperatorResult:
     loss: float
     rmse: float
     mass: Float[Tensor, "L L"]
-    matrices: MatrixComparison | None
-    cosines: Mapping[str, float]
-    build_seconds: float
-    damped: tuple[DampedResult, ...]
+    matrices: MatrixComparison | None = None
+    cosines: Mapping[str, float] = field(default_factory=dict)
+    build_seconds: float = math.nan
+    damped: tuple[DampedResult, ...] = ()
 
 
 class Clock:
@@ -238,33 +238,36 @@ def measure(point: Point, settings: Settings) -> Iterator[OperatorResult]:
     clock = Clock(settings.repeats, trainer.device)
     done: list[_Approximation] = []
     for name in settings.operators:
-        comparison = _compare(name, exact, settings, clock, done)
-        yield OperatorResult(
+        result = OperatorResult(
             trajectory=point.trajectory,
             step=point.step,
             operator=name,
             loss=float(metrics["loss"]),
             rmse=float(metrics["rmse"]),
             mass=exact.mass,
-            **comparison,
         )
+        yield _completed(result, exact, settings, clock, done)
 
 
-def _compare(
-    name: str, exact: Exact, settings: Settings, clock: Clock, done: list[_Approximation]
-) -> dict[str, Any]:
+def _completed(
+    result: OperatorResult,
+    exact: Exact,
+    settings: Settings,
+    clock: Clock,
+    done: list[_Approximation],
+) -> OperatorResult:
     """Compare one approximation with the exact matrix and with those before, and add it to them.
 
     What goes wrong becomes a note.
     """
-    result: dict[str, Any] = {"matrices": None, "cosines": {}, "build_seconds": math.nan}
     note, approximation = "", None
     with _Notes() as notes:
         try:
-            approximation = _Approximation(name, exact, settings, clock)
-            result["build_seconds"] = approximation.build_seconds
-            result["matrices"] = approximation.matrices()
-            result["cosines"] = approximation.cosines(done)
+            approximation = _Approximation(result.operator, exact, settings, clock)
+            # one after the other, to keep what comes before a failure
+            result = replace(result, build_seconds=approximation.build_seconds)
+            result = replace(result, matrices=approximation.matrices())
+            result = replace(result, cosines=approximation.cosines(done))
         except _FAILURES as error:
             note, approximation = f"{type(error).__name__}: {first_line(error)}", None
     note = note or notes.text
@@ -275,7 +278,7 @@ def _compare(
         damped = [_damped(approximation, d, done, note) for d in settings.dampings]
         if settings.pairs:
             done.append(approximation)
-    return {**result, "damped": tuple(damped)}
+    return replace(result, damped=tuple(damped))
 
 
 def _damped(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from curvlinops._torch_base import PyTorchLinearOperator
@@ -23,7 +23,7 @@ from pinncurv.curvature import (
     reduce,
 )
 from pinncurv.curvature.ekfac import EKFAC, PartialTraces
-from pinncurv.curvature.iterative import Recipe
+from pinncurv.curvature.iterative import InverseRecipe, Recipe
 from pinncurv.curvature.optimal_kronecker import OptimalKronecker
 from pinncurv.curvature.subspace import InSubspace, SubspaceGaussNewton
 from pinncurv.linearization import Empirical, ForwardOnly, Linearization
@@ -43,6 +43,8 @@ from pinncurv.optim import Curvature, Inverse
 # Blocks up to this size get the inverse of their own. For larger ones it would be an
 # eigendecomposition (minutes for 4000 parameters) or conjugate gradients within each product.
 _OWN_INVERSE = 1024
+
+_FACTOR_DAMPING = FactorDamping(1e-8, trace_norm)
 
 
 @dataclass(frozen=True)
@@ -105,18 +107,19 @@ class Entry:
     is_matrix: bool = True
 
 
-def _iterations(number: int, curvature: Recipe | None, inverse: Any = None) -> Entry:
+def _iterations(
+    number: int, curvature: Recipe | None, inverse: InverseRecipe = _FACTOR_DAMPING
+) -> Entry:
     """Return so many iterations of preconditioned conjugate gradients for the exact matrix."""
-    options = {} if inverse is None else {"inverse": inverse}
     return Entry(
         GaussNewtonLinearOperator.from_linearizations,
         partial(
             PreconditionedCG,
             curvature=curvature,
+            inverse=inverse,
             tolerance=1e-14,
             max_iterations=number,
             stop=None,
-            **options,
         ),
         definite=False,
         is_matrix=False,

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pinncurv.curvature import (
     KFAC,
@@ -29,8 +29,8 @@ from pinncurv.optim import CurvatureOptimizer, QuadraticModel
 from pinncurv.problems import Fixed, LossTerm, poisson2d
 from tests import oracles
 from tests.conformance import check_operator
-from tests.curvature.test_memory import Meter
-from tests.networks import build, points
+from tests.meter import Meter
+from tests.networks import TwoParts, build, points
 from tests.terms import TERMS
 
 PAIRS = pytest.mark.parametrize("pairs", [True, False], ids=["pairs", "channels"])
@@ -335,14 +335,6 @@ def test_factors_must_fit():
 
 @PAIRS
 def test_term_that_does_not_use_a_layer_has_no_products(pairs):
-    class TwoParts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.u, self.v = build("tanh"), build("silu")
-
-        def forward(self, x):
-            return self.u(x) if x.shape[0] == 3 else self.u(x) * self.v(x)
-
     terms, batch = [TERMS["value"], TERMS["poisson"]], [points(3), points(4)]
     operator = of(terms, TwoParts(), batch, pairs)
     for block, (first, second) in zip(operator.blocks, operator.factors, strict=True):

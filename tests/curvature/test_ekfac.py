@@ -21,7 +21,7 @@ from pinncurv.linops import Averageable, FactorDamping, merge
 from pinncurv.problems import Fixed, LossTerm, fokker_planck, heat1d, log_fokker_planck, poisson2d
 from tests import oracles
 from tests.conformance import check_operator
-from tests.networks import build, points
+from tests.networks import TwoParts, build, points
 from tests.terms import TERMS
 
 BASES = {
@@ -193,14 +193,6 @@ def test_terms_share_the_basis_and_add_up():
 
 @pytest.mark.parametrize("basis", BASES)
 def test_term_that_does_not_use_a_layer(basis):
-    class TwoParts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.u, self.v = build("tanh"), build("silu")
-
-        def forward(self, x):
-            return self.u(x) if x.shape[0] == 3 else self.u(x) * self.v(x)
-
     operator = of([TERMS["value"], TERMS["poisson"]], TwoParts(), [points(3), points(4)], basis)
     first = operator.term("value")
     for i, block in enumerate(operator.blocks):

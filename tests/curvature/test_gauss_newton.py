@@ -24,7 +24,7 @@ from pinncurv.linearization import Empirical, ForwardOnly, linearize
 from pinncurv.problems import Fixed, LossTerm
 from tests import oracles
 from tests.conformance import check_operator
-from tests.networks import KINDS, build, points
+from tests.networks import KINDS, TwoParts, build, points
 from tests.problems.shipped import SHIPPED
 from tests.terms import TERMS
 
@@ -296,14 +296,6 @@ class Unused(nn.Module):
 
 
 def test_parameter_that_one_term_does_not_use_is_fine():
-    class TwoParts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.u, self.v = build("tanh"), build("silu")
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.u(x) if x.shape[0] == 3 else self.u(x) * self.v(x)
-
     model, terms = TwoParts(), [TERMS["value"], TERMS["poisson"]]
     batch = [points(3), points(4)]
     linearized = linearizations(terms, model, batch)

@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 import torch
-from torch import nn
 
 from pinncurv.curvature import (
     KFAC,
@@ -21,7 +20,7 @@ from pinncurv.linearization import Empirical, ForwardOnly, Type2, linearize
 from pinncurv.problems import Fixed, LossTerm
 from tests import oracles
 from tests.conformance import check_operator
-from tests.networks import build, points
+from tests.networks import TwoParts, build, points
 from tests.terms import TERMS
 
 SHARINGS = {"expand": (expand, oracles.kfac_expand), "reduce": (reduce, oracles.kfac_reduce)}
@@ -334,14 +333,6 @@ def test_merged_directions_do_not_change_kfac(sharing):
 
 
 def test_term_that_does_not_use_a_layer_has_zero_factors():
-    class TwoParts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.u, self.v = build("tanh"), build("silu")
-
-        def forward(self, x):
-            return self.u(x) if x.shape[0] == 3 else self.u(x) * self.v(x)
-
     model = TwoParts()
     operator = kfac([TERMS["value"], TERMS["poisson"]], model, [points(3), points(4)])
     for block, (first, second) in zip(operator.blocks, operator.factors, strict=True):

@@ -10,8 +10,6 @@ from math import prod
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from pinncurv import comparison
 from pinncurv.curvature import (
@@ -32,6 +30,7 @@ from pinncurv.curvature import (
 )
 from pinncurv.linops import Damped, FactorDamping
 from pinncurv.problems import poisson2d
+from tests.meter import Meter
 
 WIDTHS = (2, 256, 256, 128, 128, 1)
 D = 116_097
@@ -42,19 +41,6 @@ LARGEST = 5
 # A sketch works on blocks of 2^22 numbers, and estimates take 4 entrywise products of 8 columns.
 LARGEST_BLOCK = {"nystroem": 37, "frobenius": 32}
 DAMPING = 1e-6
-
-
-class Meter(TorchDispatchMode):
-    """Records the largest storage of what torch operations return, as a count of float64."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
-                self.largest = max(self.largest, leaf.untyped_storage().nbytes() // 8)
-        return out
 
 
 def objective(n: int, n_boundary: int) -> Objective:

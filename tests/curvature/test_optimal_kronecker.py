@@ -22,7 +22,7 @@ from pinncurv.linops import FactorDamping
 from pinncurv.problems import Fixed, LossTerm, heat1d, log_fokker_planck, poisson2d
 from tests import oracles
 from tests.conformance import DAMPINGS, check_inverse, check_operator
-from tests.networks import build, points
+from tests.networks import TwoParts, build, points
 from tests.terms import TERMS
 
 TIGHT = {"tolerance": 1e-14, "iterations": 2000}
@@ -161,14 +161,6 @@ def test_products_per_term_are_those_of_each_term(rank):
 
 @pytest.mark.parametrize("rank", [1, 2])
 def test_term_that_does_not_use_a_layer(rank):
-    class TwoParts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.u, self.v = build("tanh"), build("silu")
-
-        def forward(self, x):
-            return self.u(x) if x.shape[0] == 3 else self.u(x) * self.v(x)
-
     terms, batch = [TERMS["value"], TERMS["poisson"]], [points(3), points(4)]
     operator = of(terms, TwoParts(), batch, rank, per_term=True)
     for record in operator.records:

@@ -34,6 +34,7 @@ from pinncurv.comparison.frobenius_estimates import (
 )
 from pinncurv.comparison.generalized import (
     ExtremeEigenvalues,
+    condition_number,
     generalized_extremes,
     generalized_spectrum,
 )
@@ -73,6 +74,7 @@ __all__ = [
     "cg_records",
     "compare",
     "compare_steps",
+    "condition_number",
     "decrease_fraction",
     "effective_dimension",
     "estimate_effective_dimension",

@@ -13,7 +13,7 @@ from pinncurv.comparison.checks import check_same_space
 from pinncurv.comparison.estimates import Estimate
 from pinncurv.comparison.frobenius import frobenius
 from pinncurv.comparison.frobenius_estimates import estimate_frobenius
-from pinncurv.comparison.generalized import generalized_extremes, generalized_spectrum
+from pinncurv.comparison.generalized import condition_number
 from pinncurv.comparison.products import apply, flat_vector, to_dense
 from pinncurv.comparison.steps import StepComparison, cg_records, compare_steps
 from pinncurv.linops import CGInverseLinearOperator, CGRecord, Damped, DenseLinearOperator
@@ -82,27 +82,12 @@ def compare(
     if not bool(g.any()):
         raise ValueError("The gradient must not be zero, there is nothing to decrease.")
     step, best = apply(inverse, -g), apply(_inverse(operator, damping, is_dense), -g)
-    if is_dense:
-        exact = frobenius(approximation, operator)
-        zero = torch.zeros_like(exact.cosine)
-        cosine, error = Estimate(exact.cosine, zero), Estimate(exact.relative_error, zero)
-        values = generalized_spectrum(operator, inverse, damping)
-        condition = (values[0] / values[-1]).item() if values[-1] > 0 else torch.inf
-    else:
-        estimate = estimate_frobenius(
-            approximation, operator, vectors=probes, sketch=probes // 2, generator=random
-        )
-        cosine, error = estimate.cosine, estimate.relative_error
-        condition = generalized_extremes(
-            operator, inverse, damping, steps=lanczos_steps, generator=random
-        ).condition_number
+    cosine, error = _similarity(approximation, operator, is_dense, probes, random)
+    condition = condition_number(
+        operator, inverse, damping, dense=is_dense, steps=lanczos_steps, generator=random
+    )
     solves = cg_records(
-        operator,
-        damping,
-        g,
-        {"": inverse},
-        tolerance=cg_tolerance,
-        max_iterations=cg_limit,
+        operator, damping, g, {"": inverse}, tolerance=cg_tolerance, max_iterations=cg_limit
     )
     return Comparison(
         cosine=cosine,
@@ -112,6 +97,24 @@ def compare(
         condition_is_bound=not is_dense,
         cg=solves[""],
     )
+
+
+def _similarity(
+    approximation: PyTorchLinearOperator,
+    operator: PyTorchLinearOperator,
+    is_dense: bool,
+    probes: int,
+    generator: Generator,
+) -> tuple[Estimate, Estimate]:
+    """Return cosine and relative error."""
+    if is_dense:
+        exact = frobenius(approximation, operator)
+        zero = torch.zeros_like(exact.cosine)
+        return Estimate(exact.cosine, zero), Estimate(exact.relative_error, zero)
+    estimate = estimate_frobenius(
+        approximation, operator, vectors=probes, sketch=probes // 2, generator=generator
+    )
+    return estimate.cosine, estimate.relative_error
 
 
 def _inverse(

@@ -122,3 +122,36 @@ def generalized_extremes(
         largest_error=ritz.errors[0].item(),
         products=len(ritz.values),
     )
+
+
+def condition_number(
+    operator: PyTorchLinearOperator,
+    inverse: PyTorchLinearOperator,
+    damping: float,
+    *,
+    dense: bool,
+    steps: int,
+    generator: Generator,
+) -> float:
+    """Return the condition number of a preconditioned operator, or a lower bound.
+
+    m_max / m_min of P⁻¹(C + λI), inf if m_min is not positive
+
+    Args:
+        operator: The symmetric positive semidefinite operator C.
+        inverse: P⁻¹, symmetric positive definite.
+        damping: λ, a finite number >= 0.
+        dense: Whether to compute all eigenvalues, see ``generalized_spectrum``; a lower bound by
+            ``generalized_extremes`` otherwise.
+        steps: Most Lanczos steps of the latter.
+        generator: Source of randomness of the latter.
+
+    Raises:
+        ValueError: As the two functions.
+    """
+    if dense:
+        values = generalized_spectrum(operator, inverse, damping)
+        return (values[0] / values[-1]).item() if values[-1] > 0 else inf
+    return generalized_extremes(
+        operator, inverse, damping, steps=steps, generator=generator
+    ).condition_number

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pinncurv.curvature.parameters import ParameterSpace
-from pinncurv.curvature.products import output_gradients
+from pinncurv.curvature.products import output_gradients, with_bias_column
 from pinncurv.linearization import Fisher, ForwardOnly, LayerLinearization, Linearization, Type2
 
 
@@ -38,11 +38,7 @@ class BlockRows:
             ValueError: If the linearization is the forward-only one, which has no Jacobian.
         """
         Z, G = layer.Z.transpose(0, 1).to(dtype), output_gradients(layer).to(dtype)
-        if layer.bias is not None:
-            column = Z.new_zeros(*Z.shape[:2], 1)
-            column[:, list(layer.value_channels)] = 1
-            Z = torch.cat([Z, column], -1)
-        return cls(Z, G.permute(2, 0, 1, 3).contiguous())
+        return cls(with_bias_column(layer, Z, 1), G.permute(2, 0, 1, 3).contiguous())
 
     def contract_inputs(
         self, A: Float[Tensor, "d_joint d_joint"] | None = None

@@ -21,6 +21,7 @@ from pinncurv.linops import (
     SumKroneckerLinearOperator,
     check_damping,
     factorize_damped_blocks,
+    term_position,
 )
 
 # A product takes so many numbers of memory at most, and no less than one pair of channels needs.
@@ -149,9 +150,7 @@ class ChannelKroneckerLinearOperator(LayerwiseLinearOperator):
         Raises:
             KeyError: If there is no such term.
         """
-        if term not in self.terms and term not in range(len(self.terms)):
-            raise KeyError(f"term must be one of {self.terms} or a position, received {term!r}.")
-        t = self.terms.index(term) if isinstance(term, str) else term
+        t = term_position(self.terms, term)
         factors = [[layer[t]] for layer in self.factors]
         return ChannelKroneckerLinearOperator(factors, self.blocks, self.shapes, [self.terms[t]])
 

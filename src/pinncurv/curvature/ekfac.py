@@ -25,6 +25,7 @@ from pinncurv.linops import (
     eigh,
     merge,
     symmetrize,
+    term_position,
 )
 
 
@@ -210,9 +211,7 @@ class EKFACLinearOperator(KroneckerEigenLinearOperator):
         Raises:
             KeyError: If there is no such term.
         """
-        if term not in self.terms and term not in range(len(self.terms)):
-            raise KeyError(f"term must be one of {self.terms} or a position, received {term!r}.")
-        t = self.terms.index(term) if isinstance(term, str) else term
+        t = term_position(self.terms, term)
         return EKFACLinearOperator(
             self.bases,
             [[layer[t]] for layer in self.term_scales],

@@ -43,6 +43,21 @@ def value_channels(layer: LayerLinearization, channels: Tensor, dim: int) -> Ten
     return channels.index_select(dim, index).sum(dim)
 
 
+def with_bias_column(layer: LayerLinearization, Z: Tensor, dim: int) -> Tensor:
+    """Append to inputs, ``[*, *, d_in]``, a 1 in the channels that carry a value.
+
+    Args:
+        layer: The layer; without bias, nothing is appended.
+        Z: Its inputs, points and channels in either order.
+        dim: Which axis the channels are, 0 or 1.
+    """
+    if layer.bias is None:
+        return Z
+    column = Z.new_zeros(*Z.shape[:2], 1)
+    column.movedim(dim, 0)[list(layer.value_channels)] = 1
+    return torch.cat([Z, column], -1)
+
+
 def jacobian_product(
     layer: LayerLinearization,
     weight: Float[Tensor, "K d_out d_in"],

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pinncurv.curvature.products import output_gradients
+from pinncurv.curvature.products import output_gradients, with_bias_column
 from pinncurv.linearization import LayerLinearization
 from pinncurv.linops import KroneckerBasis
 
@@ -38,12 +37,7 @@ def second_moments(
 
 def squared_rows(layer: LayerLinearization) -> Float[Tensor, "d_out d_joint"]:
     """Return Σ_nv J_nv² by entries, the diagonal of the layer's block."""
-    Z = layer.Z
-    if layer.bias is not None:
-        column = Z.new_zeros(*Z.shape[:2], 1)
-        column[list(layer.value_channels)] = 1
-        Z = torch.cat([Z, column], -1)
-    return _moments_by_points(output_gradients(layer), Z)
+    return _moments_by_points(output_gradients(layer), with_bias_column(layer, layer.Z, 0))
 
 
 def _moments_by_points(

@@ -55,7 +55,7 @@ from pinncurv.linops.inverses import (
 )
 from pinncurv.linops.kronecker import SumKroneckerLinearOperator
 from pinncurv.linops.kronecker_expansion import KroneckerExpansionLinearOperator, KroneckerRecord
-from pinncurv.linops.layerwise import LayerwiseLinearOperator
+from pinncurv.linops.layerwise import LayerwiseLinearOperator, term_position
 from pinncurv.linops.operator import Averageable, SymmetricLinearOperator, check_damping
 from pinncurv.linops.psd import (
     CholeskyFactorization,
@@ -127,6 +127,7 @@ __all__ = [
     "restrict",
     "same",
     "symmetrize",
+    "term_position",
     "to_joint",
     "trace_norm",
 ]

@@ -13,7 +13,7 @@ from pinncurv.linops.blocks import LayerBlock
 from pinncurv.linops.eigenform import KroneckerBasis, KroneckerEigenLinearOperator
 from pinncurv.linops.factors import KroneckerFactors
 from pinncurv.linops.kronecker_inverse import cg_inverse, dense_inverse
-from pinncurv.linops.layerwise import LayerwiseLinearOperator
+from pinncurv.linops.layerwise import LayerwiseLinearOperator, term_position
 from pinncurv.linops.operator import SymmetricLinearOperator, check_damping
 from pinncurv.linops.psd import EigenFactorization, eigh, symmetrize
 
@@ -101,9 +101,7 @@ class SumKroneckerLinearOperator(LayerwiseLinearOperator):
         Raises:
             KeyError: If there is no such term.
         """
-        if term not in self.terms and term not in range(len(self.terms)):
-            raise KeyError(f"term must be one of {self.terms} or a position, received {term!r}.")
-        t = self.terms.index(term) if isinstance(term, str) else term
+        t = term_position(self.terms, term)
         return SumKroneckerLinearOperator(
             [[layer[t]] for layer in self.factors], self.blocks, self._in_shape, [self.terms[t]]
         )

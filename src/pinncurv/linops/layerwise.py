@@ -13,6 +13,21 @@ from pinncurv.linops.blocks import LayerBlock, check_blocks, flat_positions, fro
 from pinncurv.linops.operator import SymmetricLinearOperator
 
 
+def term_position(terms: Sequence[str], term: int | str) -> int:
+    """Return the position of a loss term, of whose operators a sum consists.
+
+    Args:
+        terms: Names of the terms.
+        term: Position or name of one.
+
+    Raises:
+        KeyError: If there is no such term.
+    """
+    if term not in terms and term not in range(len(terms)):
+        raise KeyError(f"term must be one of {terms} or a position, received {term!r}.")
+    return terms.index(term) if isinstance(term, str) else term
+
+
 class LayerwiseLinearOperator(SymmetricLinearOperator, ABC):
     """A symmetric operator that is block diagonal over layers.
 
