@@ -30,9 +30,9 @@ from pinncurv.curvature import (
     BlockDiagonalGaussNewton,
     DiagonalGaussNewton,
     GaussNewton,
-    GaussNewtonLinearOperator,
     InSubspace,
     LinearizedObjective,
+    MatrixFreeGaussNewton,
     Nystroem,
     Objective,
     OptimalKronecker,
@@ -59,7 +59,7 @@ class Method:
     sizes: str = "smb"
 
 
-EXACT = GaussNewtonLinearOperator.from_linearizations
+EXACT = MatrixFreeGaussNewton()
 ITERATIONS = PreconditionedCG(DAMPING, tolerance=0.0, max_iterations=10, stop=None)
 METHODS = {
     "KFAC-expand, factor damping": Method(KFAC(), FactorDamping(DAMPING)),

@@ -42,14 +42,15 @@ class Gated(nn.Module):
 
 
 class TwoParts(nn.Module):
-    """u(x) at three points, u(x) v(x) at any other number: a term may leave v out."""
+    """Two outputs, u and u v: a term may leave v out."""
 
     def __init__(self) -> None:
         super().__init__()
         self.u, self.v = build("tanh"), build("silu")
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.u(x) if x.shape[0] == 3 else self.u(x) * self.v(x)
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        u = self.u(x)
+        return {"u": u, "product": u * self.v(x)}
 
 
 class FourierFeatures(nn.Module):

@@ -7,6 +7,7 @@ public attributes only.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,40 +89,115 @@ def channels_at(
 # --- networks and differential operators at one point -------------------------------------------
 
 
-def trainable(model: Module) -> dict[str, Tensor]:
-    """Return detached copies of the parameters to differentiate in."""
-    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+def trainable(model: Module, *terms: Any) -> dict[str, Tensor]:
+    """Return detached copies of the tensors to differentiate in: of the network, then the terms."""
+    named = list(model.named_parameters())
+    for term in terms:
+        named += [(f"{term.name}.residual.{n}", p) for n, p in _parameters_of(term.residual)]
+        for name, operator in term.operators.items():
+            for field, given in vars(operator).items():
+                prefix = f"{term.name}.{name}.{field}"
+                named += [(f"{prefix}.{n}" if n else prefix, p) for n, p in _parameters_of(given)]
+    seen: dict[int, str] = {}
+    for name, parameter in named:
+        if parameter.requires_grad:
+            seen.setdefault(id(parameter), name)
+    return {n: p.detach().clone() for n, p in named if seen.get(id(p)) == n}
 
 
-def at_point(model: Module, parameters: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
-    """Return the network as a function of one point ``[d]``."""
-    return lambda x: functional_call(model, dict(parameters), (x[None],))[0]
+def _parameters_of(given: Any) -> list[tuple[str, Tensor]]:
+    if isinstance(given, Module):
+        return list(given.named_parameters())
+    return [("", given)] if isinstance(given, Tensor) and given.requires_grad else []
+
+
+def substituted(term: Any, parameters: Mapping[str, Tensor]) -> Any:
+    """Return a term with other values of what is trained in its residual and coefficients."""
+
+    def with_values(given: Any, prefix: str) -> Any:
+        if isinstance(given, Module):
+            own = {
+                n.removeprefix(f"{prefix}."): v
+                for n, v in parameters.items()
+                if n.startswith(f"{prefix}.")
+            }
+            return lambda *args, **kwargs: functional_call(given, own, args, kwargs)
+        return parameters.get(prefix, given)
+
+    changed = copy.copy(term)
+    operators = {}
+    for name, operator in term.operators.items():
+        operators[name] = copy.copy(operator)
+        for field, given in vars(operator).items():
+            value = with_values(given, f"{term.name}.{name}.{field}")
+            object.__setattr__(operators[name], field, value)
+    object.__setattr__(changed, "operators", operators)
+    object.__setattr__(changed, "residual", with_values(term.residual, f"{term.name}.residual"))
+    return changed
+
+
+def at_point(model: Module, parameters: Mapping[str, Tensor]) -> Callable[[Tensor], Any]:
+    """Return the network as a function of one point ``[d]``, with one output or several."""
+    names = {name for name, _ in model.named_parameters()}
+    own = {name: value for name, value in parameters.items() if name in names}
+
+    def u(x: Tensor) -> Any:
+        output = functional_call(model, own, (x[None],))
+        if isinstance(output, dict):
+            return {key: part[0] for key, part in output.items()}
+        return tuple(part[0] for part in output) if isinstance(output, tuple) else output[0]
+
+    return u
+
+
+def all_derivatives(u: Callable[[Tensor], Tensor], x: Tensor, order: int) -> Tensor:
+    """Return all derivatives of an order, ``[..., d, ..., d]``, by nesting."""
+    function = u
+    for k in range(order):
+        function = jacfwd(function) if k % 2 else jacrev(function)
+    return function(x)
 
 
 def operator_values(
-    operators: Mapping[str, Any], u: Callable[[Tensor], Tensor], x: Tensor, n: int
+    operators: Mapping[str, Any], u: Callable[[Tensor], Any], x: Tensor, n: int
 ) -> dict[str, Tensor]:
     """Evaluate differential operators of u at the n-th point x, each by its definition."""
-    d = len(x)
-    value, first = u(x), jacrev(u)(x)
-    needs_second = any(
-        "SecondOrder" in _kind(o) or _kind(o) == "Laplacian" for o in operators.values()
-    )
-    second = jacfwd(jacrev(u))(x) if needs_second else None
+    known: dict[Any, Tensor] = {}
+
+    def derivatives(of: Any, order: int) -> Tensor:
+        if (of, order) not in known:
+            chosen = u if of is None else (lambda point: u(point)[of])
+            known[of, order] = all_derivatives(chosen, x, order)
+        return known[of, order]
+
     values = {}
     for name, operator in operators.items():
-        kind = _kind(operator)
+        kind, of = _kind(operator), getattr(operator, "of", None)
+        dims = list(range(len(x)))
+        if getattr(operator, "dims", None) is not None:
+            dims = list(operator.dims)
         if kind == "Value":
-            values[name] = value
+            values[name] = derivatives(of, 0)
         elif kind == "Partial":
-            values[name] = first[..., operator.dim]
+            values[name] = derivatives(of, len(dims))[(..., *dims)]
         elif kind == "Gradient":
-            dims = range(d) if operator.dims is None else operator.dims
-            values[name] = torch.stack([first[..., i] for i in dims], -1)
+            values[name] = torch.stack([derivatives(of, 1)[..., i] for i in dims], -1)
+        elif kind == "Divergence":
+            first = derivatives(of, 1)
+            values[name] = sum(first[k, i] for k, i in enumerate(dims))[None]
         elif kind == "Directional":
-            values[name] = first @ coefficient(operator.direction, x, n, 1)
+            v = coefficient(operator.direction, x, n, 1)
+            values[name] = derivatives(of, operator.order)
+            for _ in range(operator.order):
+                values[name] = values[name] @ v
+        elif kind == "Hessian":
+            values[name] = derivatives(of, 2)[..., dims, :][..., dims]
+        elif kind == "Bilaplacian":
+            fourth = derivatives(of, 4)
+            values[name] = sum(fourth[..., i, i, j, j] for i in dims for j in dims)
         else:
-            values[name] = (second * coefficient_matrix(operator, x, n)).sum((-2, -1))
+            matrix = coefficient_matrix(operator, x, n)
+            values[name] = (derivatives(of, 2) * matrix).sum((-2, -1))
     return values
 
 
@@ -132,27 +208,26 @@ def _kind(operator: Any) -> str:
 def coefficient(given: Any, x: Tensor, n: int, ndim: int) -> Tensor:
     """Return a coefficient at the n-th point x: a constant, a row of a tensor, or a function."""
     if not isinstance(given, Tensor):
-        return given(x[None])[0].detach()
+        return given(x[None])[0]
     return given[n] if given.ndim > ndim else given
 
 
 def coefficient_matrix(operator: Any, x: Tensor, n: int) -> Tensor:
     """Return c with D u = Σ_ij c_ij ∂_i∂_j u."""
     d = len(x)
-    matrix = x.new_zeros(d, d)
     if _kind(operator) == "FactoredSecondOrder":
         F = coefficient(operator.factors, x, n, 2)
         return F @ F.T
     dims = range(d) if operator.dims is None else [dim % d for dim in operator.dims]
+    matrix = x.new_zeros(d, d)
     if _kind(operator) == "Laplacian":
         for i in dims:
             matrix[i, i] = 1
         return matrix
-    c = coefficient(operator.matrix, x, n, 2)
+    select = x.new_zeros(len(dims), d)
     for a, i in enumerate(dims):
-        for b, j in enumerate(dims):
-            matrix[i, j] = c[a, b]
-    return matrix
+        select[a, i] = 1
+    return select.T @ coefficient(operator.matrix, x, n, 2).to(x) @ select
 
 
 # --- loss terms ---------------------------------------------------------------------------------
@@ -160,6 +235,8 @@ def coefficient_matrix(operator: Any, x: Tensor, n: int) -> Tensor:
 
 def point_weight(term: Any, x: Tensor, n: int) -> Tensor:
     """Return w_n."""
+    if isinstance(term.weight, tuple):
+        return x.new_tensor(term.weight)
     if isinstance(term.weight, Tensor):
         return term.weight[n]
     if callable(term.weight):
@@ -179,21 +256,25 @@ def scaled_residual(
     term: Any, model: Module, x: Tensor, parameters: Mapping[str, Tensor]
 ) -> Tensor:
     """Return sqrt(w_n / N) r_n of all points, ``[N, V]``."""
-    u, N = at_point(model, parameters), len(x)
+    u, N, term = at_point(model, parameters), len(x), substituted(term, parameters)
     rows = [(point_weight(term, x, n) / N).sqrt() * residual_at(term, u, x, n) for n in range(N)]
     return torch.stack(rows)
 
 
-def jacobian(term: Any, model: Module, x: Tensor) -> Tensor:
-    """Return the Jacobian of the scaled residual in all trainable parameters, ``[N V, D]``."""
-    parameters = trainable(model)
+def jacobian(term: Any, model: Module, x: Tensor, *others: Any) -> Tensor:
+    """Return the Jacobian of the scaled residual in all trainable tensors, ``[N V, D]``.
+
+    Those of the network come first, then those of the terms, among which others may be given.
+    """
+    parameters = trainable(model, *(others or (term,)))
     J = jacrev(lambda p: scaled_residual(term, model, x, p).flatten())(parameters)
-    return torch.cat([J[name].flatten(1) for name in parameters], 1)
+    return torch.cat([J[name].reshape(len(J[name]), -1) for name in parameters], 1)
 
 
 def gauss_newton(terms: Sequence[Any], model: Module, points: Sequence[Tensor]) -> Tensor:
     """Return Σ_t J_tᵀ J_t."""
-    jacobians = [jacobian(term, model, x) for term, x in zip(terms, points, strict=True)]
+    pairs = zip(terms, points, strict=True)
+    jacobians = [jacobian(term, model, x, *terms) for term, x in pairs]
     return sum(J.T @ J for J in jacobians)
 
 
@@ -202,17 +283,18 @@ def loss(
 ) -> Tensor:
     """Return Σ_t 1/(2 N_t) Σ_n w_n |r_n|²."""
     total = torch.zeros((), dtype=torch.float64)
-    for term, x in zip(terms, points, strict=True):
-        u = at_point(model, parameters)
+    for given, x in zip(terms, points, strict=True):
+        u, term = at_point(model, parameters), substituted(given, parameters)
         for n in range(len(x)):
             r = residual_at(term, u, x, n)
-            total = total + point_weight(term, x, n) * (r @ r) / (2 * len(x))
+            total = total + (point_weight(term, x, n) * r * r).sum() / (2 * len(x))
     return total
 
 
 def gradient(terms: Sequence[Any], model: Module, points: Sequence[Tensor]) -> list[Tensor]:
-    """Return the gradient of the loss, one tensor per trainable parameter."""
-    return list(jacrev(lambda p: loss(terms, model, points, p))(trainable(model)).values())
+    """Return the gradient of the loss, one tensor per trainable tensor."""
+    parameters = trainable(model, *terms)
+    return list(jacrev(lambda p: loss(terms, model, points, p))(parameters).values())
 
 
 # --- channels of layers, and KFAC by its definition ---------------------------------------------
@@ -229,7 +311,7 @@ def channel_set(operators: Mapping[str, Any], x: Tensor, n: int) -> tuple[Tensor
         if kind == "Value":
             continue
         if kind == "Partial":
-            wanted = [basis[operator.dim]]
+            wanted = [basis[dim] for dim in operator.dims]
         elif kind == "Directional":
             wanted = [coefficient(operator.direction, x, n, 1)]
         elif kind == "FactoredSecondOrder":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -68,3 +70,14 @@ TERMS: dict[str, LossTerm] = {
         data={"observed": points(3, 1, seed=6), "sign": torch.tensor([1, -1, 1])},
     ),
 }
+
+
+def acting_on(name: str, of: str) -> LossTerm:
+    """Return a term whose operators act on one of the outputs of a network."""
+    term = TERMS[name]
+    operators = {key: replace(operator, of=of) for key, operator in term.operators.items()}
+    return replace(term, operators=operators)
+
+
+# For the two outputs of networks.TwoParts: the first term does not use all layers.
+PARTS = [acting_on("value", "u"), acting_on("poisson", "product")]

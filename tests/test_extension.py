@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from pinncurv.curvature import JacobianLinearOperator, Objective
-from pinncurv.diffops import Channels, DifferentialOperator, Requirement, Value, evaluate
-from pinncurv.jets import Contraction, register_elementwise
+from pinncurv.curvature import Jacobian, Objective
+from pinncurv.diffops import Derivative, DifferentialOperator, Value, evaluate
+from pinncurv.jets import register_elementwise
 from pinncurv.linops import Damped, SymmetricLinearOperator
 from pinncurv.optim import CurvatureOptimizer, QuadraticModel
 from pinncurv.problems import Fixed, LossTerm
@@ -49,13 +49,12 @@ class Wave(DifferentialOperator):
 
     speed: float
 
-    def require(self, x: Tensor) -> Requirement:
-        basis = torch.eye(2, dtype=x.dtype)
-        weights = torch.tensor([1.0, -(self.speed**2)], dtype=x.dtype)
-        return Requirement((basis[0], basis[1]), (Contraction((0, 1), weights=weights),))
+    def requests(self, x: Tensor) -> dict[str, Derivative]:
+        basis = tuple(torch.eye(2, dtype=x.dtype))
+        return {"wave": Derivative(basis, {(0, 0): 1.0, (1, 1): -(self.speed**2)})}
 
-    def read(self, channels: Channels) -> Tensor:
-        return channels.second[0]
+    def read(self, x: Tensor, derivatives) -> Tensor:
+        return derivatives["wave"]
 
 
 # --- a new PDE: the sine-Gordon equation --------------------------------------------------------
@@ -81,8 +80,8 @@ class ScaledGaussNewton(SymmetricLinearOperator):
         self.matrix = matrix
 
     @classmethod
-    def from_linearizations(cls, linearizations) -> "ScaledGaussNewton":
-        jacobian = JacobianLinearOperator.from_linearizations(linearizations)
+    def of(cls, linearizations) -> "ScaledGaussNewton":
+        jacobian = Jacobian()(linearizations)
         J = jacobian.to_dense()
         matrix = J.T @ J
         return cls(matrix + 0.1 * matrix.diagonal().diag(), jacobian.space.shapes)
@@ -126,7 +125,7 @@ def test_one_step_of_training_with_everything_new():
     objective = Objective(model, [sine_gordon(x), initial], [x, points(10, seed=5)])
     optimizer = CurvatureOptimizer(
         model.parameters(),
-        curvature=ScaledGaussNewton.from_linearizations,
+        curvature=ScaledGaussNewton.of,
         inverse=Damped(1e-4),
         step_size=QuadraticModel(),
     )

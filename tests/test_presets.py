@@ -11,7 +11,7 @@ from pinncurv.curvature import (
     BlockDiagonalGaussNewton,
     DiagonalGaussNewton,
     GaussNewton,
-    GaussNewtonLinearOperator,
+    MatrixFreeGaussNewton,
     expand,
     reduce,
 )
@@ -58,7 +58,7 @@ def composition(optimizer: CurvatureOptimizer) -> tuple:
 
 
 CONSTANT = ConstantDamping()
-MATRIX_FREE = GaussNewtonLinearOperator.from_linearizations
+MATRIX_FREE = MatrixFreeGaussNewton()
 GRID = GridLineSearch(-30, 0)
 
 

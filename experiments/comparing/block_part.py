@@ -8,7 +8,7 @@ import torch
 from curvlinops._torch_base import PyTorchLinearOperator
 from torch import Tensor
 
-from pinncurv.linops import LayerBlock, LayerwiseLinearOperator, SymmetricLinearOperator
+from pinncurv.linops import Block, LayerwiseLinearOperator, SymmetricLinearOperator
 
 
 class BlockPart(SymmetricLinearOperator):
@@ -21,7 +21,7 @@ class BlockPart(SymmetricLinearOperator):
         blocks: The layers.
     """
 
-    def __init__(self, operator: PyTorchLinearOperator, blocks: Sequence[LayerBlock]) -> None:
+    def __init__(self, operator: PyTorchLinearOperator, blocks: Sequence[Block]) -> None:
         super().__init__(operator._in_shape, operator.device, operator.dtype)
         self.operator = operator
         self.blocks = tuple(blocks)
@@ -37,9 +37,7 @@ class BlockPart(SymmetricLinearOperator):
         return Y
 
 
-def block_part(
-    operator: PyTorchLinearOperator, blocks: Sequence[LayerBlock]
-) -> PyTorchLinearOperator:
+def block_part(operator: PyTorchLinearOperator, blocks: Sequence[Block]) -> PyTorchLinearOperator:
     """Return the diagonal blocks of an operator, which may be the operator itself."""
     if isinstance(operator, LayerwiseLinearOperator):
         return operator

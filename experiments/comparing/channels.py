@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from curvlinops._torch_base import PyTorchLinearOperator
 from torch import Tensor
 
-from pinncurv.diffops import DifferentialOperator
-from pinncurv.diffops.operator import Channels, Requirement
-from pinncurv.jets import Contraction
+from pinncurv.diffops import Derivative, DifferentialOperator
 from pinncurv.linearization import Linearization, linearize
 from pinncurv.optim import Curvature
 
@@ -19,9 +16,11 @@ from pinncurv.optim import Curvature
 _DIFFERENCE = 2.0**-20
 
 
-@dataclass(frozen=True)
-class _Wrapped(DifferentialOperator):
-    """An operator that gets its derivatives from other channels.
+@dataclass(frozen=True, eq=False)
+class Uncollapsed(DifferentialOperator):
+    """An operator with a channel for each of the derivatives that it sums.
+
+    Σ_α c_α ∂^α u,  from the channels  c_α ∂^α u
 
     Args:
         operator: The operator.
@@ -29,74 +28,53 @@ class _Wrapped(DifferentialOperator):
 
     operator: DifferentialOperator
 
-    @property
-    def per_point(self) -> bool:
-        """Whether ``require`` depends on more than the points' number of coordinates."""
-        return self.operator.per_point
+    def requests(self, x: Tensor) -> dict[str, Derivative]:
+        """Request every part of a sum."""
+        return {
+            f"{name}/{alpha}": Derivative(asked.directions, {alpha: c})
+            for name, asked in self.operator.requests(x).items()
+            for alpha, c in asked.terms.items()
+        }
 
-    def at(self, part: slice | Tensor) -> DifferentialOperator:
-        """Return the operator at a part of the points."""
-        return replace(self, operator=self.operator.at(part))
-
-
-@dataclass(frozen=True)
-class Uncollapsed(_Wrapped):
-    """An operator with a channel for each of the second derivatives that it sums.
-
-    Σ_rs Q_rs ∂_r ∂_s u,  from the channels  Q_rr ∂_r ∂_r u  and  2 Q_rs ∂_r ∂_s u, r < s
-    """
-
-    def require(self, x: Tensor) -> Requirement:
-        """Need every part of the sum of second derivatives."""
-        needed = self.operator.require(x)
-        if not needed.contractions:
-            return needed
-        (contraction,) = needed.contractions
-        return Requirement(needed.directions, tuple(_summands(contraction)))
-
-    def read(self, channels: Channels) -> Tensor:
+    def read(self, x: Tensor, derivatives: Mapping[str, Tensor]) -> Tensor:
         """Add up the parts."""
-        second = [sum(channels.second[1:], channels.second[0])] if channels.second else []
-        return self.operator.read(replace(channels, second=second))
+        sums: dict[str, Tensor] = {}
+        for name, part in derivatives.items():
+            key = name.rpartition("/")[0]
+            sums[key] = sums[key] + part if key in sums else part
+        return self.operator.read(x, sums)
 
 
-def _summands(contraction: Contraction) -> Iterator[Contraction]:
-    """Split a sum of second derivatives."""
-    Q, weights = contraction.matrix, contraction.weights
-    for k, r in enumerate(contraction.indices):
-        if Q is None:
-            yield Contraction((r,), weights=None if weights is None else weights[k : k + 1])
-            continue
-        yield Contraction((r,), weights=Q[..., k, k].unsqueeze(0))
-        for m, s in enumerate(contraction.indices[:k]):
-            swap = torch.tensor([[0.0, 1.0], [1.0, 0.0]]).to(Q)
-            yield Contraction((s, r), matrix=Q[..., k, m, None, None] * swap)
-
-
-@dataclass(frozen=True)
-class Unmerged(_Wrapped):
+@dataclass(frozen=True, eq=False)
+class Unmerged(DifferentialOperator):
     """An operator with directions of its own, which it shares with no other operator.
 
     Args:
+        operator: The operator.
         position: Its position among the operators of its term.
     """
 
+    operator: DifferentialOperator
     position: int
 
     @property
     def _length(self) -> float:
         return 1 + self.position * _DIFFERENCE
 
-    def require(self, x: Tensor) -> Requirement:
-        """Need the same directions with a slightly different length."""
-        needed = self.operator.require(x)
-        return replace(needed, directions=tuple(v * self._length for v in needed.directions))
+    def requests(self, x: Tensor) -> dict[str, Derivative]:
+        """Request derivatives along the same directions with a slightly different length."""
+        return {
+            name: Derivative(tuple(v * self._length for v in asked.directions), asked.terms)
+            for name, asked in self.operator.requests(x).items()
+        }
 
-    def read(self, channels: Channels) -> Tensor:
+    def read(self, x: Tensor, derivatives: Mapping[str, Tensor]) -> Tensor:
         """Read derivatives along the directions of the right length."""
-        first = [derivative / self._length for derivative in channels.first]
-        second = [derivative / self._length**2 for derivative in channels.second]
-        return self.operator.read(replace(channels, first=first, second=second))
+        asked = self.operator.requests(x)
+        scaled = {
+            name: part / self._length ** asked[name].order for name, part in derivatives.items()
+        }
+        return self.operator.read(x, scaled)
 
 
 def uncollapsed(operators: Sequence[DifferentialOperator]) -> list[DifferentialOperator]:

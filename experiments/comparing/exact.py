@@ -22,7 +22,7 @@ from pinncurv.curvature import (
     GaussNewtonLinearOperator,
     Objective,
 )
-from pinncurv.linops import Damped, DenseLinearOperator, LayerBlock
+from pinncurv.linops import Block, Damped, DenseLinearOperator
 from pinncurv.optim import ResidualInverse
 
 # Most entries of the Jacobian that are held as a matrix, 1 GiB in float64.
@@ -95,7 +95,7 @@ class Exact:
         return self.dimension <= self.limits.dense
 
     @property
-    def layers(self) -> tuple[LayerBlock, ...]:
+    def layers(self) -> tuple[Block, ...]:
         """The layers."""
         return self.linearized.jacobian.space.blocks
 

@@ -16,7 +16,7 @@ from pinncurv.curvature import (
     BlockDiagonalGaussNewton,
     ChannelKronecker,
     DiagonalGaussNewton,
-    GaussNewtonLinearOperator,
+    MatrixFreeGaussNewton,
     ParameterSpace,
     PreconditionedCG,
     gauss_newton_diagonal,
@@ -82,7 +82,7 @@ class ScaledIdentity:
 
     def __call__(self, linearizations: Sequence[Linearization]) -> DiagonalLinearOperator:
         """Build the operator."""
-        space = ParameterSpace.from_linearizations(linearizations)
+        space = ParameterSpace.of(linearizations)
         diagonal = gauss_newton_diagonal(linearizations, space)
         mean = diagonal.trace() / space.dimension
         return DiagonalLinearOperator([torch.ones_like(d) * mean for d in diagonal.diagonals])
@@ -112,7 +112,7 @@ def _iterations(
 ) -> Entry:
     """Return so many iterations of preconditioned conjugate gradients for the exact matrix."""
     return Entry(
-        GaussNewtonLinearOperator.from_linearizations,
+        MatrixFreeGaussNewton(),
         partial(
             PreconditionedCG,
             curvature=curvature,
@@ -129,7 +129,7 @@ def _iterations(
 EXACT = "exact"
 
 OPERATORS = {
-    EXACT: Entry(GaussNewtonLinearOperator.from_linearizations),
+    EXACT: Entry(MatrixFreeGaussNewton()),
     "exact-blocks": Entry(BlockDiagonalGaussNewton(), DampedBlocks),
     "exact-diagonal": Entry(DiagonalGaussNewton()),
     "kfac-expand": Entry(KFAC(), DampedBlocks),

@@ -17,9 +17,9 @@ from pinncurv.curvature import (
     BlockDiagonalGaussNewton,
     DiagonalGaussNewton,
     GaussNewton,
-    GaussNewtonLinearOperator,
     InSubspace,
     KFACFactors,
+    MatrixFreeGaussNewton,
     Nystroem,
     Objective,
     PartialTraces,
@@ -29,7 +29,7 @@ from pinncurv.curvature import (
     expand,
     reduce,
 )
-from pinncurv.linearization import Empirical, Fisher, ForwardOnly, Type2
+from pinncurv.linearization import Empirical, Fisher, ForwardOnly
 from pinncurv.linops import Damped, FactorDamping, RelativeProgress, same, trace_norm
 from pinncurv.optim import (
     CGBacktracking,
@@ -59,15 +59,15 @@ from pinncurv.optim import (
 
 STARTS = {"identity": from_identity, "zero": from_zero, "first": from_first}
 SHARINGS = {"expand": expand, "reduce": reduce}
-FISHERS: dict[str, Callable[[], Fisher]] = {
-    "type-2": Type2,
+FISHERS: dict[str, Callable[[], Fisher | None]] = {
+    "type-2": lambda: None,  # what objectives have
     "empirical": Empirical,
     "forward-only": ForwardOnly,
 }
 HEURISTICS = {"same": same, "trace-norm": trace_norm}
 FORMS: dict[str, Callable[[], Curvature]] = {
     "full": GaussNewton,
-    "matrix-free": lambda: GaussNewtonLinearOperator.from_linearizations,
+    "matrix-free": MatrixFreeGaussNewton,
     "per-layer": BlockDiagonalGaussNewton,
     "diagonal": DiagonalGaussNewton,
 }
@@ -282,7 +282,7 @@ class KernelSettings(CurvatureSettings):
 
     def curvature(self) -> Curvature:
         """Return what builds the operator."""
-        return GaussNewtonLinearOperator.from_linearizations
+        return MatrixFreeGaussNewton()
 
     def damped_inverse(self) -> Inverse:
         """Return what inverts it."""
@@ -310,7 +310,7 @@ class IterativeSettings(CurvatureSettings):
 
     def curvature(self) -> Curvature:
         """Return what builds the operator."""
-        return GaussNewtonLinearOperator.from_linearizations
+        return MatrixFreeGaussNewton()
 
     def damped_inverse(self) -> Inverse:
         """Return what inverts it."""

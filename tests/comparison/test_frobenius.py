@@ -163,7 +163,7 @@ def test_the_estimate_of_an_operator_with_itself(generator):
 
 def test_mass_from_operators_and_from_kernels():
     linearizations = [linearize(TERMS["vector"], build("repeated"), points(4))]
-    J = JacobianLinearOperator.from_linearizations(linearizations)
+    J = JacobianLinearOperator(linearizations)
     dense, space = J.to_dense(), J.space
     owner = owners(space.blocks, space.shapes)
     kernels = [dense[:, owner == i] @ dense[:, owner == i].mT for i in range(len(space.blocks))]
@@ -188,9 +188,7 @@ def test_errors(generator):
         ValueError, match=r"Parameter 0 of layer net\.0 must have shape \(1, 1\), received \(3,\)"
     ):
         frobenius_by_layer(A, A, layers([1, 1])[0])
-    jacobian = JacobianLinearOperator.from_linearizations(
-        [linearize(TERMS["value"], build("tanh"), points())]
-    )
+    jacobian = JacobianLinearOperator([linearize(TERMS["value"], build("tanh"), points())])
     with pytest.raises(ValueError, match=r"must be square.*such as JᵀJ instead of J"):
         frobenius(jacobian, jacobian)
     broken = kronecker(WIDTHS, 1, generator)

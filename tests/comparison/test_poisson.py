@@ -7,10 +7,10 @@ from torch import nn
 
 from pinncurv import comparison
 from pinncurv.curvature import (
+    KFAC,
     BlockDiagonalGaussNewton,
     GaussNewton,
-    GaussNewtonLinearOperator,
-    KFACLinearOperator,
+    MatrixFreeGaussNewton,
     Objective,
     expand,
     reduce,
@@ -38,7 +38,7 @@ def objective():
 
 
 def test_spectra_of_exact_and_approximate_matrices(objective, generator):
-    free = GaussNewtonLinearOperator.from_linearizations(objective.linearizations)
+    free = MatrixFreeGaussNewton()(objective.linearizations)
     exact = GaussNewton()(objective.linearizations)
     m = comparison.spectrum(exact)
     torch.testing.assert_close(m, torch.linalg.eigvalsh(exact.matrix).flip(0))
@@ -48,16 +48,16 @@ def test_spectra_of_exact_and_approximate_matrices(objective, generator):
     density = comparison.spectral_density(free, steps=40, vectors=10, generator=generator)
     estimate = density.trace(lambda m: m / (m + DAMPING))
     assert abs(estimate.value - dense[0]) < 4 * estimate.standard_error
-    kfac = KFACLinearOperator.from_linearizations(objective.linearizations)
+    kfac = KFAC()(objective.linearizations)
     assert comparison.spectrum(kfac).sum().item() == pytest.approx(kfac.trace().item())
 
 
 def test_similarity_by_layer(objective, generator):
     exact = GaussNewton()(objective.linearizations)
-    free = GaussNewtonLinearOperator.from_linearizations(objective.linearizations)
+    free = MatrixFreeGaussNewton()(objective.linearizations)
     blocks = BlockDiagonalGaussNewton()(objective.linearizations)
     for sharing in (expand, reduce):
-        kfac = KFACLinearOperator.from_linearizations(objective.linearizations, sharing)
+        kfac = KFAC(sharing)(objective.linearizations)
         by_pair = comparison.frobenius_by_layer_pair(kfac, free)
         by_layer = comparison.frobenius_by_layer(kfac, blocks)
         torch.testing.assert_close(by_pair.diagonal().cosine, by_layer.cosine)
@@ -78,8 +78,8 @@ def test_similarity_by_layer(objective, generator):
 
 def test_what_the_inverses_do(objective, generator):
     exact = GaussNewton()(objective.linearizations)
-    free = GaussNewtonLinearOperator.from_linearizations(objective.linearizations)
-    kfac = KFACLinearOperator.from_linearizations(objective.linearizations)
+    free = MatrixFreeGaussNewton()(objective.linearizations)
+    kfac = KFAC()(objective.linearizations)
     gradient = objective.gradient()
     inverses = {
         "exact": Damped(DAMPING)(exact),
@@ -138,8 +138,8 @@ def test_results_on_the_gpu_are_those_on_the_cpu():
     received = []
     for device in ("cpu", "cuda"):
         linearizations = linearized(device).linearizations
-        free = GaussNewtonLinearOperator.from_linearizations(linearizations)
-        kfac = KFACLinearOperator.from_linearizations(linearizations)
+        free = MatrixFreeGaussNewton()(linearizations)
+        kfac = KFAC()(linearizations)
         inverse, draws = Damped(DAMPING)(kfac), torch.Generator().manual_seed(0)
         options = {"generator": draws}
         pairs = comparison.largest_eigenpairs(free, 3, **options)

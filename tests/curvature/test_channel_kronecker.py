@@ -8,11 +8,10 @@ from torch import Tensor
 
 from pinncurv.curvature import (
     KFAC,
+    BlockDiagonalGaussNewton,
     ChannelKronecker,
     ChannelKroneckerLinearOperator,
     Objective,
-    ParameterSpace,
-    gauss_newton_blocks,
     reduce,
 )
 from pinncurv.diffops import Directional, Laplacian, SecondOrder, Value
@@ -31,7 +30,7 @@ from tests import oracles
 from tests.conformance import check_operator
 from tests.meter import Meter
 from tests.networks import TwoParts, build, points
-from tests.terms import TERMS
+from tests.terms import PARTS, TERMS
 
 PAIRS = pytest.mark.parametrize("pairs", [True, False], ids=["pairs", "channels"])
 
@@ -127,7 +126,7 @@ def test_pairs_are_exact_for_copies_of_one_point(kind, term, copies):
     """Whatever the network, its channels, and the residual components; KFAC is not."""
     model, terms, batch = build(kind), [TERMS[term]], [points(1).repeat(copies, 1)]
     lin = linearized(terms, model, batch)
-    exact = gauss_newton_blocks(lin, ParameterSpace.from_linearizations(lin)).to_dense()
+    exact = BlockDiagonalGaussNewton()(lin).to_dense()
     oracles.assert_close(ChannelKronecker()(lin).to_dense(), exact)
     for other in (ChannelKronecker(pairs=False), KFAC()):
         assert (other(lin).to_dense() - exact).norm() > 1e-4 * exact.norm()
@@ -335,7 +334,7 @@ def test_factors_must_fit():
 
 @PAIRS
 def test_term_that_does_not_use_a_layer_has_no_products(pairs):
-    terms, batch = [TERMS["value"], TERMS["poisson"]], [points(3), points(4)]
+    terms, batch = PARTS, [points(3), points(4)]
     operator = of(terms, TwoParts(), batch, pairs)
     for block, (first, second) in zip(operator.blocks, operator.factors, strict=True):
         assert (len(first.A) == len(first.B) == 0) == block.name.startswith("v.")

@@ -17,7 +17,7 @@ from pinncurv.curvature import (
     ChannelKronecker,
     DiagonalGaussNewton,
     GaussNewton,
-    GaussNewtonLinearOperator,
+    MatrixFreeGaussNewton,
     Nystroem,
     OptimalKronecker,
     PartialTraces,
@@ -63,7 +63,7 @@ def linearizations():
     layers = [(nn.Linear(*dims, bias=False).double(), nn.Tanh()) for dims in DIMS]
     model = nn.Sequential(*itertools.chain(*layers))[:-1]
     made = linearize(TERMS["vector"], model, points(N))
-    layer = made.layers["0.weight"]
+    layer = made.blocks["0.weight"]
     assert (*layer.Z.shape[:2], layer.G.shape[0]) == (S, N, V)
     return [made]
 
@@ -95,7 +95,7 @@ def test_build(name, linearizations):
     assert received == pytest.approx(expected, rel=1e-12)
 
 
-EXACT = GaussNewtonLinearOperator.from_linearizations
+EXACT = MatrixFreeGaussNewton()
 PRODUCT = {
     "exact": (EXACT, None, 2 * JACOBIAN),
     "kfac": (KFAC(), None, KRONECKER),

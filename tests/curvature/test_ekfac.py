@@ -8,21 +8,20 @@ from torch import Tensor, nn
 
 from pinncurv.curvature import (
     KFAC,
-    ParameterSpace,
+    BlockDiagonalGaussNewton,
     expand,
-    gauss_newton_blocks,
     reduce,
     second_moments,
 )
 from pinncurv.curvature.ekfac import EKFAC, EKFACLinearOperator, KFACFactors, PartialTraces
 from pinncurv.diffops import Value
-from pinncurv.linearization import Empirical, ForwardOnly, linearize
+from pinncurv.linearization import Empirical, ForwardOnly, Type2, blocks, linearize
 from pinncurv.linops import Averageable, FactorDamping, merge
 from pinncurv.problems import Fixed, LossTerm, fokker_planck, heat1d, log_fokker_planck, poisson2d
 from tests import oracles
 from tests.conformance import check_operator
 from tests.networks import TwoParts, build, points
-from tests.terms import TERMS
+from tests.terms import PARTS, TERMS
 
 BASES = {
     "expand": {"sharing": expand},
@@ -98,14 +97,14 @@ def test_definition(kind, names, basis):
 
 @pytest.mark.parametrize(("V", "S"), [(1, 1), (1, 4), (2, 3), (1, 9)])
 def test_both_ways_to_the_moments(V, S, monkeypatch):
-    monkeypatch.setattr(second_moments, "_ROW_ELEMENTS", 60)  # blocks of two points
+    monkeypatch.setattr(blocks, "_ROW_ELEMENTS", 60)  # blocks of two points
     generator = torch.Generator().manual_seed(0)
     G, Z = (
         torch.randn(shape, generator=generator, dtype=torch.float64)
         for shape in ((V, S, 7, 4), (S, 7, 5))
     )
     expected = torch.einsum("vsno,sni->vnoi", G, Z).square().sum((0, 1))
-    oracles.assert_close(second_moments._moments_by_points(G, Z), expected)
+    oracles.assert_close(blocks.squared_products(G, Z), expected)
     oracles.assert_close(second_moments._moments_by_pairs(G, Z), expected)
 
 
@@ -121,7 +120,7 @@ def test_empirical_choice():
             expected = diagonal_in(operator.bases[i], rows)
             oracles.assert_close(operator.block_to_dense(i), expected)
         made = [linearize(term, model, x, Empirical())]
-        again = EKFACLinearOperator.from_linearizations(made, **options)
+        again = EKFAC(**options)(made)
         torch.testing.assert_close(again.to_dense(), operator.to_dense())
 
 
@@ -150,7 +149,7 @@ def test_error_is_at_most_that_of_kfac(problem, kind, sharing):
     terms = linearized(problem.terms, model, [x[:20] for x in batch])
     smaller = 0
     for chosen in [[linearization] for linearization in terms] + [terms]:
-        exact = gauss_newton_blocks(chosen, ParameterSpace.from_linearizations(chosen))
+        exact = BlockDiagonalGaussNewton()(chosen)
         operator, kfac = EKFAC(sharing)(chosen), KFAC(sharing)(chosen)
         oracles.assert_close(operator.trace(), exact.trace())
         for i, layer in enumerate(kfac.factors):
@@ -169,7 +168,7 @@ def test_exact_for_one_point_and_one_channel(kind, basis):
     model, x = build(kind), points(1)
     term = LossTerm({"u": Value()}, lambda x, u: u**2 - u, Fixed(x), 1.7, "term")
     lin = [linearize(term, model, x)]
-    exact = gauss_newton_blocks(lin, ParameterSpace.from_linearizations(lin)).to_dense()
+    exact = BlockDiagonalGaussNewton()(lin).to_dense()
     oracles.assert_close(EKFAC(**BASES[basis])(lin).to_dense(), exact)
 
 
@@ -193,7 +192,7 @@ def test_terms_share_the_basis_and_add_up():
 
 @pytest.mark.parametrize("basis", BASES)
 def test_term_that_does_not_use_a_layer(basis):
-    operator = of([TERMS["value"], TERMS["poisson"]], TwoParts(), [points(3), points(4)], basis)
+    operator = of(PARTS, TwoParts(), [points(3), points(4)], basis)
     first = operator.term("value")
     for i, block in enumerate(operator.blocks):
         unused = block.name.startswith("v.")
@@ -244,11 +243,9 @@ def test_needs_output_gradients(basis):
     with pytest.raises(ValueError, match=match):
         EKFAC(**BASES[basis], fisher=ForwardOnly())([linearize(term, model, x)])
     with pytest.raises(ValueError, match=match):
-        EKFACLinearOperator.from_linearizations(
-            [linearize(term, model, x, ForwardOnly())], **BASES[basis]
-        )
+        EKFAC(**BASES[basis])([linearize(term, model, x, ForwardOnly())])
     with pytest.raises(ValueError, match=r"was linearized with Empirical.*Type2"):
-        EKFAC(**BASES[basis])([linearize(term, model, x, Empirical())])
+        EKFAC(**BASES[basis], fisher=Type2())([linearize(term, model, x, Empirical())])
 
 
 def test_is_neither_averaged_nor_damped_by_factors():

@@ -11,22 +11,21 @@ from pinncurv.curvature import (
     BlockDiagonalGaussNewton,
     DiagonalGaussNewton,
     GaussNewton,
-    GaussNewtonLinearOperator,
     JacobianLinearOperator,
+    MatrixFreeGaussNewton,
     ParameterSpace,
     gauss_newton,
-    gauss_newton_blocks,
     gauss_newton_diagonal,
-    products,
 )
 from pinncurv.diffops import Laplacian, SecondOrder
 from pinncurv.linearization import Empirical, ForwardOnly, linearize
+from pinncurv.linearization import blocks as blocks_of_jacobian
 from pinncurv.problems import Fixed, LossTerm
 from tests import oracles
 from tests.conformance import check_operator
 from tests.networks import KINDS, TwoParts, build, points
 from tests.problems.shipped import SHIPPED
-from tests.terms import TERMS
+from tests.terms import PARTS, TERMS
 
 PAIR = [TERMS["allen_cahn"], TERMS["value"]]
 TRIPLE = [TERMS["log_fokker_planck"], TERMS["poisson"], TERMS["vector"]]
@@ -52,7 +51,7 @@ def triple():
 
 
 def flat_matrix(linearized) -> Tensor:
-    return GaussNewtonLinearOperator.from_linearizations(linearized).to_dense()
+    return MatrixFreeGaussNewton()(linearized).to_dense()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -60,7 +59,7 @@ def test_every_network_kind(kind):
     model, batch = build(kind), batches(PAIR)
     expected = oracles.gauss_newton(PAIR, model, batch)
     linearized = linearizations(PAIR, model, batch)
-    operator = GaussNewtonLinearOperator.from_linearizations(linearized)
+    operator = MatrixFreeGaussNewton()(linearized)
     identity = torch.eye(len(expected), dtype=torch.float64)
     oracles.assert_close(operator.to_dense(), expected)
     oracles.assert_close(operator @ identity, expected)
@@ -73,7 +72,7 @@ def test_every_network_kind(kind):
 
 def block_mask(linearized) -> Tensor:
     """Return 1 where row and column belong to the same layer."""
-    space = ParameterSpace.from_linearizations(linearized)
+    space = ParameterSpace.of(linearized)
     owner = torch.cat(
         [torch.full((p.numel(),), _layer(name)) for name, p in space.parameters.items()]
     )
@@ -96,21 +95,19 @@ def test_every_shipped_problem(name):
     linearized = linearizations(problem.terms, model, batch)
     oracles.assert_close(flat_matrix(linearized), expected)
     oracles.assert_close(
-        gauss_newton_diagonal(
-            linearized, ParameterSpace.from_linearizations(linearized)
-        ).diagonal(),
+        gauss_newton_diagonal(linearized, ParameterSpace.of(linearized)).diagonal(),
         expected.diagonal(),
     )
 
 
 def test_conformance(triple):
     linearized, expected = triple
-    space = ParameterSpace.from_linearizations(linearized)
-    operator = GaussNewtonLinearOperator.from_linearizations(linearized)
+    space = ParameterSpace.of(linearized)
+    operator = MatrixFreeGaussNewton()(linearized)
     check_operator(operator, expected, tolerance=1e-10)
     check_operator(GaussNewton()(linearized), expected, tolerance=1e-10)
     blocks = expected * block_mask(linearized)
-    check_operator(gauss_newton_blocks(linearized, space), blocks, tolerance=1e-10)
+    check_operator(BlockDiagonalGaussNewton()(linearized), blocks, tolerance=1e-10)
     check_operator(
         gauss_newton_diagonal(linearized, space), expected.diagonal().diag(), tolerance=1e-10
     )
@@ -118,7 +115,7 @@ def test_conformance(triple):
 
 def test_sum_of_terms_is_the_whole(triple):
     linearized, expected = triple
-    operator = GaussNewtonLinearOperator.from_linearizations(linearized)
+    operator = MatrixFreeGaussNewton()(linearized)
     parts = [operator.term(i).to_dense() for i in range(3)]
     oracles.assert_close(sum(parts), expected)
     oracles.assert_close(operator.term("poisson").to_dense(), parts[1])
@@ -130,7 +127,7 @@ def test_sum_of_terms_is_the_whole(triple):
 
 def test_jacobian_and_its_adjoint(triple):
     linearized, expected = triple
-    J = JacobianLinearOperator.from_linearizations(linearized)
+    J = JacobianLinearOperator(linearized)
     dense = J.to_dense()
     rows = [
         oracles.jacobian(t, build("gated"), x)
@@ -157,36 +154,32 @@ def test_jacobian_and_its_adjoint(triple):
 def test_chunks_change_nothing(chunk_size, triple):
     whole, expected = triple
     chunked = linearizations(TRIPLE, build("gated"), batches(TRIPLE), chunk_size=chunk_size)
-    space = ParameterSpace.from_linearizations(chunked)
-    operator = GaussNewtonLinearOperator.from_linearizations(chunked)
+    operator = MatrixFreeGaussNewton()(chunked)
     oracles.assert_close(operator.to_dense(), expected)
     oracles.assert_close(operator @ torch.eye(len(expected), dtype=torch.float64), expected)
     oracles.assert_close(operator.diagonal(), expected.diagonal())
     oracles.assert_close(
-        gauss_newton_blocks(chunked, space).to_dense(), expected * block_mask(whole)
+        BlockDiagonalGaussNewton()(chunked).to_dense(), expected * block_mask(whole)
     )
-    oracles.assert_close(
-        operator.jacobian.to_dense(), JacobianLinearOperator.from_linearizations(whole).to_dense()
-    )
+    oracles.assert_close(operator.jacobian.to_dense(), JacobianLinearOperator(whole).to_dense())
 
 
 def test_rows_are_summed_over_blocks_of_points(monkeypatch, triple):
     """The same with the smallest blocks of points and channels that memory could force."""
     linearized, expected = triple
     monkeypatch.setattr(gauss_newton, "_ROW_ELEMENTS", 1)
-    monkeypatch.setattr(products, "_BLOCK_ELEMENTS", 1)
-    operator = GaussNewtonLinearOperator.from_linearizations(linearized)
+    monkeypatch.setattr(blocks_of_jacobian, "_CACHE_ELEMENTS", 1)
+    operator = MatrixFreeGaussNewton()(linearized)
     oracles.assert_close(operator.to_dense(), expected)
     oracles.assert_close(operator @ torch.eye(len(expected), dtype=torch.float64), expected)
-    space = ParameterSpace.from_linearizations(linearized)
-    blocks = gauss_newton_blocks(linearized, space).to_dense()
+    blocks = BlockDiagonalGaussNewton()(linearized).to_dense()
     oracles.assert_close(blocks, expected * block_mask(linearized))
 
 
 @pytest.mark.parametrize("dense_limit", [0, 2048])
 def test_inverse_by_both_ways(dense_limit, triple):
     linearized, expected = triple
-    operator = GaussNewtonLinearOperator.from_linearizations(linearized)
+    operator = MatrixFreeGaussNewton()(linearized)
     b = torch.ones(len(expected), dtype=torch.float64)
     for damping in (1e-3, 1.0):
         wanted = torch.linalg.solve(expected + damping * torch.eye(len(b)).double(), b)
@@ -266,10 +259,9 @@ def test_forward_only_linearizations_have_no_jacobian():
     )
     with pytest.raises(ValueError, match=r"'poisson' was linearized with ForwardOnly"):
         flat_matrix(linearized)
-    space = ParameterSpace.from_linearizations(linearized)
-    for build_operator in (gauss_newton_blocks, gauss_newton_diagonal):
+    for recipe in (BlockDiagonalGaussNewton(), DiagonalGaussNewton()):
         with pytest.raises(ValueError, match=r"'poisson' was linearized with ForwardOnly"):
-            build_operator(linearized, space)
+            recipe(linearized)
 
 
 @pytest.mark.parametrize("term", ["poisson", "vector"])
@@ -296,7 +288,7 @@ class Unused(nn.Module):
 
 
 def test_parameter_that_one_term_does_not_use_is_fine():
-    model, terms = TwoParts(), [TERMS["value"], TERMS["poisson"]]
+    model, terms = TwoParts(), PARTS
     batch = [points(3), points(4)]
     linearized = linearizations(terms, model, batch)
     expected = torch.zeros(0)
@@ -321,7 +313,7 @@ def test_parameter_that_one_term_does_not_use_is_fine():
         by_term.append(torch.stack(rows))
     J = torch.cat(by_term)
     expected = J.T @ J
-    operator = GaussNewtonLinearOperator.from_linearizations(linearized)
+    operator = MatrixFreeGaussNewton()(linearized)
     oracles.assert_close(operator.jacobian.to_dense(), J)
     oracles.assert_close(operator.to_dense(), expected)
     oracles.assert_close(operator @ torch.eye(len(expected), dtype=torch.float64), expected)
@@ -330,16 +322,16 @@ def test_parameter_that_one_term_does_not_use_is_fine():
 
 def test_no_terms_and_different_networks_raise():
     with pytest.raises(ValueError, match="at least one linearization"):
-        GaussNewtonLinearOperator.from_linearizations([])
+        MatrixFreeGaussNewton()([])
     different = [linearize(TERMS["value"], build("tanh"), points()) for _ in range(2)]
     with pytest.raises(ValueError, match="same parameters"):
-        GaussNewtonLinearOperator.from_linearizations(different)
+        MatrixFreeGaussNewton()(different)
 
 
 def test_algebra_of_curvlinops_works(triple):
     """Sums, scalings and differences with operators of that package."""
     linearized, expected = triple
-    operator = GaussNewtonLinearOperator.from_linearizations(linearized)
+    operator = MatrixFreeGaussNewton()(linearized)
     combined = 2 * operator + operator - 0.5 * operator
     assert isinstance(combined, curvlinops._torch_base.PyTorchLinearOperator)
     v = torch.ones(len(expected), dtype=torch.float64)

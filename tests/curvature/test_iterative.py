@@ -11,6 +11,7 @@ from pinncurv.curvature import (
     DiagonalGaussNewton,
     GaussNewton,
     GaussNewtonLinearOperator,
+    MatrixFreeGaussNewton,
 )
 from pinncurv.curvature.ekfac import EKFAC
 from pinncurv.curvature.iterative import PreconditionedCG
@@ -36,7 +37,7 @@ def linearized(*widths, chunk_size=None, dtype=torch.float64):
 
 
 def operator(of) -> GaussNewtonLinearOperator:
-    return GaussNewtonLinearOperator.from_linearizations(of.linearizations)
+    return MatrixFreeGaussNewton()(of.linearizations)
 
 
 @pytest.mark.parametrize("name", PRECONDITIONERS)

@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pinncurv.curvature import KFAC, GaussNewton, GaussNewtonLinearOperator, kernel
+from pinncurv.curvature import (
+    KFAC,
+    GaussNewton,
+    GaussNewtonLinearOperator,
+    Kernel,
+    MatrixFreeGaussNewton,
+    kernel,
+)
 from pinncurv.curvature.kernel import KernelLinearOperator
 from pinncurv.curvature.nystroem import Nystroem
 from pinncurv.curvature.woodbury import KernelInverseLinearOperator, Woodbury
@@ -24,7 +31,7 @@ from tests import oracles
 from tests.conformance import check_operator
 from tests.networks import KINDS, build, points
 from tests.optim.cases import flat, network, poisson
-from tests.terms import TERMS
+from tests.terms import PARTS, TERMS
 
 PAIR = [TERMS["allen_cahn"], TERMS["value"]]
 TRIPLE = [TERMS["log_fokker_planck"], TERMS["poisson"], TERMS["vector"]]
@@ -42,7 +49,7 @@ def jacobian(terms, model, batches) -> Tensor:
 
 
 def kernel_matrix(linearized) -> Tensor:
-    return KernelLinearOperator.from_linearizations(linearized).to_dense()
+    return Kernel()(linearized).to_dense()
 
 
 def force(monkeypatch, way: str) -> None:
@@ -65,7 +72,7 @@ def triple():
 def test_every_network_kind(kind, monkeypatch):
     model = build(kind)
     J = jacobian(PAIR, model, BATCHES)
-    operator = KernelLinearOperator.from_linearizations(linearizations(PAIR, model, BATCHES))
+    operator = Kernel()(linearizations(PAIR, model, BATCHES))
     oracles.assert_close(operator @ torch.eye(len(J), dtype=J.dtype), J @ J.T)
     for way in ("rows", "channels"):
         force(monkeypatch, way)
@@ -75,7 +82,7 @@ def test_every_network_kind(kind, monkeypatch):
 
 def test_conformance(triple):
     linearized, J = triple
-    operator = KernelLinearOperator.from_linearizations(linearized)
+    operator = Kernel()(linearized)
     assert [tuple(shape) for shape in operator.shapes] == [(3, 1), (2, 1), (4, 3)]
     check_operator(operator, J @ J.T, tolerance=1e-10)
 
@@ -115,13 +122,11 @@ def test_layers_that_one_term_does_not_use():
             super().__init__()
             self.u, self.v = build("tanh"), build("silu")
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.u(x) if x.shape[0] == 3 else self.v(x)
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"u": self.u(x), "product": self.v(x)}
 
-    linearized = linearizations(
-        [TERMS["value"], TERMS["poisson"]], TwoParts(), [points(3), points(4)]
-    )
-    operator = KernelLinearOperator.from_linearizations(linearized)
+    linearized = linearizations(PARTS, TwoParts(), [points(3), points(4)])
+    operator = Kernel()(linearized)
     J = operator.jacobian.to_dense()
     oracles.assert_close(operator.to_dense(), J @ J.T)
     assert torch.count_nonzero(operator.to_dense()[:3, 3:]) == 0
@@ -144,7 +149,7 @@ def test_single_precision():
     model = build("gated").float()
     terms = [TERMS["allen_cahn"], TERMS["vector"]]
     linearized = linearizations(terms, model, [x.float() for x in BATCHES])
-    operator = KernelLinearOperator.from_linearizations(linearized)
+    operator = Kernel()(linearized)
     check_operator(operator, dampings=[1e-3], tolerance=1e-4)
     exact = GaussNewtonLinearOperator(operator.jacobian)
     check_operator(exact, dampings=[1e-12, 1e-3], tolerance=1e-4)
@@ -166,7 +171,7 @@ def test_the_smaller_side_is_inverted(N):
     """Fewer residuals than parameters or more: the same inverse, by another factorization."""
     model = build("tanh")
     linearized = linearizations([TERMS["allen_cahn"]], model, [points(N)])
-    operator = GaussNewtonLinearOperator.from_linearizations(linearized)
+    operator = MatrixFreeGaussNewton()(linearized)
     R, D = operator.jacobian.shape
     assert (R < D) == (N == 2)
     expected = {True: KernelInverseLinearOperator, False: FactorizedInverseLinearOperator}
@@ -209,7 +214,7 @@ def test_accuracy_is_that_of_the_square_root(damping):
 def small_problem():
     """Return a Jacobian with singular values down to 1e-8, and its Gauss-Newton operator."""
     linearized = poisson(network(2, 16, 16, 1), n=30).linearize()
-    operator = GaussNewtonLinearOperator.from_linearizations(linearized.linearizations)
+    operator = MatrixFreeGaussNewton()(linearized.linearizations)
     return operator.jacobian.to_dense(), operator, torch.Generator().manual_seed(0)
 
 
@@ -239,7 +244,7 @@ def test_dampings_below_rounding_do_no_harm(damping):
 def test_more_residuals_than_parameters():
     """The kernel is singular then; damped, it gives the inverse all the same."""
     linearized = linearizations([TERMS["poisson"]], build("tanh"), [points(30)])
-    operator = GaussNewtonLinearOperator.from_linearizations(linearized)
+    operator = MatrixFreeGaussNewton()(linearized)
     assert operator.jacobian.shape[0] > operator.jacobian.shape[1]
     b = torch.ones(operator.shape[0], dtype=torch.float64)
     dense = operator.to_dense()
@@ -251,7 +256,7 @@ def test_more_residuals_than_parameters():
 
 
 def test_a_damping_is_needed(triple):
-    operator = GaussNewtonLinearOperator.from_linearizations(triple[0])
+    operator = MatrixFreeGaussNewton()(triple[0])
     for invert in (operator.inverse, lambda damping: Woodbury(damping)(operator)):
         with pytest.raises(FactorizationError, match=r"31 parameters.*17 residuals, received 0"):
             invert(0.0)
@@ -262,12 +267,12 @@ def test_a_damping_is_needed(triple):
 @pytest.mark.parametrize("recipe", [GaussNewton(), KFAC()])
 def test_other_operators_have_no_kernel(recipe, triple):
     operator = recipe(triple[0])
-    with pytest.raises(TypeError, match=rf"{type(operator).__name__}\. Pass curvature=Gauss"):
+    with pytest.raises(TypeError, match=rf"{type(operator).__name__}\. Pass curvature=MatrixFree"):
         Woodbury(1e-3)(operator)
 
 
 def test_kernels_that_are_not_finite_are_refused(triple):
-    operator = GaussNewtonLinearOperator.from_linearizations(triple[0])
+    operator = MatrixFreeGaussNewton()(triple[0])
     operator.kernel._matrix[0, 0] = float("nan")
     with pytest.raises(FactorizationError, match="kernel of the residuals must be finite"):
         operator.inverse(1e-3)
@@ -277,7 +282,7 @@ def test_kernels_that_are_not_finite_are_refused(triple):
 def test_steps_are_those_of_the_dense_matrix(chunk_size):
     model, twin = network(), network()
     settings = {"step_size": FixedStep(0.1)}
-    build_operator = GaussNewtonLinearOperator.from_linearizations
+    build_operator = MatrixFreeGaussNewton()
     ours = CurvatureOptimizer(model.parameters(), build_operator, Woodbury(1e-3), **settings)
     dense = CurvatureOptimizer(twin.parameters(), GaussNewton(), Damped(1e-3), **settings)
     for _ in range(3):
@@ -290,8 +295,8 @@ def test_steps_are_those_of_the_dense_matrix(chunk_size):
 def test_other_dampings_take_the_same_kernel(triple, monkeypatch):
     filled = []
     fill = kernel._fill
-    monkeypatch.setattr(kernel, "_fill", lambda *a: (filled.append(a[1::2]), fill(*a)))
-    operator = GaussNewtonLinearOperator.from_linearizations(triple[0])
+    monkeypatch.setattr(kernel, "_fill", lambda *a: (filled.append((a[1].row, a[2].row)), fill(*a)))
+    operator = MatrixFreeGaussNewton()(triple[0])
     for damping in (1e-3, 1e-2):
         operator.inverse(damping)
         Woodbury(damping)(operator)
@@ -305,7 +310,7 @@ def test_results_on_the_gpu_are_those_on_the_cpu(inverse):
     steps = []
     for device in ("cpu", "cuda"):
         linearized = poisson(network().to(device)).linearize()
-        operator = GaussNewtonLinearOperator.from_linearizations(linearized.linearizations)
+        operator = MatrixFreeGaussNewton()(linearized.linearizations)
         solution = inverse(operator).solve_residual(linearized.residual)
         steps.append([flat(solution), flat(inverse(operator) @ linearized.gradient())])
     for received, expected in zip(steps[1], steps[0], strict=True):
@@ -318,7 +323,7 @@ def test_results_on_the_gpu_are_those_on_the_cpu(inverse):
 MEMORY = """
 import itertools, torch
 from torch import nn
-from pinncurv.curvature import GaussNewtonLinearOperator, Objective
+from pinncurv.curvature import MatrixFreeGaussNewton, Objective
 from pinncurv.problems import poisson2d
 
 def peak():
@@ -334,7 +339,7 @@ problem = poisson2d(900, 120)
 batch = problem.sample(torch.Generator().manual_seed(0), torch.float64, "cpu")
 before = peak()
 linearized = Objective(model, problem.terms, batch).linearize()
-operator = GaussNewtonLinearOperator.from_linearizations(linearized.linearizations)
+operator = MatrixFreeGaussNewton()(linearized.linearizations)
 inverse = operator.inverse(1e-8)
 step = inverse.solve_residual(linearized.residual)
 step = inverse @ linearized.gradient()

@@ -7,11 +7,10 @@ import torch
 
 from pinncurv.curvature import (
     KFAC,
-    GaussNewtonLinearOperator,
+    BlockDiagonalGaussNewton,
     KFACLinearOperator,
-    ParameterSpace,
+    MatrixFreeGaussNewton,
     expand,
-    gauss_newton_blocks,
     reduce,
 )
 from pinncurv.curvature.kfac import gram
@@ -21,7 +20,7 @@ from pinncurv.problems import Fixed, LossTerm
 from tests import oracles
 from tests.conformance import check_operator
 from tests.networks import TwoParts, build, points
-from tests.terms import TERMS
+from tests.terms import PARTS, TERMS
 
 SHARINGS = {"expand": (expand, oracles.kfac_expand), "reduce": (reduce, oracles.kfac_reduce)}
 FISHERS = {"type2": Type2(), "empirical": Empirical(), "forward_only": ForwardOnly()}
@@ -30,13 +29,12 @@ LAYERED = ["tanh", "residual", "gated", "fourier", "hard_boundary", "no_bias", "
 
 def kfac(terms, model, batch, sharing=expand, fisher=None, **options) -> KFACLinearOperator:
     linearized = [linearize(t, model, x, **options) for t, x in zip(terms, batch, strict=True)]
-    return KFACLinearOperator.from_linearizations(linearized, sharing, fisher)
+    return KFAC(sharing, fisher)(linearized)
 
 
 def block_diagonal(terms, model, batch) -> torch.Tensor:
     linearized = [linearize(t, model, x) for t, x in zip(terms, batch, strict=True)]
-    space = ParameterSpace.from_linearizations(linearized)
-    return gauss_newton_blocks(linearized, space).to_dense()
+    return BlockDiagonalGaussNewton()(linearized).to_dense()
 
 
 def term_of(operators, residual, weight=1.0) -> LossTerm:
@@ -87,7 +85,7 @@ def test_choice_made_when_linearizing(fisher):
     model, x, term = build("tanh"), points(), TERMS["vector"]
     first = kfac([term], model, [x], fisher=FISHERS[fisher])
     linearized = linearize(term, model, x, FISHERS[fisher])
-    second = KFACLinearOperator.from_linearizations([linearized])
+    second = KFAC()([linearized])
     torch.testing.assert_close(second.to_dense(), first.to_dense())
 
 
@@ -96,7 +94,7 @@ def test_choice_made_twice():
     model, x, term = build("tanh"), points(), TERMS["poisson"]
     wanted = kfac([term], model, [x], fisher=Empirical())
     linearized = linearize(term, model, x, Empirical())
-    received = KFACLinearOperator.from_linearizations([linearized], fisher=Empirical())
+    received = KFAC(fisher=Empirical())([linearized])
     torch.testing.assert_close(received.to_dense(), wanted.to_dense())
 
 
@@ -334,7 +332,7 @@ def test_merged_directions_do_not_change_kfac(sharing):
 
 def test_term_that_does_not_use_a_layer_has_zero_factors():
     model = TwoParts()
-    operator = kfac([TERMS["value"], TERMS["poisson"]], model, [points(3), points(4)])
+    operator = kfac(PARTS, model, [points(3), points(4)])
     for block, (first, second) in zip(operator.blocks, operator.factors, strict=True):
         zero = block.name.startswith("v.")
         assert (torch.count_nonzero(first.A) == 0) == zero
@@ -367,15 +365,15 @@ def test_blocks_have_the_trace_of_expand_bounded_by_gauss_newton():
     """tr J_nᵀJ_n ≤ S Σ_s |g_s|² |z_s|²: the exact block is never larger than S² N times KFAC's."""
     model, x, term = build("tanh"), points(), TERMS["poisson"]
     linearized = [linearize(term, model, x)]
-    exact = GaussNewtonLinearOperator.from_linearizations(linearized).to_dense().trace()
-    S = linearized[0].layers["0.weight"].Z.shape[0]
+    exact = MatrixFreeGaussNewton()(linearized).to_dense().trace()
+    S = linearized[0].blocks["0.weight"].Z.shape[0]
     assert exact <= S**2 * len(x) * kfac([term], model, [x]).trace()
 
 
 def test_a_choice_that_was_made_is_not_overridden():
     linearization = linearize(TERMS["poisson"], build("no_bias"), points(), fisher=Empirical())
     with pytest.raises(ValueError, match=r"linearized with Empirical.*ForwardOnly"):
-        KFACLinearOperator.from_linearizations([linearization], fisher=ForwardOnly())
+        KFAC(fisher=ForwardOnly())([linearization])
 
 
 # --- merged terms ---------------------------------------------------------------------------------
@@ -388,7 +386,7 @@ def test_merged_terms_are_one_product_of_the_merged_factors(sharing):
     model, batch = build("gated"), [points(n) for n in (3, 4, 2)]
     linearized = [linearize(t, model, x) for t, x in zip(terms, batch, strict=True)]
     rule = SHARINGS[sharing][0]
-    whole = KFACLinearOperator.from_linearizations(linearized, rule)
+    whole = KFAC(rule)(linearized)
     merged = KFAC(sharing=rule, merge_terms=True)(linearized)
     assert merged.terms == ("poisson+vector+value",)
     torch.testing.assert_close(merged.trace(), whole.trace())

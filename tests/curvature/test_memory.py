@@ -19,6 +19,7 @@ from pinncurv.curvature import (
     GaussNewtonLinearOperator,
     Hessian,
     InSubspace,
+    MatrixFreeGaussNewton,
     Nystroem,
     Objective,
     OptimalKronecker,
@@ -61,7 +62,7 @@ def linearized():
 
 
 def exact(linearized) -> GaussNewtonLinearOperator:
-    return GaussNewtonLinearOperator.from_linearizations(linearized.linearizations)
+    return MatrixFreeGaussNewton()(linearized.linearizations)
 
 
 def flat(linearized) -> torch.Tensor:
@@ -83,10 +84,10 @@ RECIPES = {
     "subspace": (SubspaceGaussNewton(50), InSubspace(DAMPING)),
     "subspace-damped": (SubspaceGaussNewton(50), Damped(DAMPING)),
     "hessian": (Hessian(), None),
-    "woodbury": (GaussNewtonLinearOperator.from_linearizations, Woodbury(DAMPING)),
-    "nystroem": (GaussNewtonLinearOperator.from_linearizations, Nystroem(DAMPING, 50)),
+    "woodbury": (MatrixFreeGaussNewton(), Woodbury(DAMPING)),
+    "nystroem": (MatrixFreeGaussNewton(), Nystroem(DAMPING, 50)),
     "cg": (
-        GaussNewtonLinearOperator.from_linearizations,
+        MatrixFreeGaussNewton(),
         PreconditionedCG(DAMPING, max_iterations=5),
     ),
 }

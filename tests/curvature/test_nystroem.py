@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pinncurv.curvature import GaussNewton, GaussNewtonLinearOperator, nystroem
+from pinncurv.curvature import GaussNewton, MatrixFreeGaussNewton, nystroem
 from pinncurv.curvature.nystroem import Nystroem
 from pinncurv.curvature.woodbury import Woodbury
 from pinncurv.linops import DenseLinearOperator, FactorizationError
@@ -33,7 +33,7 @@ def with_spectrum(eigenvalues: Tensor) -> DenseLinearOperator:
 def problem(dtype=torch.float64, **settings):
     """Return the residual of a small problem, its dense Jacobian and its Gauss-Newton operator."""
     linearized = poisson(network(2, 8, 1, dtype=dtype), **settings).linearize()
-    operator = GaussNewtonLinearOperator.from_linearizations(linearized.linearizations)
+    operator = MatrixFreeGaussNewton()(linearized.linearizations)
     return linearized.residual, operator.jacobian.to_dense(), operator
 
 
@@ -164,7 +164,7 @@ def test_runs_resume_bit_for_bit():
     def make(model):
         return CurvatureOptimizer(
             model.parameters(),
-            GaussNewtonLinearOperator.from_linearizations,
+            MatrixFreeGaussNewton(),
             Nystroem(1e-2, 6, seed=3),
             FixedStep(0.05),
             momentum=Spring(0.5),

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pinncurv import curvature
-from pinncurv.curvature import KernelLinearOperator, KFACLinearOperator, Objective, coverage
+from pinncurv import linearization
+from pinncurv.curvature import KFAC, Objective, coverage
 from pinncurv.diffops import Value
 from pinncurv.linearization import linearize
 from pinncurv.problems import Fixed, LossTerm
@@ -96,27 +96,31 @@ def test_gradient_after_or_before_a_curvature(chunk_size):
     """The gradient is summed up while a curvature is built; the order must not matter."""
     first, second = (objective(chunk_size=chunk_size).linearize() for _ in range(2))
     before = first.gradient()
-    KFACLinearOperator.from_linearizations(second.linearizations)
+    KFAC()(second.linearizations)
     next(iter(second.linearizations[0]))
     for a, b in zip(before, second.gradient(), strict=True):
         torch.testing.assert_close(a, b)
 
 
 def test_the_gradient_is_summed_up_once(monkeypatch):
-    """Also while the kernel is built from all pairs of chunks."""
+    """It is taken along in the first pass that anybody makes."""
     reference = objective().linearize().gradient()
-    added = []
-    add = curvature.objective._add_gradient
+    passes = []
+    evaluate = linearization.TermPart.evaluate
     monkeypatch.setattr(
-        curvature.objective, "_add_gradient", lambda *a: (added.append(a[1]), add(*a))
+        linearization.TermPart,
+        "evaluate",
+        lambda part, *a: (passes.append(len(part.x)), evaluate(part, *a))[1],
     )
-    linearized = objective(chunk_size=2).linearize()
-    kernel = KernelLinearOperator.from_linearizations(linearized.linearizations)
-    dense = kernel.to_dense()
-    oracles.assert_close(dense, kernel @ torch.eye(len(dense), dtype=torch.float64))
+    made = objective(chunk_size=2)
+    passes.clear()
+    linearized = made.linearize()
+    KFAC()(linearized)
+    once = len(passes)
     for a, b in zip(linearized.gradient(), reference, strict=True):
         torch.testing.assert_close(a, b)
-    assert [len(chunk.residual) for chunk in added] == [2, 2, 2, 1, 2, 2, 1]
+    assert linearized.term_losses
+    assert len(passes) == once
 
 
 def test_gradient_within_an_unfinished_iteration():
@@ -128,22 +132,23 @@ def test_gradient_within_an_unfinished_iteration():
         torch.testing.assert_close(a, b)
 
 
-def test_abandoned_iteration_does_not_corrupt_the_gradient():
+def test_a_pass_that_fails_does_not_corrupt_the_gradient():
     reference = objective(chunk_size=2).linearize().gradient()
     linearized = objective(chunk_size=2).linearize()
-    for linearization in linearized.linearizations:
-        next(iter(linearization))
-        next(iter(linearization))
-        assert linearization._sums is None
-        list(linearization)  # sums up again
-        assert linearization._sums is not None
+
+    def fail(t, chunk):
+        if t == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        linearized.run(fail)
     for a, b in zip(linearized.gradient(), reference, strict=True):
         torch.testing.assert_close(a, b)
 
 
 def test_loss_and_gradient_take_the_points_in_chunks():
     made = objective(chunk_size=2)
-    sizes = [[len(block.x) for block in blocks] for blocks in made._blocks.values()]
+    sizes = [[len(chunk.residual) for chunk in term] for term in made.linearize()]
     assert sizes == [[2, 2], [2, 1], [2, 2, 1]]
 
 
@@ -217,7 +222,7 @@ def test_blocks_of_points_are_invisible(term, monkeypatch):
     """Large batches are cut into blocks that stay in the cache; here each point is one."""
     made = Objective(build("gated"), [TERMS[term]], [points()])
     loss, gradient = made.loss(), made.linearize().gradient()
-    monkeypatch.setattr("pinncurv.linearization.blocks._BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr("pinncurv.linearization.part._CACHE_ELEMENTS", 1)
     made = Objective(made.model, made.terms, made.points)
     torch.testing.assert_close(made.loss(), loss)
     torch.testing.assert_close(made.linearize().gradient(), gradient)
@@ -248,17 +253,14 @@ def test_data_in_a_large_batch():
     ):
         oracles.assert_close(parameter.grad, wanted)
         oracles.assert_close(received, wanted)
-    assert made.terms[0].data["y"].dtype == torch.float64  # converted once, not in every block
 
 
 def test_captured_data_in_a_large_batch_raise():
     model, x = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 1)).double(), points(9000)
-    made = Objective(model, [measured(x[:, :1], captured=True)], [x])
-    message = r"Term 'fit': .* N = 4500 points .* size of tensor a .* Pass tensors .* by data="
-    for use in (made.loss, made.backward, made.linearize):
-        with pytest.raises(ValueError, match=message) as caught:
-            use()
-        assert isinstance(caught.value.__cause__, RuntimeError)
+    message = r"Term 'fit': .* N = 2 points .* size of tensor a .* Pass tensors .* by data="
+    with pytest.raises(ValueError, match=message) as caught:
+        Objective(model, [measured(x[:, :1], captured=True)], [x]).linearize()
+    assert isinstance(caught.value.__cause__, RuntimeError)
 
 
 # --- bad input ------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from pinncurv.problems import Fixed, LossTerm, heat1d, log_fokker_planck, poisso
 from tests import oracles
 from tests.conformance import DAMPINGS, check_inverse, check_operator
 from tests.networks import TwoParts, build, points
-from tests.terms import TERMS
+from tests.terms import PARTS, TERMS
 
 TIGHT = {"tolerance": 1e-14, "iterations": 2000}
 
@@ -161,7 +161,7 @@ def test_products_per_term_are_those_of_each_term(rank):
 
 @pytest.mark.parametrize("rank", [1, 2])
 def test_term_that_does_not_use_a_layer(rank):
-    terms, batch = [TERMS["value"], TERMS["poisson"]], [points(3), points(4)]
+    terms, batch = PARTS, [points(3), points(4)]
     operator = of(terms, TwoParts(), batch, rank, per_term=True)
     for record in operator.records:
         unused = record.layer.startswith("v.") and record.terms == "value"

@@ -5,11 +5,10 @@ import torch
 from torch import Tensor
 
 from pinncurv.curvature import (
+    KFAC,
     InSubspace,
-    KFACLinearOperator,
     Objective,
     SubspaceGaussNewton,
-    SubspaceGaussNewtonLinearOperator,
 )
 from pinncurv.curvature.subspace import sample_points
 from pinncurv.linearization import Empirical, linearize
@@ -168,10 +167,10 @@ def test_bad_input():
     with pytest.raises(ValueError, match="damping must be a finite number >= 0, received -1"):
         InSubspace(-1.0)
     with pytest.raises(TypeError, match="SubspaceGaussNewtonLinearOperator, received KFAC"):
-        InSubspace(1.0)(KFACLinearOperator.from_linearizations(made))
+        InSubspace(1.0)(KFAC()(made))
     empirical, _ = linearizations(fisher=Empirical())
     with pytest.raises(ValueError, match="needs the exact output gradients"):
-        SubspaceGaussNewtonLinearOperator.from_linearizations(empirical)
+        SubspaceGaussNewton()(empirical)
 
 
 def test_float32_has_an_orthonormal_basis():

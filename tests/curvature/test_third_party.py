@@ -9,8 +9,8 @@ from curvlinops.examples import IdentityLinearOperator
 from torch import nn
 
 from pinncurv.curvature import (
-    GaussNewtonLinearOperator,
-    KFACLinearOperator,
+    KFAC,
+    MatrixFreeGaussNewton,
     ParameterSpace,
     gauss_newton_diagonal,
 )
@@ -38,8 +38,8 @@ def regression():
 
 def test_backpack(regression):
     model, x, target, linearization = regression
-    kfac = KFACLinearOperator.from_linearizations([linearization])
-    space = ParameterSpace.from_linearizations([linearization])
+    kfac = KFAC()([linearization])
+    space = ParameterSpace.of([linearization])
     diagonal = gauss_newton_diagonal([linearization], space).diagonal()
     sequential = extend(nn.Sequential(*model))
     loss = extend(nn.MSELoss())(sequential(x), target)
@@ -60,7 +60,7 @@ def test_backpack(regression):
 
 def test_curvlinops(regression):
     model, x, target, linearization = regression
-    ours = GaussNewtonLinearOperator.from_linearizations([linearization])
+    ours = MatrixFreeGaussNewton()([linearization])
     theirs = curvlinops.GGNLinearOperator(
         model, nn.MSELoss(), list(model.parameters()), [(x, target)]
     )
@@ -71,7 +71,7 @@ def test_curvlinops(regression):
 
 def test_cg_inverse_of_curvlinops(regression):
     _, _, _, linearization = regression
-    ours = GaussNewtonLinearOperator.from_linearizations([linearization])
+    ours = MatrixFreeGaussNewton()([linearization])
     b = torch.ones(ours.shape[0], dtype=torch.float64)
     damping = 1e-2
     shift = damping * IdentityLinearOperator(

@@ -6,20 +6,18 @@ import pytest
 import torch
 
 from pinncurv.diffops import (
-    Channels,
     DifferentialOperator,
     Directional,
     Gradient,
     Laplacian,
     Partial,
-    Requirement,
+    Plan,
     SecondOrder,
     Value,
     evaluate,
-    make_plan,
 )
 from pinncurv.diffops.coordinates import as_dim, as_dims
-from pinncurv.jets import Contraction
+from pinncurv.jets import Derivative
 from tests import oracles
 from tests.networks import KINDS, build, points
 
@@ -172,12 +170,12 @@ def test_network_with_values_without_a_last_axis():
 )
 def test_directions_and_sums_are_merged(operators, R, number_of_sums):
     named = {f"o{i}": operator for i, operator in enumerate(operators)}
-    layout = make_plan(named, points(4, D)).layout
+    layout = Plan.of(named, points(4, D)).layout
     assert (R, number_of_sums, 1 + R + number_of_sums) == (layout.R, layout.C, layout.S)
 
 
 def test_directions_keep_the_order_of_declaration():
-    plan = make_plan({"a": Partial(2), "b": Laplacian()}, points(1, D))
+    plan = Plan.of({"a": Partial(2), "b": Laplacian()}, points(1, D))
     eye = torch.eye(3, dtype=torch.float64)
     torch.testing.assert_close(plan.layout.directions, eye[[2, 0, 1]])
 
@@ -186,7 +184,7 @@ def test_the_channels_of_a_field_do_not_depend_on_the_points():
     """Where the field happens to vanish, chunks of points would have different channels."""
     vanishing = SecondOrder(lambda x: torch.diag_embed(x.clamp(min=0)))
     for x in (points(3, D), -points(3, D), torch.zeros(1, D, dtype=torch.float64)):
-        assert make_plan({"o": vanishing}, x).layout.S == 5
+        assert Plan.of({"o": vanishing}, x).layout.S == 5
 
 
 # --- extension and errors -----------------------------------------------------------------------
@@ -195,15 +193,14 @@ def test_the_channels_of_a_field_do_not_depend_on_the_points():
 class HessianEntry(DifferentialOperator):
     """∂²u/∂x_0∂x_1 by a requirement of one's own, as a plain class."""
 
-    def require(self, x):
-        """Need e_0, e_1 and their mixed derivative."""
+    def requests(self, x):
+        """Request the mixed derivative."""
         eye = torch.eye(x.shape[-1], dtype=x.dtype)
-        Q = torch.tensor([[0.0, 0.5], [0.5, 0.0]], dtype=x.dtype)
-        return Requirement((eye[0], eye[1]), (Contraction((0, 1), matrix=Q),))
+        return {"mixed": Derivative.along(eye[0], eye[1])}
 
-    def read(self, channels: Channels):
+    def read(self, x, derivatives):
         """Return it."""
-        return channels.second[0]
+        return derivatives["mixed"]
 
 
 def test_an_operator_of_ones_own():
@@ -216,15 +213,15 @@ def test_an_operator_of_ones_own():
 
 
 def test_an_operator_that_cannot_be_hashed():
-    """A plain dataclass defines equality and so loses its hash; its plan is just not kept."""
+    """A plain dataclass defines equality and so loses its hash."""
 
     @dataclass
     class First(HessianEntry):
         scale: float
 
-        def read(self, channels: Channels):
+        def read(self, x, derivatives):
             """Return a multiple."""
-            return self.scale * channels.second[0]
+            return self.scale * derivatives["mixed"]
 
     model, x = build("residual", D), points(2, D)
     first, second = (evaluate({"o": First(s)}, model, x)["o"] for s in (1.0, 3.0))

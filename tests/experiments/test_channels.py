@@ -40,7 +40,7 @@ def test_other_channels_change_the_factors_only(case: str, chunk_size: int | Non
         seen: list[Linearization] = []
         exact = OnChannels(lambda new, seen=seen: seen.extend(new) or GaussNewton()(new), change)
         torch.testing.assert_close(exact(linearizations).matrix, G.matrix, rtol=1e-9, atol=1e-12)
-        layer = next(iter(seen[0].layers.values()))
+        layer = next(iter(seen[0].blocks.values()))
         assert layer.Z.shape[0] == channels
         factors = OnChannels(KFAC(), change)(linearizations).to_dense()
         difference = (factors - K.to_dense()).norm() / K.to_dense().norm()

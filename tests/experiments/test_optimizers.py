@@ -15,7 +15,7 @@ from experiments.training.network import build_network
 from experiments.training.optimizers import KFACSettings, OptimizerSettings, Presets
 from experiments.training.second_order import CurvatureSettings
 from pinncurv import presets
-from pinncurv.curvature import KFAC, GaussNewtonLinearOperator, Objective, reduce
+from pinncurv.curvature import KFAC, MatrixFreeGaussNewton, Objective, reduce
 from pinncurv.linearization import Empirical
 from pinncurv.linops import Damped, FactorDamping, trace_norm
 from pinncurv.optim import (
@@ -59,7 +59,7 @@ OTHER_NAMES = {"subspace": "subspace_gauss_newton"}
 # what differs on purpose
 SETTINGS: dict[str, dict[str, Any]] = {
     "kfac_star": {"damping": 1.2e-10, "decay": 0.926},
-    "levenberg_marquardt": {"curvature": GaussNewtonLinearOperator.from_linearizations},
+    "levenberg_marquardt": {"curvature": MatrixFreeGaussNewton()},
 }
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Generator, Tensor
 
-from pinncurv.linops import KroneckerFactors, LayerBlock, SumKroneckerLinearOperator
+from pinncurv.linops import Block, KroneckerFactors, SumKroneckerLinearOperator
 
 
 def psd(n: int, generator: Generator, rank: int | None = None, scale: float = 1.0) -> Tensor:
@@ -17,16 +17,16 @@ def psd(n: int, generator: Generator, rank: int | None = None, scale: float = 1.
 
 def layers(
     widths: Sequence[int], bias: Sequence[bool] | bool = True
-) -> tuple[list[LayerBlock], list[tuple[int, ...]]]:
+) -> tuple[list[Block], list[tuple[int, ...]]]:
     """Blocks and shapes of a multilayer perceptron, with or without biases."""
     biases = [bias] * (len(widths) - 1) if isinstance(bias, bool) else bias
-    blocks: list[LayerBlock] = []
+    blocks: list[Block] = []
     shapes: list[tuple[int, ...]] = []
     for i, (d_in, d_out, has_bias) in enumerate(zip(widths[:-1], widths[1:], biases, strict=True)):
         weight = len(shapes)
         shapes += [(d_out, d_in), (d_out,)] if has_bias else [(d_out, d_in)]
         position = weight + 1 if has_bias else None
-        blocks.append(LayerBlock(f"net.{2 * i}", weight, position, d_out, d_in))
+        blocks.append(Block(f"net.{2 * i}", weight, position, d_out, d_in))
     return blocks, shapes
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pinncurv.linops import LayerBlock, check_blocks, flat_positions, from_joint, to_joint
+from pinncurv.linops import Block, check_blocks, flat_positions, from_joint, to_joint
 from tests.linops.cases import STRUCTURES, layers
 
 
@@ -18,7 +18,7 @@ def test_round_trip(structure, columns, generator):
 
 
 def test_order_of_positions():
-    blocks = [LayerBlock("last", 3, 0, 1, 2), LayerBlock("first", 1, 2, 2, 2)]
+    blocks = [Block("last", 3, 0, 1, 2), Block("first", 1, 2, 2, 2)]
     shapes = [(1,), (2, 2), (2,), (1, 2)]
     check_blocks(blocks, shapes)
     last, first = flat_positions(blocks, shapes)
@@ -29,12 +29,12 @@ def test_order_of_positions():
 @pytest.mark.parametrize(
     ("blocks", "message"),
     [
-        ([LayerBlock("a", 0, None, 3, 2)], r"parameters \[1\] belong to none"),
-        ([LayerBlock("a", 0, 1, 2, 3)], r"Parameter 0 of layer a must have shape \(2, 3\), rec"),
-        ([LayerBlock("a", 0, 2, 3, 2)], r"layer a must have shape \(3,\), received only 2 param"),
-        ([LayerBlock("a", 0, 0, 3, 2)], r"Weight and bias of layer a must be different"),
+        ([Block("a", 0, None, 3, 2)], r"parameters \[1\] belong to none"),
+        ([Block("a", 0, 1, 2, 3)], r"Parameter 0 of layer a must have shape \(2, 3\), rec"),
+        ([Block("a", 0, 2, 3, 2)], r"layer a must have shape \(3,\), received only 2 param"),
+        ([Block("a", 0, 0, 3, 2)], r"Weight and bias of layer a must be different"),
         (
-            [LayerBlock("a", 0, 1, 3, 2), LayerBlock("b", 0, None, 3, 2)],
+            [Block("a", 0, 1, 3, 2), Block("b", 0, None, 3, 2)],
             r"parameter 0 belongs to a and b",
         ),
     ],

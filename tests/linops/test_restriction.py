@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from pinncurv.linops import (
+    Block,
     CGInverseLinearOperator,
     Damped,
     DenseBlockDiagonalLinearOperator,
@@ -13,7 +14,6 @@ from pinncurv.linops import (
     DiagonalLinearOperator,
     FactorDamping,
     KroneckerEigenLinearOperator,
-    LayerBlock,
     SumKroneckerLinearOperator,
     flat_positions,
 )
@@ -156,7 +156,7 @@ def test_mixture_takes_each_block_from_its_operator(generator):
 
 def test_mixture_with_operators_of_curvlinops_and_odd_order(generator):
     """A foreign operator on one layer, and a network whose bias is registered first."""
-    blocks = [LayerBlock("last", 3, 0, 1, 2), LayerBlock("first", 1, 2, 2, 2)]
+    blocks = [Block("last", 3, 0, 1, 2), Block("first", 1, 2, 2, 2)]
     shapes = [(1,), (2, 2), (2,), (1, 2)]
     whole = DenseLinearOperator(psd(9, generator), shapes)
     foreign = Unknown(psd(3, generator), [(1,), (1, 2)])  # in the parameters' order: bias first
@@ -186,7 +186,7 @@ def test_operator_of_curvlinops():
     x = torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(4, 2)
     data = [(x, torch.ones(4, 1, dtype=torch.float64))]
     ggn = curvlinops.GGNLinearOperator(model, nn.MSELoss(), list(model.parameters()), data)
-    block = LayerBlock("2", 2, 3, 1, 3)
+    block = Block("2", 2, 3, 1, 3)
     dense = ggn @ torch.eye(13, dtype=torch.float64)
     check_operator(restrict(ggn, [block]), dense[9:, 9:], (1e-3,), tolerance=1e-10)
 
@@ -199,11 +199,11 @@ def test_float32(generator):
 
 def test_errors(generator):
     operators, (blocks, shapes) = structures(generator), layers(WIDTHS, BIAS)
-    foreign = LayerBlock("other", 0, None, 2, 3)
+    foreign = Block("other", 0, None, 2, 3)
     with pytest.raises(ValueError, match=r"one or more of those of the operator's 5 parameters"):
         restrict(operators["unknown"], [])
     with pytest.raises(ValueError, match=r"one or more of those of the operator's 5 parameters"):
-        restrict(operators["dense"], [LayerBlock("other", 7, None, 2, 3)])
+        restrict(operators["dense"], [Block("other", 7, None, 2, 3)])
     with pytest.raises(ValueError, match=r"among \['net.0', 'net.2', 'net.4'\].*other"):
         restrict(operators["kronecker"], [foreign])
     with pytest.raises(ValueError, match=r"belongs to net\.0 and net\.0"):

@@ -11,8 +11,8 @@ from pinncurv.curvature import (
     BlockDiagonalGaussNewton,
     DiagonalGaussNewton,
     GaussNewton,
-    GaussNewtonLinearOperator,
     Hessian,
+    MatrixFreeGaussNewton,
     SubspaceGaussNewton,
 )
 from pinncurv.linops import Damped, FactorDamping
@@ -177,7 +177,7 @@ def test_intervals_against_a_loop():
 @pytest.mark.parametrize("intervals", [Intervals(curvature=2), Intervals(inverse=2)])
 @pytest.mark.parametrize(
     "curvature",
-    [GaussNewtonLinearOperator.from_linearizations, SubspaceGaussNewton(10), Hessian()],
+    [MatrixFreeGaussNewton(), SubspaceGaussNewton(10), Hessian()],
 )
 def test_intervals_need_an_operator_with_tensors(curvature, intervals, chunk_size):
     """A later step could not go on with it, be it after a checkpoint or with chunks."""

@@ -11,7 +11,7 @@ from pinncurv.curvature import (
     BlockDiagonalGaussNewton,
     DiagonalGaussNewton,
     GaussNewton,
-    GaussNewtonLinearOperator,
+    MatrixFreeGaussNewton,
 )
 from pinncurv.curvature.iterative import PreconditionedCG
 from pinncurv.linops import Damped, DenseLinearOperator, FactorDamping, trace_norm
@@ -31,7 +31,7 @@ from pinncurv.optim.momentum import WarmStart
 from pinncurv.optim.step_sizes import CGBacktracking
 from tests.optim.cases import MatrixOperator, Obstacle, flat, linear_fit, network, poisson, set_flat
 
-matrix_free = GaussNewtonLinearOperator.from_linearizations
+matrix_free = MatrixFreeGaussNewton()
 TRUNCATED = PreconditionedCG(1e-2, curvature=None, max_iterations=4, stop=None, spacing=1.3)
 
 

@@ -10,9 +10,9 @@ from pinncurv.curvature import (
     EKFAC,
     KFAC,
     GaussNewton,
-    GaussNewtonLinearOperator,
     Hessian,
     JacobianLinearOperator,
+    MatrixFreeGaussNewton,
     PreconditionedCG,
     Woodbury,
 )
@@ -29,7 +29,7 @@ from pinncurv.optim import (
 )
 from tests.optim.cases import OPTIMIZERS, Obstacle, flat, gram, linear_fit, network, poisson
 
-matrix_free = GaussNewtonLinearOperator.from_linearizations
+matrix_free = MatrixFreeGaussNewton()
 
 
 class Counted:
@@ -119,7 +119,7 @@ class Watched:
     def linearize(self):
         linearized = self.objective.linearize()
         chunk = next(iter(linearized.linearizations[0]))
-        self.made += [weakref.ref(layer.Z) for layer in chunk.layers.values()]
+        self.made += [weakref.ref(layer.Z) for layer in chunk.blocks.values()]
         return linearized
 
     def loss(self):

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from pinncurv.curvature import GaussNewton, GaussNewtonLinearOperator, Objective
+from pinncurv.curvature import GaussNewton, MatrixFreeGaussNewton, Objective
 from pinncurv.curvature.woodbury import KernelInverseLinearOperator, Woodbury
 from pinncurv.linops import Damped
 from pinncurv.optim import (
@@ -24,7 +24,7 @@ from pinncurv.problems import poisson2d
 from tests.optim.cases import LeastSquaresFit, fixed, flat, gram, network, poisson, same, values
 
 LAM = 1e-2
-matrix_free = GaussNewtonLinearOperator.from_linearizations
+matrix_free = MatrixFreeGaussNewton()
 # The dense inverse is given the gradient, the others the residual; 2-4-1 has 17 parameters.
 WAYS = {
     "dense": {"curvature": GaussNewton(), "inverse": Damped(LAM)},
@@ -272,9 +272,9 @@ def test_a_curvature_of_other_terms_or_of_another_order_gets_the_gradient():
     batch = problem.sample(torch.Generator().manual_seed(0), torch.float64, "cpu")
     ends = []
     for choose in (
-        GaussNewtonLinearOperator.from_linearizations,
-        lambda made: GaussNewtonLinearOperator.from_linearizations(made[::-1]),
-        lambda made: GaussNewtonLinearOperator.from_linearizations(made[:1]),
+        MatrixFreeGaussNewton(),
+        lambda made: MatrixFreeGaussNewton()(made[::-1]),
+        lambda made: MatrixFreeGaussNewton()(made[:1]),
     ):
         torch.manual_seed(0)
         model = torch.nn.Sequential(

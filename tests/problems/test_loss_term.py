@@ -153,10 +153,10 @@ def test_bad_entry_of_a_weight(bad: float, generator: torch.Generator) -> None:
 def test_number_of_weights(generator: torch.Generator) -> None:
     """There is one weight per point, in a vector."""
     x = _x(generator)
-    with pytest.raises(ValueError, match=r"shape \[5\], got \[3\]. Pass a function"):
+    with pytest.raises(ValueError, match=r"shape \[5\] or \[5, V\], got \[3\]. Pass a"):
         _term(weight=torch.ones(3)).weights(x)
-    with pytest.raises(ValueError, match=r"shape \[N\], got \[5, 1\]. Use squeeze"):
-        _term(weight=lambda x: x[:, :1]).weights(x)
+    with pytest.raises(ValueError, match=r"per point and component, .* got \[5, 2, 1\]"):
+        _term(weight=lambda x: x[..., None]).weights(x)
 
 
 @pytest.mark.parametrize(

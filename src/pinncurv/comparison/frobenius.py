@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pinncurv.comparison.checks import check_finite, check_same_space, describe
 from pinncurv.comparison.products import COLUMNS, columns, share_layers
-from pinncurv.linops import LayerBlock, LayerwiseLinearOperator, check_blocks, flat_positions
+from pinncurv.linops import Block, LayerwiseLinearOperator, check_blocks, flat_positions
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def frobenius(A: PyTorchLinearOperator, B: PyTorchLinearOperator) -> FrobeniusCo
 def frobenius_by_layer(
     A: PyTorchLinearOperator,
     B: PyTorchLinearOperator,
-    blocks: Sequence[LayerBlock] | None = None,
+    blocks: Sequence[Block] | None = None,
 ) -> FrobeniusComparison:
     """Compare the diagonal blocks of two operators exactly.
 
@@ -115,7 +115,7 @@ def frobenius_by_layer(
 def frobenius_by_layer_pair(
     A: PyTorchLinearOperator,
     B: PyTorchLinearOperator,
-    blocks: Sequence[LayerBlock] | None = None,
+    blocks: Sequence[Block] | None = None,
 ) -> FrobeniusComparison:
     """Compare all blocks of two operators exactly.
 
@@ -141,8 +141,8 @@ def frobenius_by_layer_pair(
 
 
 def layers_of(
-    *operators: PyTorchLinearOperator, blocks: Sequence[LayerBlock] | None
-) -> tuple[LayerBlock, ...]:
+    *operators: PyTorchLinearOperator, blocks: Sequence[Block] | None
+) -> tuple[Block, ...]:
     """Return the layers that were given, or else those of the first operator that has some.
 
     Raises:
@@ -154,14 +154,14 @@ def layers_of(
             names = " and ".join(describe(operator) for operator in operators)
             raise ValueError(
                 f"The layers must be known to compare layers, but {names} have none. "
-                "Pass blocks=ParameterSpace.from_linearizations(...).blocks."
+                "Pass blocks=ParameterSpace.of(...).blocks."
             )
         blocks = known[0]
     check_blocks(blocks, operators[0]._in_shape)
     return tuple(blocks)
 
 
-def layer_positions(operator: PyTorchLinearOperator, blocks: Sequence[LayerBlock]) -> list[Tensor]:
+def layer_positions(operator: PyTorchLinearOperator, blocks: Sequence[Block]) -> list[Tensor]:
     """Return the indices of each layer's parameters, on the operator's device."""
     return [p.to(operator.device) for p in flat_positions(blocks, operator._in_shape)]
 

@@ -19,7 +19,7 @@ from pinncurv.comparison.frobenius import (
     layers_of,
 )
 from pinncurv.comparison.products import apply
-from pinncurv.linops import LayerBlock
+from pinncurv.linops import Block
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def estimate_frobenius(
 def estimate_frobenius_by_layer_pair(
     A: PyTorchLinearOperator,
     B: PyTorchLinearOperator,
-    blocks: Sequence[LayerBlock] | None = None,
+    blocks: Sequence[Block] | None = None,
     *,
     vectors: int,
     generator: Generator,

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from pinncurv.comparison.checks import check_finite
 from pinncurv.comparison.frobenius import frobenius_by_layer_pair
-from pinncurv.linops import LayerBlock
+from pinncurv.linops import Block
 
 
 def squared_block_norms(
-    operator: PyTorchLinearOperator, blocks: Sequence[LayerBlock] | None = None
+    operator: PyTorchLinearOperator, blocks: Sequence[Block] | None = None
 ) -> Float[Tensor, "L L"]:
     """Return the squared Frobenius norm of each block.
 

@@ -3,8 +3,7 @@
 Exact: ``jacobian.py``, ``gauss_newton.py`` (inverted by ``woodbury.py`` or ``iterative.py``),
 ``kernel.py``, ``hessian.py``. Approximations: ``kfac.py``, ``channel_kronecker.py``, ``ekfac.py``,
 ``optimal_kronecker.py``, ``subspace.py``, ``nystroem.py``. Each file has its operator and the
-recipe that an optimizer takes; ``products.py`` has the few matrix products that everything follows
-from.
+recipe that an optimizer takes;
 ``objective.py`` is the loss on one batch, and ``coverage.py`` reports on every parameter.
 Costs are multiplications and numbers held, for N points, S channels, V residual components, layers
 of d_in inputs (and bias) and d_out outputs, D parameters in all and R = Σ_t N_t V_t residuals; sums
@@ -31,7 +30,7 @@ from pinncurv.curvature.gauss_newton import (
     DiagonalGaussNewton,
     GaussNewton,
     GaussNewtonLinearOperator,
-    gauss_newton_blocks,
+    MatrixFreeGaussNewton,
     gauss_newton_diagonal,
 )
 from pinncurv.curvature.hessian import (
@@ -41,8 +40,8 @@ from pinncurv.curvature.hessian import (
     ResidualHessianLinearOperator,
 )
 from pinncurv.curvature.iterative import InverseRecipe, PreconditionedCG, Recipe
-from pinncurv.curvature.jacobian import JacobianLinearOperator
-from pinncurv.curvature.kernel import KernelLinearOperator
+from pinncurv.curvature.jacobian import Jacobian, JacobianLinearOperator
+from pinncurv.curvature.kernel import Kernel, KernelLinearOperator
 from pinncurv.curvature.kfac import (
     KFAC,
     Expand,
@@ -88,13 +87,16 @@ __all__ = [
     "HessianLinearOperator",
     "InSubspace",
     "InverseRecipe",
+    "Jacobian",
     "JacobianLinearOperator",
     "KFACFactors",
     "KFACLinearOperator",
+    "Kernel",
     "KernelInverseLinearOperator",
     "KernelLinearOperator",
     "KroneckerNotConverged",
     "LinearizedObjective",
+    "MatrixFreeGaussNewton",
     "Nystroem",
     "NystroemSketch",
     "Objective",
@@ -117,7 +119,6 @@ __all__ = [
     "Woodbury",
     "coverage",
     "expand",
-    "gauss_newton_blocks",
     "gauss_newton_diagonal",
     "optimal_kronecker",
     "reduce",

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pinncurv.curvature.parameters import ParameterSpace
-from pinncurv.curvature.products import output_gradients, with_bias_column
-from pinncurv.linearization import Fisher, ForwardOnly, LayerLinearization, Linearization, Type2
+from pinncurv.linearization import Fisher, ForwardOnly, JacobianBlock, Linearization
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,14 +29,15 @@ class BlockRows:
     G: Float[Tensor, "n V S d_out"]
 
     @classmethod
-    def from_layer(cls, layer: LayerLinearization, dtype: torch.dtype) -> BlockRows:
-        """Take Z and G of a layer, in a data type.
+    def of(cls, block: JacobianBlock, dtype: torch.dtype) -> BlockRows:
+        """Take Z and G of a block, in a data type.
 
         Raises:
             ValueError: If the linearization is the forward-only one, which has no Jacobian.
         """
-        Z, G = layer.Z.transpose(0, 1).to(dtype), output_gradients(layer).to(dtype)
-        return cls(with_bias_column(layer, Z, 1), G.permute(2, 0, 1, 3).contiguous())
+        layer = block.as_layer()
+        Z, G = layer.Z.transpose(0, 1).to(dtype), layer.gradients.to(dtype)
+        return cls(layer.with_bias_column(Z, 1), G.permute(2, 0, 1, 3).contiguous())
 
     def contract_inputs(
         self, A: Float[Tensor, "d_joint d_joint"] | None = None
@@ -74,30 +73,3 @@ def check_gradients(
                 f"{what} must have output gradients, but term '{linearization.term.name}' has none "
                 "with ForwardOnly(). Use fisher=Type2() or Empirical(), or KFAC, which needs none."
             )
-
-
-def layers_of(
-    linearization: Linearization, space: ParameterSpace, fisher: Fisher | None = None
-) -> Iterator[tuple[int, LayerLinearization]]:
-    """Yield the layers of every chunk with their position in the space.
-
-    Args:
-        linearization: One term.
-        space: The parameters.
-        fisher: Which output gradients to take; those of the linearization by default.
-
-    Raises:
-        ValueError: If the linearization was made with another choice than ``fisher``.
-    """
-    made = linearization.fisher
-    if fisher is not None and made not in (Type2(), fisher):
-        raise ValueError(
-            f"Term '{linearization.term.name}' was linearized with {made}, which can't be turned "
-            f"into {fisher}. Linearize with fisher=Type2(), the default."
-        )
-    for chunk in linearization:
-        layers = (chunk if fisher in (None, made) else chunk.with_fisher(fisher)).layers
-        for i, block in enumerate(space.blocks):
-            if space.weight_name(block) in layers:
-                yield i, layers[space.weight_name(block)]
-        del chunk, layers  # or they would live on while the next chunk is computed

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pinncurv.curvature.block_rows import BlockRows, check_gradients, layers_of
-from pinncurv.curvature.parameters import ParameterSpace
-from pinncurv.linearization import Fisher, Linearization, Type2
+from pinncurv.curvature.block_rows import BlockRows, check_gradients
+from pinncurv.curvature.parameters import ParameterSpace, visit_blocks
+from pinncurv.linearization import Fisher, JacobianBlock, Linearization
 from pinncurv.linops import (
+    Block,
     BlockFactorizedInverseLinearOperator,
     CGInverseLinearOperator,
     KroneckerFactors,
-    LayerBlock,
     LayerwiseLinearOperator,
     SumKroneckerLinearOperator,
     check_damping,
@@ -72,7 +72,7 @@ class ChannelKroneckerLinearOperator(LayerwiseLinearOperator):
     def __init__(
         self,
         factors: Sequence[Sequence[ChannelFactors]],
-        blocks: Sequence[LayerBlock],
+        blocks: Sequence[Block],
         shapes: Sequence[Sequence[int]],
         terms: Sequence[str],
     ) -> None:
@@ -113,31 +113,6 @@ class ChannelKroneckerLinearOperator(LayerwiseLinearOperator):
                         f"{expected[0]} and {expected[1]}, received {tuple(f.A.shape)} and "
                         f"{tuple(f.B.shape)}. A acts on the inputs (and bias), B on the outputs."
                     )
-
-    @classmethod
-    def from_linearizations(
-        cls,
-        linearizations: Sequence[Linearization],
-        pairs: bool = True,
-        fisher: Fisher | None = None,
-    ) -> ChannelKroneckerLinearOperator:
-        """Build the operator.
-
-        Args:
-            linearizations: One per term.
-            pairs: Whether pairs of different channels are kept. Without them, S products per layer
-                and term are left.
-            fisher: Which output gradients to take; those of the linearizations by default.
-
-        Raises:
-            ValueError: If the choice is forward-only, or the linearizations were made with another
-                choice than ``fisher``.
-        """
-        space = ParameterSpace.from_linearizations(linearizations)
-        check_gradients("Kronecker products by channel", linearizations, fisher)
-        by_term = [_term_factors(each, space, pairs, fisher) for each in linearizations]
-        names = [linearization.term.name for linearization in linearizations]
-        return cls(list(zip(*by_term, strict=True)), space.blocks, space.shapes, names)
 
     def term(self, term: int | str) -> ChannelKroneckerLinearOperator:
         """Return the operator of one term alone.
@@ -258,23 +233,6 @@ def _partial_traces(factors: Sequence[ChannelFactors]) -> KroneckerFactors:
     )
 
 
-def _term_factors(
-    linearization: Linearization, space: ParameterSpace, pairs: bool, fisher: Fisher | None
-) -> list[ChannelFactors]:
-    """Sum the moments of every layer over the chunks of one term; none where it has no channels."""
-    moments = [
-        (_Moments(d_joint, space, pairs), _Moments(d_out, space, pairs))
-        for d_out, d_joint in (block.shape for block in space.blocks)
-    ]
-    for i, layer in layers_of(linearization, space, fisher):
-        rows = BlockRows.from_layer(layer, space.dtype)
-        moments[i][0].add(rows.Z)
-        moments[i][1].add(rows.G.flatten(0, 1))
-        del layer, rows  # or they would live on while the next chunk is computed
-    N = len(linearization.x)
-    return [ChannelFactors(A.result().div_(N), B.result()) for A, B in moments]
-
-
 class _Moments:
     """Sums of x_ns x_nqᵀ over the rows n, for all channels s and q >= s, or for q = s only.
 
@@ -324,14 +282,42 @@ class ChannelKronecker:
 
     Args:
         pairs: Whether pairs of different channels are kept.
-        fisher: Which output gradients to take.
+        fisher: Which output gradients to take; those of the linearizations by default.
     """
 
     pairs: bool = True
-    fisher: Fisher = field(default_factory=Type2)
+    fisher: Fisher | None = None
 
     def __call__(self, linearizations: Sequence[Linearization]) -> ChannelKroneckerLinearOperator:
-        """Build the operator."""
-        return ChannelKroneckerLinearOperator.from_linearizations(
-            linearizations, self.pairs, self.fisher
-        )
+        """Build the operator.
+
+        Raises:
+            ValueError: If the choice is forward-only, or the linearizations were made with another
+                choice than ``fisher``.
+        """
+        space = ParameterSpace.of(linearizations)
+        check_gradients("Kronecker products by channel", linearizations, self.fisher)
+        moments = [
+            [
+                tuple(_Moments(d, space, self.pairs) for d in block.shape[::-1])
+                for _ in linearizations
+            ]
+            for block in space.blocks
+        ]
+
+        def visit(t: int, i: int, block: JacobianBlock) -> None:
+            rows = BlockRows.of(block, space.dtype)
+            A, B = moments[i][t]
+            A.add(rows.Z)
+            B.add(rows.G.flatten(0, 1))
+
+        visit_blocks(linearizations, space, visit, self.fisher)
+        factors = [
+            [
+                ChannelFactors(A.result().div_(len(lin.x)), B.result())
+                for (A, B), lin in zip(layer, linearizations, strict=True)
+            ]
+            for layer in moments
+        ]
+        names = [linearization.term.name for linearization in linearizations]
+        return ChannelKroneckerLinearOperator(factors, space.blocks, space.shapes, names)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch.nn import Module
 
+from pinncurv.curvature.parameters import ParameterSpace
 from pinncurv.linearization import Linearization
 
 
@@ -17,9 +18,10 @@ class ParameterCoverage:
     Args:
         name: The parameter.
         shape: Its shape.
-        treatment: ``"weight"`` or ``"bias"`` of a captured linear layer, ``"unused"`` by every
-            term, or ``"frozen"``.
-        channels: For each term that uses it, the number S of channels it is shared over.
+        treatment: ``"weight"`` or ``"bias"`` of a linear layer, ``"dense"`` with an exact block,
+            ``"unused"`` by every term, or ``"frozen"``.
+        channels: For each term that uses it, the number S of channels it is shared over; 0 for
+            a dense block, which has none.
     """
 
     name: str
@@ -29,7 +31,7 @@ class ParameterCoverage:
 
     def __str__(self) -> str:
         """Return one line of the report."""
-        uses = ", ".join(f"{term} (S = {S})" for term, S in self.channels.items())
+        uses = ", ".join(f"{t} (S = {S})" if S else t for t, S in self.channels.items())
         return f"{self.name} {list(self.shape)}: {self.treatment}" + (f" in {uses}" if uses else "")
 
 
@@ -57,13 +59,20 @@ def coverage(model: Module, linearizations: Sequence[Linearization]) -> Coverage
     """
     channels: dict[str, dict[str, int]] = {}
     roles: dict[str, str] = {}
+    space = ParameterSpace.of_bound(linearizations, check=False)
+    for place in space.blocks:
+        kinds = ("weight", "bias") if place.kronecker else ("dense",)
+        for position, kind in zip(place.positions, kinds, strict=False):
+            roles[space.names[position]] = kind
     for linearization in linearizations:
         chunk = next(iter(linearization))
-        for layer in chunk.layers.values():
-            for name, role in ((layer.weight, "weight"), (layer.bias, "bias")):
-                if name is not None:
-                    roles[name] = role
-                    channels.setdefault(name, {})[linearization.term.name] = layer.Z.shape[0]
+        for place, block in zip(space.blocks, space.arrange(linearization, chunk), strict=True):
+            if block is not None:
+                S = block.as_layer().Z.shape[0] if place.kronecker else 0
+                for position in place.positions:
+                    uses = channels.setdefault(space.names[position], {})
+                    uses[linearization.term.name] = S
+    named = {**dict(model.named_parameters()), **space.parameters}
     return Coverage(
         tuple(
             ParameterCoverage(
@@ -72,6 +81,6 @@ def coverage(model: Module, linearizations: Sequence[Linearization]) -> Coverage
                 roles.get(name, "unused") if parameter.requires_grad else "frozen",
                 channels.get(name, {}),
             )
-            for name, parameter in model.named_parameters()
+            for name, parameter in named.items()
         )
     )

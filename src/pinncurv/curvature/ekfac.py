@@ -5,23 +5,22 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pinncurv.curvature.block_rows import BlockRows, check_gradients, layers_of
-from pinncurv.curvature.kfac import KFACLinearOperator, WeightSharing, expand
-from pinncurv.curvature.parameters import ParameterSpace
+from pinncurv.curvature.block_rows import BlockRows, check_gradients
+from pinncurv.curvature.kfac import DENSE_LIMIT, KFAC, WeightSharing, check_dense_blocks, expand
+from pinncurv.curvature.parameters import ParameterSpace, visit_blocks
 from pinncurv.curvature.second_moments import second_moments
-from pinncurv.linearization import Fisher, Linearization, Type2
+from pinncurv.linearization import Fisher, JacobianBlock, Linearization
 from pinncurv.linops import (
+    Block,
     FactorizationReport,
     KroneckerBasis,
     KroneckerEigenLinearOperator,
     KroneckerFactors,
-    LayerBlock,
     eigh,
     merge,
     symmetrize,
@@ -66,7 +65,7 @@ class KFACFactors(EigenBasis):
         fisher: Fisher | None,
     ) -> list[KroneckerFactors]:
         """Return the merged factors."""
-        kfac = KFACLinearOperator.from_linearizations(linearizations, sharing, fisher)
+        kfac = KFAC(sharing, fisher)(linearizations)
         return [merge(layer) for layer in kfac.factors]
 
 
@@ -89,17 +88,18 @@ class PartialTraces(EigenBasis):
         fisher: Fisher | None,
     ) -> list[KroneckerFactors]:
         """Return the partial traces."""
-        space = ParameterSpace.from_linearizations(linearizations)
-        options: dict[str, Any] = {"dtype": space.dtype, "device": space.device}
+        space = ParameterSpace.of(linearizations)
         traces = [
-            KroneckerFactors(*(torch.zeros(d, d, **options) for d in block.shape[::-1]))
+            KroneckerFactors(*(space.zeros(d, d) for d in block.shape[::-1]))
             for block in space.blocks
         ]
-        for linearization in linearizations:
-            for i, layer in layers_of(linearization, space, fisher):
-                rows = BlockRows.from_layer(layer, space.dtype)
-                traces[i].A.add_(rows.contract_outputs())
-                traces[i].B.add_(rows.contract_inputs())
+
+        def visit(t: int, i: int, block: JacobianBlock) -> None:
+            rows = BlockRows.of(block, space.dtype)
+            traces[i].A.add_(rows.contract_outputs())
+            traces[i].B.add_(rows.contract_inputs())
+
+        visit_blocks(linearizations, space, visit, fisher)
         return traces
 
 
@@ -132,7 +132,7 @@ class EKFACLinearOperator(KroneckerEigenLinearOperator):
         self,
         bases: Sequence[KroneckerBasis],
         scales: Sequence[Sequence[Float[Tensor, "_ _"]]],
-        blocks: Sequence[LayerBlock],
+        blocks: Sequence[Block],
         shapes: Sequence[Sequence[int]],
         terms: Sequence[str],
         dtype: torch.dtype | None = None,
@@ -153,49 +153,6 @@ class EKFACLinearOperator(KroneckerEigenLinearOperator):
         super().__init__(bases, totals, blocks, shapes, dtype, reports)
         self.term_scales = tuple(tuple(layer) for layer in scales)
         self.terms = tuple(terms)
-
-    @classmethod
-    def from_linearizations(
-        cls,
-        linearizations: Sequence[Linearization],
-        sharing: WeightSharing = expand,
-        fisher: Fisher | None = None,
-        basis: EigenBasis | None = None,
-    ) -> EKFACLinearOperator:
-        """Build the operator; with ``chunk_size`` every term is linearized twice.
-
-        Args:
-            linearizations: One per term.
-            sharing: How the channels enter the factors of the basis: ``expand`` or ``reduce``.
-            fisher: Which output gradients to take; those of the linearizations by default.
-            basis: What the eigenvectors are taken of, by default ``KFACFactors()``.
-
-        Raises:
-            ValueError: If the choice is forward-only, or the linearizations were made with another
-                choice than ``fisher``.
-        """
-        space = ParameterSpace.from_linearizations(linearizations)
-        check_gradients("EKFAC", linearizations, fisher)
-        pairs = (basis or KFACFactors()).factors(linearizations, sharing, fisher)
-        bases, reports = [], []
-        for pair, block in zip(pairs, space.blocks, strict=True):
-            names = [f"layer {block.name}, basis of EKFAC, factor {factor}" for factor in "AB"]
-            A = eigh(symmetrize(pair.A, names[0]), names[0])
-            B = eigh(symmetrize(pair.B, names[1]), names[1])
-            bases.append(KroneckerBasis(A.eigenvectors, B.eigenvectors))
-            reports += [A.report, B.report]
-        by_term = [
-            _term_scales(linearization, space, bases, fisher) for linearization in linearizations
-        ]
-        return cls(
-            bases,
-            list(zip(*by_term, strict=True)),
-            space.blocks,
-            space.shapes,
-            [linearization.term.name for linearization in linearizations],
-            space.dtype,
-            reports,
-        )
 
     def term(self, term: int | str) -> EKFACLinearOperator:
         """Return the operator of one term alone, in the basis that all terms share.
@@ -242,22 +199,6 @@ class EKFACLinearOperator(KroneckerEigenLinearOperator):
         )
 
 
-def _term_scales(
-    linearization: Linearization,
-    space: ParameterSpace,
-    bases: Sequence[KroneckerBasis],
-    fisher: Fisher | None,
-) -> list[Float[Tensor, "d_out d_joint"]]:
-    """Return S of every layer for one term, zero where the term does not use the layer."""
-    casts = [KroneckerBasis(b.A.to(space.dtype), b.B.to(space.dtype)) for b in bases]
-    totals = [
-        torch.zeros(block.shape, dtype=space.dtype, device=space.device) for block in space.blocks
-    ]
-    for i, layer in layers_of(linearization, space, fisher):
-        totals[i] += second_moments(layer, casts[i])
-    return [total.to(bases[0].A.dtype) for total in totals]
-
-
 @dataclass(frozen=True)
 class EKFAC:
     """Recipe: EKFAC of the linearized terms.
@@ -268,16 +209,48 @@ class EKFAC:
 
     Args:
         sharing: How the channels enter the factors of the basis: ``expand`` or ``reduce``.
-        fisher: Which output gradients to take.
+        fisher: Which output gradients to take; those of the linearizations by default.
         basis: What the eigenvectors are taken of.
     """
 
     sharing: WeightSharing = expand
-    fisher: Fisher = field(default_factory=Type2)
+    fisher: Fisher | None = None
     basis: EigenBasis = field(default_factory=KFACFactors)
 
     def __call__(self, linearizations: Sequence[Linearization]) -> EKFACLinearOperator:
-        """Build the operator."""
-        return EKFACLinearOperator.from_linearizations(
-            linearizations, self.sharing, self.fisher, self.basis
+        """Build the operator; with ``chunk_size`` every term is linearized twice.
+
+        Raises:
+            ValueError: If the choice is forward-only, or the linearizations were made with another
+                choice than ``fisher``.
+        """
+        space = ParameterSpace.of(linearizations)
+        check_dense_blocks(space, DENSE_LIMIT)
+        check_gradients("EKFAC", linearizations, self.fisher)
+        bases, reports = [], []
+        pairs = self.basis.factors(linearizations, self.sharing, self.fisher)
+        for pair, block in zip(pairs, space.blocks, strict=True):
+            names = [f"layer {block.name}, basis of EKFAC, factor {factor}" for factor in "AB"]
+            A = eigh(symmetrize(pair.A, names[0]), names[0])
+            B = eigh(symmetrize(pair.B, names[1]), names[1])
+            bases.append(KroneckerBasis(A.eigenvectors, B.eigenvectors))
+            reports += [A.report, B.report]
+        casts = [KroneckerBasis(b.A.to(space.dtype), b.B.to(space.dtype)) for b in bases]
+        scales = [[space.zeros(*block.shape) for _ in linearizations] for block in space.blocks]
+
+        def visit(t: int, i: int, block: JacobianBlock) -> None:
+            scales[i][t].add_(second_moments(block.as_layer(), casts[i]))
+
+        visit_blocks(linearizations, space, visit, self.fisher)
+        return EKFACLinearOperator(
+            bases,
+            [
+                [S.to(basis.A.dtype) for S in layer]
+                for layer, basis in zip(scales, bases, strict=True)
+            ],
+            space.blocks,
+            space.shapes,
+            [linearization.term.name for linearization in linearizations],
+            space.dtype,
+            reports,
         )

@@ -1,25 +1,20 @@
-"""The exact Gauss-Newton matrix: matrix-free, dense, per layer, and its diagonal."""
+"""The exact Gauss-Newton matrix: matrix-free, dense, per block, and its diagonal."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
-import torch
 from curvlinops._torch_base import PyTorchLinearOperator
 from jaxtyping import Float
 from torch import Tensor
 
-from pinncurv.curvature.block_rows import layers_of
-from pinncurv.curvature.jacobian import JacobianLinearOperator, check_exact, fill_jacobian_rows
+from pinncurv.curvature.jacobian import JacobianLinearOperator, check_exact, chunk_rows
 from pinncurv.curvature.kernel import KernelLinearOperator
-from pinncurv.curvature.parameters import ParameterSpace
-from pinncurv.curvature.products import joint_jacobian_rows, output_gradients
-from pinncurv.curvature.second_moments import squared_rows
+from pinncurv.curvature.parameters import ParameterSpace, visit_blocks
 from pinncurv.curvature.woodbury import KernelInverseLinearOperator
-from pinncurv.linearization import Linearization
+from pinncurv.linearization import Chunk, JacobianBlock, Linearization, run, squared_rows
 from pinncurv.linops import (
     CGInverseLinearOperator,
     DenseBlockDiagonalLinearOperator,
@@ -27,6 +22,7 @@ from pinncurv.linops import (
     DiagonalLinearOperator,
     SymmetricLinearOperator,
     from_joint,
+    term_position,
 )
 
 # Largest number of Jacobian entries that are held at a time while a dense matrix is summed up.
@@ -39,6 +35,7 @@ class GaussNewtonLinearOperator(SymmetricLinearOperator):
     JᵀJ = Σ_t J_tᵀJ_t
 
     Cost: 2 N S V D per column and product, and no differentiation; nothing is held but Z and G.
+    With a chunk size, one pass over the points per product.
 
     Args:
         jacobian: The Jacobian of the scaled residuals.
@@ -48,17 +45,6 @@ class GaussNewtonLinearOperator(SymmetricLinearOperator):
         self.jacobian = jacobian
         space = jacobian.space
         super().__init__(space.shapes, space.device, space.dtype)
-
-    @classmethod
-    def from_linearizations(
-        cls, linearizations: Sequence[Linearization]
-    ) -> GaussNewtonLinearOperator:
-        """Build the operator.
-
-        Args:
-            linearizations: One per term.
-        """
-        return cls(JacobianLinearOperator.from_linearizations(linearizations))
 
     def term(self, term: int | str) -> GaussNewtonLinearOperator:
         """Return the Gauss-Newton matrix of one term alone, on all parameters.
@@ -72,31 +58,35 @@ class GaussNewtonLinearOperator(SymmetricLinearOperator):
             KeyError: If there is no such term.
         """
         linearizations = self.jacobian.linearizations
-        names = tuple(linearization.term.name for linearization in linearizations)
-        if term not in names and term not in range(len(names)):
-            raise KeyError(f"term must be one of {names} or a position, received {term!r}.")
-        position = names.index(term) if isinstance(term, str) else term
+        position = term_position([lin.term.name for lin in linearizations], term)
         return type(self)(JacobianLinearOperator([linearizations[position]], self.jacobian.space))
 
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
-        return self.jacobian.adjoint()._matmat(self.jacobian._matmat(X))
+        J = self.jacobian
+        directions, totals = [x.movedim(-1, 0) for x in X], J.zeros(X[0].shape[-1])
+
+        def visit(t: int, chunk: Chunk) -> None:
+            blocks = J.space.arrange(J.linearizations[t], chunk)
+            J.add_adjoint_product_(totals, blocks, J.product(blocks, directions, chunk))
+
+        run(J.linearizations, visit)
+        return [total.movedim(0, -1) for total in totals]
 
     def to_dense(self) -> Float[Tensor, "D D"]:
-        """Return the matrix, summed over blocks of points."""
-        space = self.jacobian.space
-        D = space.dimension
-        matrix = torch.zeros(D, D, dtype=self.dtype, device=self.device)
-        for linearization in self.jacobian.linearizations:
-            for chunk in linearization:
-                n, V = chunk.residual.shape
-                for points in _point_blocks(n, V * D):
-                    rows = matrix.new_empty((points.stop - points.start) * V, D)
-                    fill_jacobian_rows(rows, chunk.layers, space, points)
-                    matrix.addmm_(rows.t(), rows)
+        J = self.jacobian
+        D = J.space.dimension
+        matrix = J.space.zeros(D, D)
+
+        def visit(t: int, chunk: Chunk) -> None:
+            n, V = chunk.residual.shape
+            for points in _point_ranges(n, V * D):
+                rows = chunk_rows(J.space, J.linearizations[t], chunk, points)
+                matrix.addmm_(rows.t(), rows)
+
+        run(J.linearizations, visit)
         return matrix
 
     def diagonal(self) -> Float[Tensor, " D"]:
-        """Return the diagonal, summed over blocks of points."""
         return gauss_newton_diagonal(self.jacobian.linearizations, self.jacobian.space).diagonal()
 
     @cached_property
@@ -127,7 +117,7 @@ class GaussNewtonLinearOperator(SymmetricLinearOperator):
         )
 
 
-def _point_blocks(n: int, row_elements: int) -> Iterator[slice]:
+def _point_ranges(n: int, row_elements: int) -> Iterator[slice]:
     """Cut n points such that the rows of a block stay small."""
     step = max(1, _ROW_ELEMENTS // max(1, row_elements))
     for start in range(0, n, step):
@@ -135,7 +125,7 @@ def _point_blocks(n: int, row_elements: int) -> Iterator[slice]:
 
 
 def gauss_newton_diagonal(
-    linearizations: Sequence[Linearization], space: ParameterSpace
+    linearizations: Sequence[Linearization], space: ParameterSpace | None = None
 ) -> DiagonalLinearOperator:
     """Return the diagonal of the exact Gauss-Newton matrix as an operator.
 
@@ -143,33 +133,29 @@ def gauss_newton_diagonal(
         ValueError: If a linearization has other output gradients than the exact ones.
     """
     check_exact(linearizations)
-    options: dict[str, Any] = {"dtype": space.dtype, "device": space.device}
-    joints = [torch.zeros(block.shape, **options) for block in space.blocks]
-    for linearization in linearizations:
-        for i, layer in layers_of(linearization, space):
-            joints[i] += squared_rows(layer)
+    space = ParameterSpace.of(linearizations) if space is None else space
+    joints = [space.zeros(*block.shape) for block in space.blocks]
+
+    def visit(t: int, i: int, block: JacobianBlock) -> None:
+        joints[i].add_(squared_rows(block))
+
+    visit_blocks(linearizations, space, visit)
     diagonals = from_joint(joints, space.blocks)
     return DiagonalLinearOperator([diagonal.contiguous() for diagonal in diagonals])
 
 
-def gauss_newton_blocks(
-    linearizations: Sequence[Linearization], space: ParameterSpace
-) -> DenseBlockDiagonalLinearOperator:
-    """Return the per-layer diagonal blocks of the exact Gauss-Newton matrix.
+@dataclass(frozen=True)
+class MatrixFreeGaussNewton:
+    """Recipe: the exact Gauss-Newton matrix by products with the Jacobian.
 
-    Raises:
-        ValueError: If a linearization has other output gradients than the exact ones.
+    JᵀJ
+
+    Cost: see ``GaussNewtonLinearOperator``.
     """
-    check_exact(linearizations)
-    options: dict[str, Any] = {"dtype": space.dtype, "device": space.device}
-    matrices = [torch.zeros(block.numel, block.numel, **options) for block in space.blocks]
-    for linearization in linearizations:
-        for i, layer in layers_of(linearization, space):
-            V, _, n, _ = output_gradients(layer).shape
-            for points in _point_blocks(n, V * space.blocks[i].numel):
-                rows = joint_jacobian_rows(layer, points)
-                matrices[i].addmm_(rows.t(), rows)
-    return DenseBlockDiagonalLinearOperator(matrices, space.blocks, space.shapes)
+
+    def __call__(self, linearizations: Sequence[Linearization]) -> GaussNewtonLinearOperator:
+        """Build the operator."""
+        return GaussNewtonLinearOperator(JacobianLinearOperator(linearizations))
 
 
 @dataclass(frozen=True)
@@ -183,13 +169,13 @@ class GaussNewton:
 
     def __call__(self, linearizations: Sequence[Linearization]) -> DenseLinearOperator:
         """Build the operator."""
-        operator = GaussNewtonLinearOperator.from_linearizations(linearizations)
+        operator = MatrixFreeGaussNewton()(linearizations)
         return DenseLinearOperator(operator.to_dense(), operator.shapes)
 
 
 @dataclass(frozen=True)
 class BlockDiagonalGaussNewton:
-    """Recipe: the exact Gauss-Newton matrix restricted to its per-layer diagonal blocks.
+    """Recipe: the exact Gauss-Newton matrix restricted to its diagonal blocks.
 
     diag_l(J_lᵀJ_l)
 
@@ -199,8 +185,18 @@ class BlockDiagonalGaussNewton:
 
     def __call__(self, linearizations: Sequence[Linearization]) -> DenseBlockDiagonalLinearOperator:
         """Build the operator."""
-        space = ParameterSpace.from_linearizations(linearizations)
-        return gauss_newton_blocks(linearizations, space)
+        check_exact(linearizations)
+        space = ParameterSpace.of(linearizations)
+        matrices = [space.zeros(block.numel, block.numel) for block in space.blocks]
+
+        def visit(t: int, i: int, block: JacobianBlock) -> None:
+            V, N = block.num_rows
+            for points in _point_ranges(N, V * space.blocks[i].numel):
+                rows = block.joint_rows(points)
+                matrices[i].addmm_(rows.t(), rows)
+
+        visit_blocks(linearizations, space, visit)
+        return DenseBlockDiagonalLinearOperator(matrices, space.blocks, space.shapes)
 
 
 @dataclass(frozen=True)
@@ -214,5 +210,4 @@ class DiagonalGaussNewton:
 
     def __call__(self, linearizations: Sequence[Linearization]) -> DiagonalLinearOperator:
         """Build the operator."""
-        space = ParameterSpace.from_linearizations(linearizations)
-        return gauss_newton_diagonal(linearizations, space)
+        return gauss_newton_diagonal(linearizations)

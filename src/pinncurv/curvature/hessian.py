@@ -15,10 +15,10 @@ from torch import Tensor
 from pinncurv.curvature.parameters import ParameterSpace
 from pinncurv.linearization import Linearization, check_differentiable
 from pinncurv.linops import (
+    Block,
     EigenFactorization,
     FactorizationError,
     FactorizedInverseLinearOperator,
-    LayerBlock,
     SymmetricLinearOperator,
     check_damping,
     eigh,
@@ -45,21 +45,12 @@ class SecondDerivativeLinearOperator(SymmetricLinearOperator, ABC):
         space: The parameters to differentiate in.
     """
 
-    def __init__(self, linearizations: Sequence[Linearization], space: ParameterSpace) -> None:
-        self.linearizations = tuple(linearizations)
-        self.space = space
+    def __init__(
+        self, linearizations: Sequence[Linearization], space: ParameterSpace | None = None
+    ) -> None:
+        self.linearizations = linearizations
+        self.space = space = ParameterSpace.of(linearizations) if space is None else space
         super().__init__(space.shapes, space.device, space.dtype)
-
-    @classmethod
-    def from_linearizations(
-        cls, linearizations: Sequence[Linearization]
-    ) -> SecondDerivativeLinearOperator:
-        """Build the operator.
-
-        Args:
-            linearizations: One per term.
-        """
-        return cls(linearizations, ParameterSpace.from_linearizations(linearizations))
 
     def term(self, term: int | str) -> SecondDerivativeLinearOperator:
         """Return the operator of one term alone, on all parameters.
@@ -162,9 +153,9 @@ def _scaled_residuals(linearization: Linearization) -> Iterator[Float[Tensor, "n
         RuntimeError: If the parameters have changed since the linearization, or in inference mode.
     """
     check_differentiable(linearization.term.name)
-    for block in linearization.term_blocks():
+    for part in linearization.parts():
         with torch.enable_grad():
-            residual = block.residual(linearization.model)
+            residual = part.residual(linearization.model)
         yield residual
 
 
@@ -195,7 +186,7 @@ class ResidualHessianLinearOperator(SecondDerivativeLinearOperator):
 
 @restrict.register
 def _(
-    operator: SecondDerivativeLinearOperator, blocks: Sequence[LayerBlock]
+    operator: SecondDerivativeLinearOperator, blocks: Sequence[Block]
 ) -> SecondDerivativeLinearOperator:
     selection = Selection.of(blocks, operator.shapes)
     names = [operator.space.names[position] for position in selection.positions]
@@ -215,7 +206,7 @@ class Hessian:
 
     def __call__(self, linearizations: Sequence[Linearization]) -> SecondDerivativeLinearOperator:
         """Build the operator."""
-        return HessianLinearOperator.from_linearizations(linearizations)
+        return HessianLinearOperator(linearizations)
 
 
 @dataclass(frozen=True)
@@ -229,4 +220,4 @@ class ResidualHessian:
 
     def __call__(self, linearizations: Sequence[Linearization]) -> SecondDerivativeLinearOperator:
         """Build the operator."""
-        return ResidualHessianLinearOperator.from_linearizations(linearizations)
+        return ResidualHessianLinearOperator(linearizations)

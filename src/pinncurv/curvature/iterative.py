@@ -106,7 +106,7 @@ class PreconditionedCG:
             raise TypeError(
                 "PreconditionedCG builds its preconditioner from the linearizations of a "
                 f"GaussNewtonLinearOperator, got {type(operator).__name__}. Let the optimizer's "
-                "curvature be GaussNewtonLinearOperator.from_linearizations, or precondition "
+                "curvature be MatrixFreeGaussNewton(), or precondition "
                 "nothing with PreconditionedCG(curvature=None)."
             )
         K = self.curvature(operator.jacobian.linearizations)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from curvlinops._torch_base import PyTorchLinearOperator
+from jaxtyping import Float
 from torch import Tensor
 
 from pinncurv.curvature.parameters import ParameterSpace
-from pinncurv.curvature.products import jacobian_adjoint_product, jacobian_product, jacobian_rows
-from pinncurv.linearization import LayerLinearization, Linearization, Type2
-from pinncurv.linops import LayerBlock
+from pinncurv.linearization import Chunk, JacobianBlock, Linearization, Type2, run
 
 
 def check_exact(linearizations: Sequence[Linearization]) -> None:
@@ -39,76 +39,79 @@ class JacobianLinearOperator(PyTorchLinearOperator):
     Cost: N S V D per column and product, also with the transpose, and no differentiation.
 
     Args:
-        linearizations: One per term.
-        space: The parameters.
+        linearizations: One per term, with the exact output gradients.
+        space: The parameters; by default those of the terms.
 
     Raises:
         ValueError: If a linearization has other output gradients than the exact ones.
     """
 
-    def __init__(self, linearizations: Sequence[Linearization], space: ParameterSpace) -> None:
+    def __init__(
+        self, linearizations: Sequence[Linearization], space: ParameterSpace | None = None
+    ) -> None:
         check_exact(linearizations)
-        self.linearizations = tuple(linearizations)
-        self.space = space
-        out_shapes = [(len(lin.x), lin.num_components) for lin in self.linearizations]
-        super().__init__([tuple(shape) for shape in space.shapes], out_shapes)
-
-    @classmethod
-    def from_linearizations(cls, linearizations: Sequence[Linearization]) -> JacobianLinearOperator:
-        """Build the operator.
-
-        Args:
-            linearizations: One per term, with the exact output gradients.
-        """
-        return cls(linearizations, ParameterSpace.from_linearizations(linearizations))
+        self.linearizations = linearizations
+        self.space = ParameterSpace.of(linearizations) if space is None else space
+        out_shapes = [(len(lin.x), lin.num_components) for lin in linearizations]
+        super().__init__([tuple(shape) for shape in self.space.shapes], out_shapes)
 
     @property
     def device(self) -> torch.device:
-        """Device of the parameters."""
         return self.space.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Data type of the parameters."""
         return self.space.dtype
 
+    def product(
+        self, blocks: Sequence[JacobianBlock | None], X: Sequence[Tensor], chunk: Chunk
+    ) -> Float[Tensor, "V n K"]:
+        """Return J X at the points of a chunk, for one tensor ``[K, *shape]`` per parameter."""
+        total = None
+        for place, block in zip(self.space.blocks, blocks, strict=True):
+            if block is not None:
+                part = block.product([X[position] for position in place.positions])
+                total = part if total is None else total.add_(part)
+        if total is None:
+            return chunk.residual.new_zeros(*chunk.residual.mT.shape, len(X[0]))
+        return total
+
+    def add_adjoint_product_(
+        self, totals: Sequence[Tensor], blocks: Sequence[JacobianBlock | None], u: Tensor
+    ) -> None:
+        """Add Jᵀ u at the points of a chunk to one tensor ``[K, *shape]`` per parameter."""
+        for place, block in zip(self.space.blocks, blocks, strict=True):
+            if block is not None:
+                for position, part in zip(place.positions, block.adjoint_product(u), strict=True):
+                    totals[position].add_(part)
+
+    def zeros(self, K: int) -> list[Tensor]:
+        """Return one zero tensor ``[K, *shape]`` per parameter."""
+        return [self.space.zeros(K, *shape) for shape in self.space.shapes]
+
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
-        directions = [
-            (
-                self.space.weight_name(block),
-                X[block.weight].movedim(-1, 0),
-                None if block.bias is None else X[block.bias].movedim(-1, 0),
-            )
-            for block in self.space.blocks
-        ]
-        products = []
-        for linearization in self.linearizations:
-            parts = []
-            for chunk in linearization:
-                total = None
-                for name, weight, bias in directions:
-                    if name in chunk.layers:
-                        part = jacobian_product(chunk.layers[name], weight, bias)
-                        total = part if total is None else total.add_(part)
-                if total is None:
-                    total = chunk.residual.new_zeros(*chunk.residual.mT.shape, X[0].shape[-1])
-                parts.append(total.transpose(0, 1))
-            products.append(torch.cat(parts) if len(parts) > 1 else parts[0])
-        return products
+        directions = [x.movedim(-1, 0) for x in X]
+        products: list[list[Tensor]] = [[] for _ in self.linearizations]
+
+        def visit(t: int, chunk: Chunk) -> None:
+            blocks = self.space.arrange(self.linearizations[t], chunk)
+            products[t].append(self.product(blocks, directions, chunk).transpose(0, 1))
+
+        run(self.linearizations, visit)
+        return [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in products]
 
     def _adjoint(self) -> PyTorchLinearOperator:
         return JacobianAdjointLinearOperator(self)
 
     def to_dense(self) -> Tensor:
         """Return the Jacobian as a matrix ``[Σ_t N_t V_t, D]``, rows ordered by term, n, v."""
-        matrix = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        row = 0
-        for linearization in self.linearizations:
-            for chunk in linearization:
-                rows = matrix[row : row + chunk.residual.numel()]
-                fill_jacobian_rows(rows, chunk.layers, self.space, slice(None))
-                row += len(rows)
-        return matrix
+        pieces = []
+
+        def visit(t: int, chunk: Chunk) -> None:
+            pieces.append(chunk_rows(self.space, self.linearizations[t], chunk, slice(None)))
+
+        run(self.linearizations, visit)
+        return torch.cat(pieces)
 
 
 class JacobianAdjointLinearOperator(PyTorchLinearOperator):
@@ -126,71 +129,61 @@ class JacobianAdjointLinearOperator(PyTorchLinearOperator):
 
     @property
     def device(self) -> torch.device:
-        """Device of the parameters."""
         return self.jacobian.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Data type of the parameters."""
         return self.jacobian.dtype
 
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
-        space, K = self.jacobian.space, X[0].shape[-1]
-        totals = [
-            torch.zeros(K, *shape, dtype=self.dtype, device=self.device) for shape in space.shapes
-        ]
-        for linearization, vectors in zip(self.jacobian.linearizations, X, strict=True):
-            row = 0
-            for chunk in linearization:
-                n = len(chunk.residual)
-                part = vectors[row : row + n].transpose(0, 1)
-                row += n
-                for block in space.blocks:
-                    add_adjoint_product_(totals, chunk.layers, block, space, part)
+        J = self.jacobian
+        totals = J.zeros(X[0].shape[-1])
+        rows = [0] * len(X)
+
+        def visit(t: int, chunk: Chunk) -> None:
+            n = len(chunk.residual)
+            u = X[t][rows[t] : rows[t] + n].transpose(0, 1)
+            rows[t] += n
+            blocks = J.space.arrange(J.linearizations[t], chunk)
+            J.add_adjoint_product_(totals, blocks, u)
+
+        run(J.linearizations, visit)
         return [total.movedim(0, -1) for total in totals]
 
     def _adjoint(self) -> PyTorchLinearOperator:
         return self.jacobian
 
 
-def add_adjoint_product_(
-    totals: list[Tensor],
-    layers: dict[str, LayerLinearization],
-    block: LayerBlock,
-    space: ParameterSpace,
-    vectors: Tensor,
-) -> None:
-    """Add one layer's Jᵀu to the totals of its parameters; nothing if the term does not use it."""
-    layer = layers.get(space.weight_name(block))
-    if layer is None:
-        return
-    weight, bias = jacobian_adjoint_product(layer, vectors)
-    totals[block.weight] += weight
-    if block.bias is not None and bias is not None:
-        totals[block.bias] += bias
-
-
-def fill_jacobian_rows(
-    rows: Tensor, layers: dict[str, LayerLinearization], space: ParameterSpace, points: slice
-) -> None:
-    """Write the Jacobian's rows of some points, ordered by point, then component.
+def chunk_rows(
+    space: ParameterSpace, linearization: Linearization, chunk: Chunk, points: slice
+) -> Float[Tensor, "rows D"]:
+    """Return rows of the Jacobian of some of a chunk's points, ordered by point, then component.
 
     Args:
-        rows: What to fill, ``[n V, D]``.
-        layers: The linearized layers of one chunk.
         space: The parameters.
-        points: Which of the chunk's points.
+        linearization: The term.
+        chunk: The chunk.
+        points: Which of its points.
     """
-    columns = rows.split([shape.numel() for shape in space.shapes], 1)
-    for block in space.blocks:
-        layer = layers.get(space.weight_name(block))
-        if layer is None:
-            for position in (block.weight, block.bias):
-                if position is not None:
-                    columns[position].zero_()
-            continue
-        weight, bias = jacobian_rows(layer, points)
-        n, V = weight.shape[1], weight.shape[0]
-        columns[block.weight].unflatten(0, (n, V)).copy_(weight.flatten(2).transpose(0, 1))
-        if block.bias is not None and bias is not None:
-            columns[block.bias].unflatten(0, (n, V)).copy_(bias.transpose(0, 1))
+    n, V = chunk.residual[points].shape
+    matrix = chunk.residual.new_zeros(n, V, space.dimension)
+    columns = matrix.split([shape.numel() for shape in space.shapes], 2)
+    for place, block in zip(space.blocks, space.arrange(linearization, chunk), strict=True):
+        if block is not None:
+            for position, rows in zip(place.positions, block.rows(points), strict=True):
+                columns[position].copy_(rows.transpose(0, 1))
+    return matrix.flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class Jacobian:
+    """Recipe: the Jacobian of the scaled residuals, matrix-free.
+
+    J
+
+    Cost: see ``JacobianLinearOperator``.
+    """
+
+    def __call__(self, linearizations: Sequence[Linearization]) -> JacobianLinearOperator:
+        """Build the operator."""
+        return JacobianLinearOperator(linearizations)

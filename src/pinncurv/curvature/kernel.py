@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, islice
 
@@ -12,8 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pinncurv.curvature.jacobian import JacobianLinearOperator
-from pinncurv.curvature.products import joint_jacobian_rows, output_gradients
-from pinncurv.linearization import Chunk, LayerLinearization, Linearization
+from pinncurv.linearization import DenseRows, JacobianBlock, Linearization, LinearLayer
 from pinncurv.linops import (
     Factorization,
     FactorizedInverseLinearOperator,
@@ -22,6 +21,9 @@ from pinncurv.linops import (
     factorize,
     symmetrize,
 )
+
+# The blocks of the Jacobian at some points, in the order of the parameter space.
+Blocks = list[JacobianBlock | None]
 
 # Points per block of the kernel: three blocks of this size squared stay in the cache.
 _BLOCK_POINTS = 256
@@ -50,15 +52,6 @@ class KernelLinearOperator(SymmetricLinearOperator):
         self.jacobian = jacobian
         super().__init__(jacobian._out_shape, jacobian.device, jacobian.dtype)
 
-    @classmethod
-    def from_linearizations(cls, linearizations: Sequence[Linearization]) -> KernelLinearOperator:
-        """Build the operator.
-
-        Args:
-            linearizations: One per term.
-        """
-        return cls(JacobianLinearOperator.from_linearizations(linearizations))
-
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
         return self.jacobian._matmat(self.jacobian.adjoint()._matmat(X))
 
@@ -74,18 +67,19 @@ class KernelLinearOperator(SymmetricLinearOperator):
     @cached_property
     def _matrix(self) -> Float[Tensor, "R R"]:
         matrix = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-        for i, (start, chunk) in enumerate(self._chunks()):
-            for first, other in chain(islice(self._chunks(), i), [(start, chunk)]):
-                _fill(matrix, start, chunk, first, other)
+        for i, side in enumerate(self._sides()):
+            for other in chain(islice(self._sides(), i), [side]):
+                _fill(matrix, side, other)
         return matrix
 
-    def _chunks(self) -> Iterator[tuple[int, Chunk]]:
-        """Yield the chunks of all terms with the row of the kernel where each starts."""
+    def _sides(self) -> Iterator[_Side]:
+        """Yield the blocks of all chunks with the row of the kernel where each starts."""
         row = 0
         for linearization in self.jacobian.linearizations:
             for chunk in linearization:
-                yield row, chunk
-                row += chunk.residual.numel()
+                n, V = chunk.residual.shape
+                yield _Side(row, n, V, self.jacobian.space.arrange(linearization, chunk))
+                row += n * V
 
     def factorize(self, damping: float) -> Factorization:
         """Factorize K + λI in float64.
@@ -114,64 +108,69 @@ class KernelLinearOperator(SymmetricLinearOperator):
         return FactorizedInverseLinearOperator(self.factorize(damping), self.shapes, self.dtype)
 
 
-def _fill(matrix: Tensor, row: int, left: Chunk, column: int, right: Chunk) -> None:
-    """Write the block of two chunks and its transpose, summed over the layers that both use."""
-    V, W = left.residual.shape[1], right.residual.shape[1]
-    names = [name for name in left.layers if name in right.layers]
-    for p in point_blocks(len(left.residual)):
-        for q in point_blocks(len(right.residual)):
+@dataclass(frozen=True, eq=False)
+class _Side:
+    """The blocks of one chunk, with n points and V components, whose rows start at a row."""
+
+    row: int
+    n: int
+    V: int
+    blocks: Blocks
+
+
+def _fill(matrix: Tensor, left: _Side, right: _Side) -> None:
+    """Write the part of two chunks and its transpose, summed over the blocks that both use."""
+    V, W = left.V, right.V
+    both = zip(left.blocks, right.blocks, strict=True)
+    pairs = [(a, b) for a, b in both if a is not None and b is not None]
+    for p in point_ranges(left.n):
+        for q in point_ranges(right.n):
             if left is right and q.start > p.start:
                 continue
-            block = matrix.new_zeros(V, p.stop - p.start, W, q.stop - q.start)
-            for name in names:
-                add_layer_kernel_(
-                    block,
-                    points_of_layer(left.layers[name], p),
-                    points_of_layer(right.layers[name], q),
-                )
-            values = block.permute(1, 0, 3, 2).flatten(2).flatten(0, 1)
-            rows = slice(row + V * p.start, row + V * p.stop)
-            columns = slice(column + W * q.start, column + W * q.stop)
+            part = matrix.new_zeros(V, p.stop - p.start, W, q.stop - q.start)
+            for a, b in pairs:
+                add_kernel_(part, a.at(p), b.at(q))
+            values = part.permute(1, 0, 3, 2).flatten(2).flatten(0, 1)
+            rows = slice(left.row + V * p.start, left.row + V * p.stop)
+            columns = slice(right.row + W * q.start, right.row + W * q.stop)
             matrix[rows, columns] = values
             if rows != columns:
                 matrix[columns, rows] = values.t()
 
 
-def point_blocks(n: int) -> Iterator[slice]:
-    """Cut n points into blocks that stay in the cache."""
+def point_ranges(n: int) -> Iterator[slice]:
+    """Cut n points into ranges that stay in the cache."""
     for start in range(0, n, _BLOCK_POINTS):
         yield slice(start, min(n, start + _BLOCK_POINTS))
 
 
-def points_of_layer(layer: LayerLinearization, points: slice) -> LayerLinearization:
-    """Return a layer at some of its points."""
-    return replace(layer, Z=layer.Z[:, points], G=output_gradients(layer)[:, :, points])
-
-
-def add_layer_kernel_(
-    block: Float[Tensor, "V n W m"], left: LayerLinearization, right: LayerLinearization
-) -> None:
-    """Add one layer's J_l J_lᵀ, by whichever way takes fewer multiplications per pair of points.
+def add_kernel_(part: Float[Tensor, "V n W m"], left: JacobianBlock, right: JacobianBlock) -> None:
+    """Add one block's J_l J_lᵀ, by whichever way takes fewer multiplications per pair of points.
 
     Through rows of the Jacobian that is V W d_out d_in, and through pairs of channels
     S² (V W d_out + d_in) and the elementwise product: few channels or wide layers favour these.
     """
-    (V, n, W, m), d_in = block.shape, left.Z.shape[2]
+    if isinstance(left, DenseRows) or isinstance(right, DenseRows):
+        rows = [block.joint_rows(slice(None)) for block in (left, right)]
+        part.view(len(rows[0]), len(rows[1])).addmm_(rows[0], rows[1].t())
+        return
+    left, right = left.as_layer(), right.as_layer()
+    (V, n, W, m), d_in = part.shape, left.Z.shape[2]
     S, Q = len(left.Z), len(right.Z)
-    rows = left.d_out * d_in * (V * W + S * V / m + Q * W / n)
-    channels = S * Q * (V * W * (left.d_out + _ELEMENTWISE_COST) + d_in)
-    if channels < rows:
-        _add_through_channels_(block, left, right)
+    through_rows = left.d_out * d_in * (V * W + S * V / m + Q * W / n)
+    through_channels = S * Q * (V * W * (left.d_out + _ELEMENTWISE_COST) + d_in)
+    if through_channels < through_rows:
+        _add_through_channels_(part, left, right)
     else:
-        _add_through_rows_(block, left, right)
+        _add_through_rows_(part, left, right)
 
 
 def _add_through_channels_(
-    block: Float[Tensor, "V n W m"], left: LayerLinearization, right: LayerLinearization
+    block: Float[Tensor, "V n W m"], left: LinearLayer, right: LinearLayer
 ) -> None:
     """Add Σ_sq (g_vns · g_wmq) (z_ns · z_mq), with one more for the bias on value channels."""
-    for s, (z, g) in enumerate(zip(left.Z, output_gradients(left).unbind(1), strict=True)):
-        for q, (y, h) in enumerate(zip(right.Z, output_gradients(right).unbind(1), strict=True)):
+    for s, (z, g) in enumerate(zip(left.Z, left.gradients.unbind(1), strict=True)):
+        for q, (y, h) in enumerate(zip(right.Z, right.gradients.unbind(1), strict=True)):
             overlap = z @ y.t()
             if left.bias is not None and s in left.value_channels and q in right.value_channels:
                 overlap += 1
@@ -180,7 +179,7 @@ def _add_through_channels_(
 
 
 def _add_through_rows_(
-    block: Float[Tensor, "V n W m"], left: LayerLinearization, right: LayerLinearization
+    block: Float[Tensor, "V n W m"], left: LinearLayer, right: LinearLayer
 ) -> None:
     """Add J_l J_lᵀ, for a few of the layer's outputs at a time."""
     V, n, W, m = block.shape
@@ -189,9 +188,21 @@ def _add_through_rows_(
     for start in range(0, left.d_out, step):
         outputs = slice(start, start + step)
         rows = [
-            joint_jacobian_rows(
-                replace(layer, G=output_gradients(layer)[..., outputs]), slice(None)
-            )
+            replace(layer, G=layer.gradients[..., outputs]).joint_rows(slice(None))
             for layer in (left, right)
         ]
         total.addmm_(rows[0], rows[1].t())
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Recipe: the kernel of the scaled residuals, matrix-free.
+
+    JJᵀ
+
+    Cost: see ``KernelLinearOperator``.
+    """
+
+    def __call__(self, linearizations: Sequence[Linearization]) -> KernelLinearOperator:
+        """Build the operator."""
+        return KernelLinearOperator(JacobianLinearOperator(linearizations))

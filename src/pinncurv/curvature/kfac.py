@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pinncurv.curvature.block_rows import layers_of
-from pinncurv.curvature.parameters import ParameterSpace
-from pinncurv.curvature.products import value_channels
-from pinncurv.linearization import Fisher, LayerLinearization, Linearization, Type2
-from pinncurv.linops import KroneckerFactors, LayerBlock, SumKroneckerLinearOperator, merge
+from pinncurv.curvature.parameters import ParameterSpace, visit_blocks
+from pinncurv.linearization import (
+    Fisher,
+    JacobianBlock,
+    Linearization,
+    LinearLayer,
+)
+from pinncurv.linops import KroneckerFactors, SumKroneckerLinearOperator, merge
+
+# A parameter that is no weight of a linear layer gets an exact block of so many rows at most.
+DENSE_LIMIT = 4096
 
 
 def gram(X: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
@@ -27,11 +32,11 @@ class WeightSharing(ABC):
     """How the S channels of a layer enter the two Kronecker factors."""
 
     @abstractmethod
-    def input_moment(self, layer: LayerLinearization) -> Float[Tensor, "d_joint d_joint"]:
+    def input_moment(self, layer: LinearLayer) -> Float[Tensor, "d_joint d_joint"]:
         """Return N times the factor A of the layer's inputs."""
 
     @abstractmethod
-    def gradient_moment(self, layer: LayerLinearization) -> Float[Tensor, "d_out d_out"]:
+    def gradient_moment(self, layer: LinearLayer) -> Float[Tensor, "d_out d_out"]:
         """Return the factor B of the layer's output gradients."""
 
 
@@ -44,7 +49,7 @@ class Expand(WeightSharing):
     Source: Eschenhagen et al. 2023 (KFAC-expand); Dangel, Müller, Zeinhofer 2024, section 3.3.
     """
 
-    def input_moment(self, layer: LayerLinearization) -> Float[Tensor, "d_joint d_joint"]:
+    def input_moment(self, layer: LinearLayer) -> Float[Tensor, "d_joint d_joint"]:
         """Return 1/S Σ_ns z_ns z_nsᵀ."""
         S, N, d_in = layer.Z.shape
         rows = layer.Z.reshape(-1, d_in)
@@ -52,14 +57,13 @@ class Expand(WeightSharing):
             return gram(rows).div_(S)
         moment = rows.new_empty(d_in + 1, d_in + 1)
         moment[:-1, :-1] = gram(rows)
-        moment[-1, :-1] = moment[:-1, -1] = value_channels(layer, layer.Z, 0).sum(0)
+        moment[-1, :-1] = moment[:-1, -1] = layer.sum_values(layer.Z, 0).sum(0)
         moment[-1, -1] = len(layer.value_channels) * N
         return moment.div_(S)
 
-    def gradient_moment(self, layer: LayerLinearization) -> Float[Tensor, "d_out d_out"]:
+    def gradient_moment(self, layer: LinearLayer) -> Float[Tensor, "d_out d_out"]:
         """Return Σ_ns g_ns g_nsᵀ, summed over the residual components."""
-        assert layer.G is not None
-        return gram(layer.G.reshape(-1, layer.d_out))
+        return gram(layer.gradients.reshape(-1, layer.d_out))
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class Reduce(WeightSharing):
     Source: Eschenhagen et al. 2023 (KFAC-reduce); Dangel, Müller, Zeinhofer 2024, section 3.3.
     """
 
-    def input_moment(self, layer: LayerLinearization) -> Float[Tensor, "d_joint d_joint"]:
+    def input_moment(self, layer: LinearLayer) -> Float[Tensor, "d_joint d_joint"]:
         """Return Σ_n (mean_s z_ns)(mean_s z_ns)ᵀ."""
         mean = layer.Z.mean(0)
         if layer.bias is not None:
@@ -79,10 +83,9 @@ class Reduce(WeightSharing):
             mean = torch.cat([mean, mean.new_full((mean.shape[0], 1), share)], 1)
         return gram(mean)
 
-    def gradient_moment(self, layer: LayerLinearization) -> Float[Tensor, "d_out d_out"]:
+    def gradient_moment(self, layer: LinearLayer) -> Float[Tensor, "d_out d_out"]:
         """Return Σ_n (Σ_s g_ns)(Σ_s g_ns)ᵀ, summed over the residual components."""
-        assert layer.G is not None
-        return gram(layer.G.sum(1).flatten(0, 1))
+        return gram(layer.gradients.sum(1).flatten(0, 1))
 
 
 expand = Expand()
@@ -95,82 +98,14 @@ class KFACLinearOperator(SumKroneckerLinearOperator):
     diag_l Σ_t B_lt ⊗ A_lt
 
     The channels are part of its definition: standard-basis directions, each once, and collapsed
-    second derivatives.
+    derivatives of the highest order. A parameter that is no weight of a linear layer has its exact
+    block, A_lt = J_ltᵀJ_lt and B_lt = 1.
 
     Cost: ``expand`` takes N S (d_in² + V d_out²) to build, ``reduce`` N (d_in² + V d_out²) and a
     sum over channels; d_in² + d_out² numbers per layer and term. A product takes d_in d_out (d_in +
     d_out) per layer and term. ``FactorDamping`` takes O(d_in³ + d_out³) per layer to build and as
     much as two terms per product.
     """
-
-    @classmethod
-    def from_linearizations(
-        cls,
-        linearizations: Sequence[Linearization],
-        sharing: WeightSharing = expand,
-        fisher: Fisher | None = None,
-        merge_terms: bool = False,
-    ) -> KFACLinearOperator:
-        """Build the operator.
-
-        Args:
-            linearizations: One per term.
-            sharing: How the channels enter the factors: ``expand`` or ``reduce``.
-            fisher: Which output gradients to take; those of the linearizations by default.
-            merge_terms: Whether one product per layer approximates the sum over the terms, see
-                ``linops.merge``. It preserves the trace, and its damped inverse is cheap.
-
-        Raises:
-            ValueError: If the linearizations were made with another choice than ``fisher``.
-        """
-        space = ParameterSpace.from_linearizations(linearizations)
-        by_term = [
-            _term_factors(linearization, space, sharing, fisher) for linearization in linearizations
-        ]
-        factors = list(zip(*by_term, strict=True))
-        names = [linearization.term.name for linearization in linearizations]
-        if merge_terms:
-            factors, names = [(merge(layer),) for layer in factors], ["+".join(names)]
-        return cls(factors, space.blocks, space.shapes, names)
-
-
-def _term_factors(
-    linearization: Linearization,
-    space: ParameterSpace,
-    sharing: WeightSharing,
-    fisher: Fisher | None,
-) -> list[KroneckerFactors]:
-    """Sum the factors of every layer over the chunks of one term."""
-    sums: list[tuple[Tensor, Tensor] | None] = [None] * len(space.blocks)
-    for i, layer in layers_of(linearization, space, fisher):
-        A = sharing.input_moment(layer)
-        B = A.new_zeros(()) if layer.G is None else sharing.gradient_moment(layer)
-        known = sums[i]
-        sums[i] = (A, B) if known is None else (known[0].add_(A), known[1].add_(B))
-        del layer  # or it would live on while the next chunk is computed
-    return [
-        _factors(total, block, linearization, space)
-        for total, block in zip(sums, space.blocks, strict=True)
-    ]
-
-
-def _factors(
-    total: tuple[Tensor, Tensor] | None,
-    block: LayerBlock,
-    linearization: Linearization,
-    space: ParameterSpace,
-) -> KroneckerFactors:
-    """Normalize the sums; zero factors where the term does not use the layer."""
-    d_out, d_joint = block.shape
-    options: dict[str, Any] = {"dtype": space.dtype, "device": space.device}
-    if total is None:
-        return KroneckerFactors(
-            torch.zeros(d_joint, d_joint, **options), torch.zeros(d_out, d_out, **options)
-        )
-    A, B = total
-    if B.ndim == 0:
-        B = linearization.mean_weight * torch.eye(d_out, **options)
-    return KroneckerFactors(A.div_(len(linearization.x)), B)
 
 
 @dataclass(frozen=True)
@@ -183,17 +118,88 @@ class KFAC:
 
     Args:
         sharing: How the channels enter the factors: ``expand`` or ``reduce``.
-        fisher: Which output gradients to take.
+        fisher: Which output gradients to take; those of the linearizations by default.
         merge_terms: Whether one product per layer approximates the sum over the terms:
-            Σ_t B_t ⊗ A_t ≈ (Σ_t B_t) ⊗ (Σ_t tr(B_t) A_t / Σ_t tr(B_t)).
+            Σ_t B_t ⊗ A_t ≈ (Σ_t B_t) ⊗ (Σ_t tr(B_t) A_t / Σ_t tr(B_t)). It preserves the trace,
+            and the damped inverse is cheap.
+        dense_limit: Largest exact block of a parameter that is no weight of a linear layer.
     """
 
     sharing: WeightSharing = expand
-    fisher: Fisher = field(default_factory=Type2)
+    fisher: Fisher | None = None
     merge_terms: bool = False
+    dense_limit: int = DENSE_LIMIT
 
     def __call__(self, linearizations: Sequence[Linearization]) -> KFACLinearOperator:
-        """Build the operator."""
-        return KFACLinearOperator.from_linearizations(
-            linearizations, self.sharing, self.fisher, self.merge_terms
-        )
+        """Build the operator.
+
+        Raises:
+            ValueError: If the linearizations were made with another choice than ``fisher``, or an
+                exact block would be too large; names the parameter.
+        """
+        space = ParameterSpace.of(linearizations)
+        check_dense_blocks(space, self.dense_limit)
+        T = range(len(linearizations))
+        moments: list[list[tuple[Tensor, Tensor] | None]] = [
+            [None for _ in T] for _ in space.blocks
+        ]
+
+        def visit(t: int, i: int, block: JacobianBlock) -> None:
+            new = self._moments(block)
+            known = moments[i][t]
+            moments[i][t] = new if known is None else (known[0].add_(new[0]), known[1].add_(new[1]))
+
+        visit_blocks(linearizations, space, visit, self.fisher)
+        factors = [
+            [_factors(moments[i][t], space, i, linearizations[t]) for t in T]
+            for i in range(len(space.blocks))
+        ]
+        names = [linearization.term.name for linearization in linearizations]
+        if self.merge_terms:
+            factors, names = [[merge(layer)] for layer in factors], ["+".join(names)]
+        return KFACLinearOperator(factors, space.blocks, space.shapes, names)
+
+    def _moments(self, block: JacobianBlock) -> tuple[Tensor, Tensor]:
+        """Return the sums over points of one block; no B without output gradients."""
+        if not isinstance(block, LinearLayer):
+            rows = block.joint_rows(slice(None))
+            return gram(rows), rows.new_zeros(())
+        A = self.sharing.input_moment(block)
+        return A, A.new_zeros(()) if block.G is None else self.sharing.gradient_moment(block)
+
+
+def check_dense_blocks(space: ParameterSpace, limit: int) -> None:
+    """Check that the exact blocks of parameters outside of linear layers are not too large.
+
+    Raises:
+        ValueError: If one is; names the parameter.
+    """
+    for block in space.blocks:
+        if not block.kronecker and block.numel > limit:
+            raise ValueError(
+                f"A parameter that is no weight of a linear layer has an exact block of at most "
+                f"dense_limit = {limit} rows, but {block.name} has {block.numel} entries (and "
+                f"would take {8e-6 * block.numel**2:.0f} MB). Apply it by a linear layer "
+                "(torch.nn.functional.linear or x @ weight), freeze it, raise dense_limit, or use "
+                "a curvature without blocks such as MatrixFreeGaussNewton()."
+            )
+
+
+def _factors(
+    moments: tuple[Tensor, Tensor] | None,
+    space: ParameterSpace,
+    i: int,
+    linearization: Linearization,
+) -> KroneckerFactors:
+    """Normalize the sums; zero factors where the term does not use the layer."""
+    block = space.blocks[i]
+    d_out, d_joint = block.shape
+    if not block.kronecker:
+        A = space.zeros(d_joint, d_joint) if moments is None else moments[0]
+        return KroneckerFactors(A, torch.ones_like(A[:1, :1]))
+    if moments is None:
+        return KroneckerFactors(space.zeros(d_joint, d_joint), space.zeros(d_out, d_out))
+    A, B = moments
+    if B.ndim == 0:
+        B = linearization.mean_weight * torch.eye(d_out).to(A)
+    return KroneckerFactors(A.div_(len(linearization.x)), B)

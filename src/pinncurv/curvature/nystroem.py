@@ -133,7 +133,7 @@ class SketchedInverseLinearOperator(SymmetricLinearOperator):
         return [(x - part) / self.damping for x, part in zip(X, taken, strict=True)]
 
     @property
-    def linearizations(self) -> tuple[Linearization, ...]:
+    def linearizations(self) -> Sequence[Linearization]:
         """What the Jacobian was built from."""
         return self.jacobian.linearizations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import overload
 
 import torch
 from jaxtyping import Float
@@ -12,123 +13,109 @@ from torch import Tensor
 from torch.nn import Module
 
 from pinncurv.curvature.jacobian import JacobianLinearOperator
-from pinncurv.curvature.products import jacobian_adjoint_product
-from pinncurv.linearization import (
-    Chunk,
-    Linearization,
-    TermBlock,
-    check_compatible,
-    check_finite_parameters,
-    trainable_parameters,
-)
-from pinncurv.problems import LossTerm
+from pinncurv.curvature.parameters import ParameterSpace
+from pinncurv.linearization import BoundTerm, Chunk, Linearization, Visitor, visit_all
+from pinncurv.problems import LossTerm, Problem
 
 
-@dataclass(frozen=True, eq=False)
-class TermSums:
-    """What is summed up over the points of one term.
-
-    Args:
-        residual: The scaled residual r̃, ``[N, V]``.
-        gradient: The gradient of ½‖r̃‖² by the name of the parameter.
-    """
-
-    residual: Float[Tensor, "N V"]
-    gradient: dict[str, Tensor]
-
-
-class SummingLinearization(Linearization):
-    """A linearization that sums up the gradient while it is iterated over for the first time.
-
-    ∇L_t = J_tᵀ r̃_t
-
-    A curvature built from recomputed chunks and the gradient then cost one pass, not two. Where
-    iterations are nested, as for pairs of chunks, the outer one sums.
-    """
-
-    _sums: TermSums | None = None
-    _is_summing: bool = False
-
-    def __iter__(self) -> Iterator[Chunk]:
-        """Yield the chunks."""
-        return super().__iter__() if self._sums or self._is_summing else self._sum_up()
-
-    def _sum_up(self) -> Iterator[Chunk]:
-        residuals: list[Tensor] = []
-        gradient: dict[str, Tensor] = {}
-        self._is_summing = True
-        try:
-            for chunk in super().__iter__():
-                residuals.append(chunk.residual)
-                _add_gradient(gradient, chunk)
-                yield chunk
-                del chunk  # or it would live on while the next one is computed
-            self._sums = TermSums(torch.cat(residuals), gradient)
-        finally:  # also where the iteration is abandoned
-            self._is_summing = False
-
-    def sums(self) -> TermSums:
-        """Return the sums, from one more pass if there has been none yet."""
-        if self._sums is None:
-            for _ in self._sum_up():
-                pass
-        assert self._sums is not None
-        return self._sums
-
-
-def _add_gradient(gradient: dict[str, Tensor], chunk: Chunk) -> None:
-    """Add Jᵀ r̃ of one chunk."""
-    vector = chunk.residual.t()[..., None]
-    for layer in chunk.layers.values():
-        weight, bias = jacobian_adjoint_product(layer, vector)
-        for name, part in ((layer.weight, weight), (layer.bias, bias)):
-            if name is not None and part is not None:
-                gradient[name] = gradient[name].add_(part[0]) if name in gradient else part[0]
-
-
-class LinearizedObjective:
-    """All terms of an objective, linearized at the current parameters.
+class LinearizedObjective(Sequence[Linearization]):
+    """All terms of an objective, linearized at the current parameters: a sequence of them.
 
     L(θ + v) ≈ ½‖r̃ + J v‖²,  ∇L = Jᵀ r̃
 
+    Residual and gradient are sums over the points. Where chunks are recomputed, they are taken
+    along in the first pass that anybody makes by ``run``, so that a step costs one pass, not two.
+
     Args:
         linearizations: One per term.
+        space: The parameters.
     """
 
-    def __init__(self, linearizations: Sequence[SummingLinearization]) -> None:
-        self.linearizations = tuple(linearizations)
+    def __init__(self, linearizations: Sequence[Linearization], space: ParameterSpace) -> None:
+        self.space = space
+        self._terms = tuple(linearizations)
+        self._residuals: list[list[Tensor]] = [[] for _ in linearizations]
+        self._gradient: list[Tensor] | None = None
+
+    @overload
+    def __getitem__(self, index: int) -> Linearization: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Linearization]: ...
+
+    def __getitem__(self, index: int | slice) -> Linearization | Sequence[Linearization]:
+        """Return the linearization of a term."""
+        return self._terms[index]
+
+    def __len__(self) -> int:
+        """Return the number of terms."""
+        return len(self._terms)
+
+    @property
+    def linearizations(self) -> Sequence[Linearization]:
+        """What a curvature is built from: the terms, with their common parameters and pass."""
+        return self
+
+    def run(self, *visitors: Visitor) -> None:
+        """Go over all points of all terms once, and call every visitor with each chunk.
+
+        Args:
+            visitors: Functions of the position of the term and the chunk.
+        """
+        if self._gradient is not None:
+            visit_all(self._terms, visitors)
+            return
+        residuals: list[list[Tensor]] = [[] for _ in self._terms]
+        gradient: list[Tensor | None] = [None] * len(self.space.parameters)
+
+        def collect(t: int, chunk: Chunk) -> None:
+            residuals[t].append(chunk.residual)
+            u = chunk.residual.t()[..., None]
+            blocks = self.space.arrange(self._terms[t], chunk)
+            for place, block in zip(self.space.blocks, blocks, strict=True):
+                if block is None:
+                    continue
+                for i, part in zip(place.positions, block.adjoint_product(u), strict=True):
+                    known = gradient[i]
+                    gradient[i] = part[0] if known is None else known.add_(part[0])
+
+        visit_all(self._terms, (*visitors, collect))
+        self._residuals = residuals
+        zeros = self.space.parameters.values()
+        self._gradient = [
+            torch.zeros_like(p) if g is None else g for g, p in zip(gradient, zeros, strict=True)
+        ]
 
     @property
     def parameters(self) -> list[Tensor]:
-        """The trainable parameters, in the network's order."""
-        return list(self.linearizations[0].parameters.values())
+        """The trained tensors: the network's in its order, then those of the terms."""
+        return list(self.space.parameters.values())
 
     @cached_property
     def jacobian(self) -> JacobianLinearOperator:
         """J, from the list of parameters to one tensor ``[N_t, V_t]`` per term."""
-        return JacobianLinearOperator.from_linearizations(self.linearizations)
+        return JacobianLinearOperator(self._terms, self.space)  # no cycle: it is freed at once
 
     @property
     def residual(self) -> list[Float[Tensor, "N V"]]:
         """The scaled residuals r̃_t, one per term."""
-        return [linearization.sums().residual for linearization in self.linearizations]
+        if self._gradient is None:
+            self.run()
+        return [torch.cat(parts) for parts in self._residuals]
 
     @cached_property
     def term_losses(self) -> dict[str, float]:
         """The losses L_t by the name of the term."""
-        return {
-            linearization.term.name: 0.5 * linearization.sums().residual.square().sum().item()
-            for linearization in self.linearizations
-        }
+        losses = torch.stack([0.5 * residual.square().sum() for residual in self.residual])
+        names = [linearization.term.name for linearization in self._terms]
+        return dict(zip(names, losses.tolist(), strict=True))
 
     def gradient(self) -> list[Tensor]:
         """Return ∇L = Jᵀ r̃, one tensor per parameter."""
-        totals = []
-        for name, parameter in self.linearizations[0].parameters.items():
-            gradients = [lin.sums().gradient for lin in self.linearizations]
-            parts = [gradient[name] for gradient in gradients if name in gradient]
-            totals.append(sum(parts[1:], parts[0]) if parts else torch.zeros_like(parameter))
-        return totals
+        if self._gradient is None:
+            self.run()
+        assert self._gradient is not None
+        return list(self._gradient)
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,6 +144,8 @@ class Objective:
 
     L(θ) = Σ_t w_t / (2 N_t) Σ_n ‖r_t(x_n; θ)‖²
 
+    Everything is checked, and the structure of a pass found, when it is made.
+
     Args:
         model: The network.
         terms: The loss terms.
@@ -165,9 +154,11 @@ class Objective:
             is needed, not the results.
 
     Raises:
+        TypeError: If a term is no LossTerm.
         ValueError: If terms and points do not match, points are empty, not finite or of another
-            dtype or device than the network, names of terms repeat, or a parameter of the network
-            is not finite.
+            dtype or device than the network, names of terms repeat, or a trained tensor is used by
+            no term or where its rows of the Jacobian cannot be found.
+        FloatingPointError: If a parameter is not finite.
     """
 
     def __init__(
@@ -181,41 +172,66 @@ class Objective:
         self.terms = tuple(terms)
         self.points = tuple(points)
         self.chunk_size = chunk_size
-        names = [term.name for term in self.terms]
-        if not names or len(names) != len(self.points):
-            raise ValueError(
-                "There must be one or more terms and one tensor of points for each, got "
-                f"{len(names)} terms and {len(self.points)} tensors."
-            )
-        if len(set(names)) != len(names):
-            raise ValueError(f"The names of the terms must differ, got {names}. Rename them.")
-        if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1 or None, got {chunk_size}.")
-        for term, x in zip(self.terms, self.points, strict=True):
-            check_compatible(term, model, x)
-        self.terms = tuple(term.to(x) for term, x in zip(self.terms, self.points, strict=True))
-        check_finite_parameters(model)
-        parameters = trainable_parameters(model)
-        self._blocks = {
-            term.name: list(TermBlock.of_all(term, x).cut(parameters, chunk_size))
+        _check_terms(self.terms, self.points)
+        self._bound = [
+            BoundTerm(term, model, x, chunk_size, self.terms)
             for term, x in zip(self.terms, self.points, strict=True)
-        }
+        ]
+        self._structures: list[object] = [None for _ in self._bound]
+        self._space = self.space
+
+    @classmethod
+    def sample(
+        cls,
+        model: Module,
+        terms: Problem | Sequence[LossTerm],
+        generator: torch.Generator | None = None,
+        chunk_size: int | None = None,
+    ) -> Objective:
+        """Draw the points of every term from its sampler, in the network's dtype and device.
+
+        Args:
+            model: The network.
+            terms: A problem, or the loss terms.
+            generator: Randomness, on the CPU; seed 0 by default.
+            chunk_size: How many points to process at a time; None for all.
+        """
+        chosen = terms.terms if isinstance(terms, Problem) else tuple(terms)
+        _check_are_terms(chosen)
+        like = next(model.parameters())
+        generator = torch.Generator().manual_seed(0) if generator is None else generator
+        points = [term.points.sample(generator, like.dtype, like.device) for term in chosen]
+        return cls(model, chosen, points, chunk_size)
+
+    def resampled(self, generator: torch.Generator) -> Objective:
+        """Return the objective at new points from the samplers of its terms.
+
+        Args:
+            generator: Randomness.
+        """
+        return type(self).sample(self.model, self.terms, generator, self.chunk_size)
+
+    def parameters(self) -> list[Tensor]:
+        """Return all trained tensors, for an optimizer: of the network and of the terms."""
+        return list(self.space.parameters.values())
+
+    @property
+    def space(self) -> ParameterSpace:
+        """The trained tensors and the blocks they belong to."""
+        for bound in self._bound:
+            bound.follow()
+        structures: list[object] = [bound.structure for bound in self._bound]
+        if any(now is not then for now, then in zip(structures, self._structures, strict=True)):
+            self._space, self._structures = ParameterSpace.of_bound(self._bound), structures
+        return self._space
 
     def term_losses(self) -> dict[str, Tensor]:
         """Return L_t by the name of the term, with a graph unless torch.no_grad is on."""
-        losses = {}
-        for name, blocks in self._blocks.items():
-            parts = [block.loss(self.model) for block in blocks]
-            losses[name] = torch.stack(parts).sum() if len(parts) > 1 else parts[0]
-        return losses
+        return {bound.term.name: _sum(bound.losses()) for bound in self._bound}
 
     def loss(self) -> Tensor:
         """Return L, with a graph unless torch.no_grad is on."""
-        losses = list(self.term_losses().values())
-        total = losses[0]
-        for part in losses[1:]:
-            total = total + part
-        return total
+        return _sum(iter(self.term_losses().values()))
 
     def backward(self) -> dict[str, Tensor]:
         """Add the gradient to the parameters' ``.grad``, chunk by chunk.
@@ -224,23 +240,18 @@ class Objective:
             L_t by the name of the term, detached.
         """
         losses: dict[str, Tensor] = {}
-        for name, blocks in self._blocks.items():
+        for bound in self._bound:
             parts = []
-            for block in blocks:
-                part = block.loss(self.model)
+            for part in bound.losses():
                 part.backward()
                 parts.append(part.detach())
-            losses[name] = torch.stack(parts).sum()
+            losses[bound.term.name] = torch.stack(parts).sum()
         return losses
 
     def linearize(self) -> LinearizedObjective:
         """Linearize all terms at the current parameters."""
-        return LinearizedObjective(
-            [
-                SummingLinearization(term, self.model, x, chunk_size=self.chunk_size)
-                for term, x in zip(self.terms, self.points, strict=True)
-            ]
-        )
+        space = self.space
+        return LinearizedObjective([Linearization(bound) for bound in self._bound], space)
 
     def evaluate(self) -> Evaluation:
         """Evaluate L together with what the next linearization at these parameters needs.
@@ -259,9 +270,43 @@ class Objective:
 
         Writes through ``tensor.data`` and plain attributes of modules leave no trace.
         """
-        tensors = [*self.model.parameters(), *self.model.buffers(), *self.points]
-        for term in self.terms:
-            tensors += [*term.data.values()]
-            tensors += [term.weight] if isinstance(term.weight, Tensor) else []
-        state = [(id(tensor), tensor._version, tensor.requires_grad) for tensor in tensors]
-        return (self.model.training, *state)
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        tensors += [p for term in self.terms for _, p in term.named_parameters()]
+        versions = [(id(tensor), tensor._version) for tensor in tensors]
+        return (*versions, *(bound.state() for bound in self._bound))
+
+
+def _sum(parts: Iterator[Tensor]) -> Tensor:
+    total = next(parts)
+    for part in parts:
+        total = total + part
+    return total
+
+
+def _check_terms(terms: Sequence[LossTerm], points: Sequence[Tensor]) -> None:
+    """Check that there are terms, each with a name of its own and points."""
+    _check_are_terms(terms)
+    names = [term.name for term in terms]
+    if not names or len(names) != len(points):
+        raise ValueError(
+            "There must be one or more terms and one tensor of points for each, got "
+            f"{len(names)} terms and {len(points)} tensors."
+        )
+    if len(set(names)) != len(names):
+        raise ValueError(f"The names of the terms must differ, got {names}. Rename them.")
+
+
+def _check_are_terms(terms: Sequence[object]) -> None:
+    """Check that terms are declared, not functions that differentiate by themselves.
+
+    Raises:
+        TypeError: If one is no LossTerm.
+    """
+    for term in terms:
+        if not isinstance(term, LossTerm):
+            raise TypeError(
+                "A term must be a pinncurv.LossTerm, which declares the derivatives that it needs, "
+                f"got {type(term).__name__}. A function that differentiates by torch.autograd or "
+                "torch.func can't be linearized: write LossTerm({'u': Value(), 'lap': Laplacian()}"
+                ", residual=lambda x, u, lap: ..., points=...)."
+            )

@@ -11,15 +11,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pinncurv.curvature.block_rows import BlockRows, layers_of
-from pinncurv.curvature.kfac import KFACLinearOperator
-from pinncurv.curvature.parameters import ParameterSpace
-from pinncurv.linearization import Linearization
+from pinncurv.curvature.block_rows import BlockRows
+from pinncurv.curvature.kfac import KFAC
+from pinncurv.curvature.parameters import ParameterSpace, visit_blocks
+from pinncurv.linearization import JacobianBlock, Linearization
 from pinncurv.linops import (
+    Block,
     KroneckerExpansionLinearOperator,
     KroneckerFactors,
     KroneckerRecord,
-    LayerBlock,
     SumKroneckerLinearOperator,
     merge,
 )
@@ -48,7 +48,7 @@ class OptimalKroneckerLinearOperator(SumKroneckerLinearOperator):
     def __init__(
         self,
         factors: Sequence[Sequence[KroneckerFactors]],
-        blocks: Sequence[LayerBlock],
+        blocks: Sequence[Block],
         shapes: Sequence[Sequence[int]],
         terms: Sequence[str] | None = None,
         records: Sequence[KroneckerRecord] = (),
@@ -159,12 +159,14 @@ def _add_images_(
     matrices: dict[int, Tensor],
 ) -> dict[int, Tensor]:
     """Add the contractions of some layers' rows with a stack of matrices each, over all points."""
-    for linearization in linearizations:
-        for i, layer in layers_of(linearization, space):
-            if i in images:
-                rows = BlockRows.from_layer(layer, _DTYPE)
-                parts = [contract(rows, M) for M in matrices[i].flatten(0, 1)]
-                images[i] += torch.stack(parts).view_as(images[i])
+
+    def visit(t: int, i: int, block: JacobianBlock) -> None:
+        if i in images:
+            rows = BlockRows.of(block, _DTYPE)
+            parts = [contract(rows, M) for M in matrices[i].flatten(0, 1)]
+            images[i] += torch.stack(parts).view_as(images[i])
+
+    visit_blocks(linearizations, space, visit)
     return images
 
 
@@ -235,8 +237,8 @@ def optimal_kronecker(
             "rank and iterations must be at least 1 and tolerance at least 0, got "
             f"{rank}, {iterations} and {tolerance}."
         )
-    kfac = KFACLinearOperator.from_linearizations(linearizations)
-    space = ParameterSpace.from_linearizations(linearizations)
+    kfac = KFAC()(linearizations)
+    space = ParameterSpace.of(linearizations)
     T = range(len(linearizations))
     groups = [[t] for t in T] if per_term else [list(T)]
     names = ["+".join(kfac.terms[t] for t in group) for group in groups]

@@ -1,68 +1,85 @@
-"""The parameter space that linearizations share: names, shapes and layers."""
+"""The parameter space that linearizations share: names, shapes and blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pinncurv.linearization import Linearization
-from pinncurv.linops import LayerBlock
+from pinncurv.linearization import (
+    BoundTerm,
+    Chunk,
+    DenseRows,
+    Fisher,
+    JacobianBlock,
+    Linearization,
+    LinearLayer,
+    Type2,
+    run,
+)
+from pinncurv.linops import Block
 
 
 @dataclass(frozen=True, eq=False)
 class ParameterSpace:
-    """The trainable parameters of a network, in its own order, and the layers they belong to.
+    """The trained tensors of network and terms, in their order, and the blocks they belong to.
 
     Args:
-        parameters: The parameters by name, in the order of ``named_parameters``.
-        blocks: One block per layer, weight and bias together.
+        parameters: The parameters by name: those of the network, then those of the terms.
+        blocks: One block per linear layer, weight and bias together, and one per other parameter.
     """
 
     parameters: dict[str, Tensor]
-    blocks: tuple[LayerBlock, ...]
+    blocks: tuple[Block, ...]
+    _fits: dict[int, tuple[Any, bool]] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def from_linearizations(cls, linearizations: Sequence[Linearization]) -> ParameterSpace:
-        """Collect the layers of all terms.
+    def of(cls, linearizations: Sequence[Linearization]) -> ParameterSpace:
+        """Return the space of some terms; that of an objective is known already.
 
         Raises:
             ValueError: If there is no linearization, the terms differ in their network, or a
                 parameter is used by no term (names it).
         """
-        if not linearizations:
+        own = getattr(linearizations, "space", None)
+        return own if isinstance(own, ParameterSpace) else cls.of_bound(linearizations)
+
+    @classmethod
+    def of_bound(
+        cls, terms: Sequence[Linearization | BoundTerm], check: bool = True
+    ) -> ParameterSpace:
+        """Return the space of terms that are bound to a network or linearized.
+
+        Args:
+            terms: The terms.
+            check: Whether parameters that no term uses are an error.
+        """
+        if not terms:
             raise ValueError("There must be at least one linearization, got none.")
-        parameters = linearizations[0].parameters
-        for other in linearizations[1:]:
-            if [id(p) for p in other.parameters.values()] != [id(p) for p in parameters.values()]:
+        first = terms[0]
+        parameters: dict[str, Tensor] = {}
+        for other in terms:
+            if [id(p) for p in other.model.parameters()] != [
+                id(p) for p in first.model.parameters()
+            ]:
                 raise ValueError(
                     "All terms must be linearized in the same parameters, but term "
-                    f"'{other.term.name}' has others than '{linearizations[0].term.name}'. Pass "
-                    "one model that contains all networks."
+                    f"'{other.term.name}' has others than '{first.term.name}'. Pass one model that "
+                    "contains all networks."
                 )
-        biases: dict[str, str | None] = {}
-        for linearization in linearizations:
-            biases.update(linearization.layer_parameters)
-        positions = {name: i for i, name in enumerate(parameters)}
-        used = {*biases, *biases.values()}
-        unused = [name for name in parameters if name not in used]
-        if unused:
+            known = {id(p) for p in parameters.values()}
+            parameters.update({n: p for n, p in other.parameters.items() if id(p) not in known})
+        blocks = _find_blocks(parameters, terms)
+        used = {position for block in blocks for position in block.positions}
+        unused = [name for i, name in enumerate(parameters) if i not in used]
+        if check and unused:
             raise ValueError(
                 f"Every trainable parameter must be used by a term, but {', '.join(unused)} is "
                 "used by none. Freeze it with requires_grad_(False)."
             )
-        ordered = [name for name in parameters if name in biases]
-        blocks = tuple(
-            LayerBlock(
-                weight.rpartition(".")[0] or weight,
-                positions[weight],
-                None if (bias := biases[weight]) is None else positions[bias],
-                *parameters[weight].shape,
-            )
-            for weight in ordered
-        )
         return cls(parameters, blocks)
 
     @property
@@ -90,6 +107,129 @@ class ParameterSpace:
         """Device of the parameters."""
         return next(iter(self.parameters.values())).device
 
-    def weight_name(self, block: LayerBlock) -> str:
-        """Return the name of a block's weight, by which linearizations call the layer."""
-        return self.names[block.weight]
+    def zeros(self, *shape: int) -> Tensor:
+        """Return a zero tensor of the parameters' dtype and device."""
+        return torch.zeros(*shape, dtype=self.dtype, device=self.device)
+
+    def arrange(self, linearization: Linearization, chunk: Chunk) -> list[JacobianBlock | None]:
+        """Return the blocks of a chunk in the order of those of the space; None for unused ones."""
+        if self._fit(linearization):
+            names = self.names
+            return [chunk.blocks.get(names[block.weight]) for block in self.blocks]
+        return self._rearranged(linearization, chunk)
+
+    def _fit(self, linearization: Linearization) -> bool:
+        """Whether a term knows its blocks by the same names and in the same form."""
+        structure = linearization.structure
+        known = self._fits.get(id(structure))
+        if known is None or known[0] is not structure:
+            names = self.names
+            mine = {
+                names[b.weight]: (b.bias if b.bias is None else names[b.bias], b.kronecker)
+                for b in self.blocks
+            }
+            theirs = {layer.weight: (layer.bias, True) for layer in structure.layers}
+            theirs.update(dict.fromkeys(structure.dense, (None, False)))
+            same = all(self.parameters.get(n) is p for n, p in linearization.parameters.items())
+            known = structure, same and all(mine.get(n) == form for n, form in theirs.items())
+            self._fits[id(structure)] = known
+        return known[1]
+
+    def _rearranged(self, linearization: Linearization, chunk: Chunk) -> list[JacobianBlock | None]:
+        """Do the same where terms differ in what is a layer, by other blocks of the same rows."""
+        canonical = {id(p): name for name, p in self.parameters.items()}
+        names = {name: canonical[id(p)] for name, p in linearization.parameters.items()}
+        layers = {
+            names[block.weight]: block
+            for block in chunk.blocks.values()
+            if isinstance(block, LinearLayer)
+        }
+        wanted = {self.names[block.weight] for block in self.blocks if not block.kronecker}
+        dense: dict[str, DenseRows] = {}
+        for block in chunk.blocks.values():
+            if wanted.intersection(names[name] for name in block.names):
+                dense.update({names[part.name]: part for part in block.as_dense()})
+        arranged: list[JacobianBlock | None] = []
+        for place in self.blocks:
+            name = self.names[place.weight]
+            layer = layers.get(name) if place.kronecker else None
+            if layer is not None and place.bias is None:
+                layer = replace(layer, bias=None)
+            arranged.append(layer if place.kronecker else dense.get(name))
+        return arranged
+
+
+def _find_blocks(
+    parameters: dict[str, Tensor], linearizations: Sequence[Linearization | BoundTerm]
+) -> tuple[Block, ...]:
+    """Find what is a linear layer in every term that uses it."""
+    canonical = {id(p): name for name, p in parameters.items()}
+    forms: dict[str, set[tuple[str | None, bool]]] = {}
+    others: set[str] = set()
+    for linearization in linearizations:
+        names = {name: canonical[id(p)] for name, p in linearization.parameters.items()}
+        for layer in linearization.structure.layers:
+            bias = None if layer.bias is None else names[layer.bias]
+            forms.setdefault(names[layer.weight], set()).add((bias, layer.transposed))
+        others |= {names[name] for name in linearization.structure.dense}
+    owners: dict[str, set[str]] = {}
+    for weight, found in forms.items():
+        biases = {bias for bias, _ in found if bias is not None}
+        if weight in others or len({transposed for _, transposed in found}) > 1:
+            others |= {weight, *biases}
+        elif len({bias for bias, _ in found}) > 1:
+            others |= biases
+        for bias in biases:
+            owners.setdefault(bias, set()).add(weight)
+    others |= {bias for bias, weights in owners.items() if len(weights) > 1}
+    positions = {name: i for i, name in enumerate(parameters)}
+    blocks: dict[str, Block] = {}
+    joined: set[str] = set()
+    for weight in forms.keys() - others:
+        bias, transposed = next(iter(forms[weight]))
+        bias = None if bias in others else bias
+        d_out, d_in = parameters[weight].shape[:: -1 if transposed else 1]
+        stored = (d_in, d_out) if transposed else None
+        position = None if bias is None else positions[bias]
+        label = weight.rpartition(".")[0] or weight
+        blocks[weight] = Block(label, positions[weight], position, d_out, d_in, stored)
+        joined |= {bias} if bias is not None else set()
+    for name in others - joined:
+        blocks[name] = Block.dense(name, positions[name], parameters[name].shape)
+    return tuple(blocks[name] for name in parameters if name in blocks)
+
+
+def visit_blocks(
+    linearizations: Sequence[Linearization],
+    space: ParameterSpace,
+    visit: Callable[[int, int, JacobianBlock], None],
+    fisher: Fisher | None = None,
+) -> None:
+    """Go over all points once; call a function with each term, block and its rows at some points.
+
+    Args:
+        linearizations: One per term.
+        space: The parameters.
+        visit: Function of the positions of term and block, and of the block's rows.
+        fisher: Which output gradients to take; those of the linearization by default.
+
+    Raises:
+        ValueError: If a linearization was made with another choice than ``fisher``.
+    """
+    for linearization in linearizations:
+        made = linearization.fisher
+        if fisher is not None and made not in (Type2(), fisher):
+            raise ValueError(
+                f"Term '{linearization.term.name}' was linearized with {made}, which can't be "
+                f"turned into {fisher}. Linearize with fisher=Type2(), the default."
+            )
+
+    def visit_chunk(t: int, chunk: Chunk) -> None:
+        if fisher not in (None, linearizations[t].fisher):
+            assert fisher is not None
+            chunk = chunk.with_fisher(fisher)
+        for i, block in enumerate(space.arrange(linearizations[t], chunk)):
+            if block is not None:
+                visit(t, i, block)
+
+    run(linearizations, visit_chunk)

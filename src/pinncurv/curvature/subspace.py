@@ -11,11 +11,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pinncurv.curvature.jacobian import JacobianLinearOperator, check_exact
-from pinncurv.curvature.kernel import add_layer_kernel_, point_blocks, points_of_layer
+from pinncurv.curvature.kernel import Blocks, add_kernel_, point_ranges
 from pinncurv.curvature.parameters import ParameterSpace
-from pinncurv.curvature.products import output_gradients
 from pinncurv.curvature.woodbury import from_data, to_data
-from pinncurv.linearization import Chunk, LayerLinearization, Linearization
+from pinncurv.linearization import Chunk, Linearization, run
 from pinncurv.linops import SymmetricLinearOperator, check_damping, symmetrize
 
 
@@ -51,41 +50,11 @@ class SubspaceGaussNewtonLinearOperator(SymmetricLinearOperator):
             images: P, the left singular vectors of J Q = P diag(σ).
         """
         super().__init__(rows.space.shapes, rows.space.device, rows.space.dtype)
-        self.linearizations = tuple(linearizations)
+        self.linearizations = linearizations
         self.rows = rows
         self.basis = basis
         self.singular_values = singular_values
         self.images = images
-
-    @classmethod
-    def from_linearizations(
-        cls, linearizations: Sequence[Linearization], points: int = 100, seed: int = 0
-    ) -> SubspaceGaussNewtonLinearOperator:
-        """Build the operator.
-
-        Args:
-            linearizations: One per term, with the exact output gradients.
-            points: How many points to sample, in proportion to the terms' numbers of points.
-            seed: Which points.
-
-        Raises:
-            ValueError: If there is less than one point, or a linearization has other output
-                gradients than the exact ones.
-        """
-        check_exact(linearizations)
-        if points < 1:
-            raise ValueError(f"The number of sampled points must be at least 1, got {points}.")
-        space = ParameterSpace.from_linearizations(linearizations)
-        chosen = sample_points([len(lin.x) for lin in linearizations], points, seed)
-        samples = [
-            lin.at(indices.to(lin.x.device))
-            for lin, indices in zip(linearizations, chosen, strict=True)
-        ]
-        T = _whitening(cross_kernel(samples, samples), torch.finfo(space.dtype).eps)
-        P, sigma, Wt = torch.linalg.svd(
-            cross_kernel(linearizations, samples) @ T, full_matrices=False
-        )
-        return cls(linearizations, JacobianLinearOperator(samples, space), T @ Wt.mT, sigma, P)
 
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
         return self.spectral(self.singular_values.square(), X)
@@ -153,7 +122,7 @@ class SubspaceSolverLinearOperator(SubspaceInverseLinearOperator):
         super().__init__(operator, damping, 0.0)
 
     @property
-    def linearizations(self) -> tuple[Linearization, ...]:
+    def linearizations(self) -> Sequence[Linearization]:
         """What J was built from."""
         return self.operator.linearizations
 
@@ -198,38 +167,49 @@ def _positive(damping: float) -> float:
 
 
 def cross_kernel(
-    linearizations: Sequence[Linearization], samples: Sequence[Linearization]
+    linearizations: Sequence[Linearization],
+    samples: Sequence[Linearization],
+    space: ParameterSpace,
 ) -> Float[Tensor, "R m"]:
     """Return J J_mᵀ in float64, a block of points at a time.
 
     Args:
         linearizations: One per term.
         samples: The sampled points, one per term.
+        space: The parameters.
     """
-    blocks = []
-    for linearization in linearizations:
-        for chunk in linearization:
-            row = [_chunk_kernel(chunk, part) for sample in samples for part in sample]
-            blocks.append(torch.cat(row, 1))
-    return torch.cat(blocks)
+    right = [_in_double(space.arrange(s, chunk)) for s in samples for chunk in s]
+    sizes = [chunk.residual.shape for s in samples for chunk in s]
+    rows: list[Tensor] = []
+
+    def visit(t: int, chunk: Chunk) -> None:
+        left = space.arrange(linearizations[t], chunk)
+        pieces = [
+            _kernel(left, chunk.residual.shape, other, size)
+            for other, size in zip(right, sizes, strict=True)
+        ]
+        rows.append(torch.cat(pieces, 1))
+
+    run(linearizations, visit)
+    return torch.cat(rows)
 
 
-def _in_double(layer: LayerLinearization) -> LayerLinearization:
-    return replace(layer, Z=layer.Z.double(), G=output_gradients(layer).double())
+def _in_double(blocks: Blocks) -> Blocks:
+    return [None if block is None else block.to(torch.float64) for block in blocks]
 
 
-def _chunk_kernel(left: Chunk, right: Chunk) -> Float[Tensor, "R m"]:
-    (n, V), (m, W) = left.residual.shape, right.residual.shape
-    shared = [name for name in left.layers if name in right.layers]
-    others = {name: _in_double(right.layers[name]) for name in shared}
+def _kernel(
+    left: Blocks, size: torch.Size, right: Blocks, other: torch.Size
+) -> Float[Tensor, "R m"]:
+    (n, V), (m, W) = size, other
+    pairs = [(a, b) for a, b in zip(left, right, strict=True) if a is not None and b is not None]
+    device = pairs[0][0].rows(slice(0, 0))[0].device if pairs else None
     rows = []
-    for points in point_blocks(n):
-        shape = (V, points.stop - points.start, W, m)
-        block = left.residual.new_zeros(shape, dtype=torch.float64)
-        for name, other in others.items():
-            part = points_of_layer(left.layers[name], points)
-            add_layer_kernel_(block, _in_double(part), other)
-        rows.append(block.permute(1, 0, 3, 2).reshape(-1, m * W))
+    for points in point_ranges(n):
+        part = torch.zeros(V, points.stop - points.start, W, m, dtype=torch.float64, device=device)
+        for a, b in pairs:
+            add_kernel_(part, a.at(points).to(torch.float64), b)
+        rows.append(part.permute(1, 0, 3, 2).reshape(-1, m * W))
     return torch.cat(rows)
 
 
@@ -251,6 +231,11 @@ class SubspaceGaussNewton:
     points: int = 100
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Check the number of points."""
+        if self.points < 1:
+            raise ValueError(f"The number of sampled points must be at least 1, got {self.points}.")
+
     def at_step(self, step: int) -> SubspaceGaussNewton:
         """Return the recipe that draws the points of one step."""
         return replace(self, seed=self.seed + step)
@@ -258,9 +243,24 @@ class SubspaceGaussNewton:
     def __call__(
         self, linearizations: Sequence[Linearization]
     ) -> SubspaceGaussNewtonLinearOperator:
-        """Build the operator."""
-        return SubspaceGaussNewtonLinearOperator.from_linearizations(
-            linearizations, self.points, self.seed
+        """Build the operator.
+
+        Raises:
+            ValueError: If a linearization has other output gradients than the exact ones.
+        """
+        check_exact(linearizations)
+        space = ParameterSpace.of(linearizations)
+        chosen = sample_points([len(lin.x) for lin in linearizations], self.points, self.seed)
+        samples = [
+            lin.at(indices.to(lin.x.device))
+            for lin, indices in zip(linearizations, chosen, strict=True)
+        ]
+        T = _whitening(cross_kernel(samples, samples, space), torch.finfo(space.dtype).eps)
+        P, sigma, Wt = torch.linalg.svd(
+            cross_kernel(linearizations, samples, space) @ T, full_matrices=False
+        )
+        return SubspaceGaussNewtonLinearOperator(
+            linearizations, JacobianLinearOperator(samples, space), T @ Wt.mT, sigma, P
         )
 
 

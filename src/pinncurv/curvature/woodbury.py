@@ -82,7 +82,7 @@ class KernelInverseLinearOperator(SymmetricLinearOperator):
         return [part.div_(self.damping) for part in rest]
 
     @property
-    def linearizations(self) -> tuple[Linearization, ...]:
+    def linearizations(self) -> Sequence[Linearization]:
         """What the Jacobian was built from."""
         return self.jacobian.linearizations
 
@@ -165,7 +165,7 @@ def kernel_of(operator: PyTorchLinearOperator, inverse: Any) -> KernelLinearOper
         raise TypeError(
             f"{type(inverse).__name__} needs an operator that knows its Jacobian, a "
             f"GaussNewtonLinearOperator, received {type(operator).__name__}. Pass "
-            "curvature=GaussNewtonLinearOperator.from_linearizations, or inverse="
+            "curvature=MatrixFreeGaussNewton(), or inverse="
             f"Damped({inverse.damping:g}) for this operator."
         )
     return kernel

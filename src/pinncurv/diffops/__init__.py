@@ -5,30 +5,36 @@ coordinates of ``coordinates.py``, and ``plan.py`` evaluates several of them in 
 operator is a subclass of ``DifferentialOperator`` anywhere.
 """
 
-from pinncurv.diffops.operator import Channels, DifferentialOperator, Requirement
+from pinncurv.diffops.operator import DifferentialOperator, named_parameters_of
 from pinncurv.diffops.operators import (
+    Bilaplacian,
     Directional,
+    Divergence,
     FactoredSecondOrder,
     Gradient,
+    Hessian,
     Laplacian,
     Partial,
     SecondOrder,
     Value,
 )
-from pinncurv.diffops.plan import Plan, evaluate, make_plan
+from pinncurv.diffops.plan import Plan, evaluate
+from pinncurv.jets import Derivative
 
 __all__ = [
-    "Channels",
+    "Bilaplacian",
+    "Derivative",
     "DifferentialOperator",
     "Directional",
+    "Divergence",
     "FactoredSecondOrder",
     "Gradient",
+    "Hessian",
     "Laplacian",
     "Partial",
     "Plan",
-    "Requirement",
     "SecondOrder",
     "Value",
     "evaluate",
-    "make_plan",
+    "named_parameters_of",
 ]

@@ -3,64 +3,53 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import Tensor
+from torch.nn import Module
 
-from pinncurv.jets import Contraction
-
-
-@dataclass(frozen=True, eq=False)
-class Requirement:
-    """The derivatives that an operator needs at given points.
-
-    Args:
-        directions: Directions of first derivatives, each ``[d]`` or, per point, ``[N, d]``.
-        contractions: Sums of second derivatives; their indices count the directions above.
-    """
-
-    directions: tuple[Tensor, ...] = ()
-    contractions: tuple[Contraction, ...] = ()
-
-
-@dataclass(frozen=True, eq=False)
-class Channels:
-    """The derivatives that an operator asked for, in the order it asked.
-
-    Args:
-        value: The network's value, ``[N, ...]``.
-        first: The first derivative along each direction, each ``[N, ...]``.
-        second: The collapsed sums of second derivatives, each ``[N, ...]``.
-    """
-
-    value: Tensor
-    first: Sequence[Tensor]
-    second: Sequence[Tensor]
+from pinncurv.jets import Derivative
 
 
 class DifferentialOperator(ABC):
     """A linear differential operator, as a declaration.
 
-    (D u)(x) = read(u(x), ∂_{v_1} u(x), ..., Σ_rs Q_rs ∂_{v_r} ∂_{v_s} u(x), ...)
+    (D u)(x) = read(x, {name: Σ_α c_α ∂_{v_α1} ⋯ ∂_{v_αK} u(x)})
 
-    A subclass says in ``require`` which derivatives it needs and in ``read`` how they combine.
-    Directions that several operators share are propagated once.
+    A subclass says in ``requests`` which derivatives it needs, by names of its own, and in ``read``
+    how they combine. What several operators need is propagated once. Attributes that are trainable
+    tensors or modules are trained: they enter in ``read``, never in a request.
+
+    Attributes:
+        of: Which output of the network it acts on, if that returns a tuple or a dictionary.
     """
 
-    @property
-    def per_point(self) -> bool:
-        """Whether ``require`` depends on more than the points' number of coordinates."""
-        return False
+    of: int | str | None = None
+
+    @abstractmethod
+    def requests(self, x: Tensor) -> Mapping[str, Derivative]:
+        """Return the derivatives needed at points x, ``[N, d]``."""
+
+    @abstractmethod
+    def read(self, x: Tensor, derivatives: Mapping[str, Tensor]) -> Tensor:
+        """Return the operator's value at the points from what it asked for, each ``[N, ...]``."""
 
     def at(self, part: slice | Tensor) -> DifferentialOperator:
         """Return the operator at a part of the points: cut the coefficients given per point."""
         return self
 
-    @abstractmethod
-    def require(self, x: Tensor) -> Requirement:
-        """Return the derivatives needed at points x, ``[N, d]``."""
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the attributes that are trained: tensors, and the parameters of modules."""
+        for name, given in vars(self).items():
+            yield from named_parameters_of(given, name)
 
-    @abstractmethod
-    def read(self, channels: Channels) -> Tensor:
-        """Return the operator's value at the points from the derivatives it asked for."""
+
+def named_parameters_of(given: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors in an object that require a gradient."""
+    if isinstance(given, Module):
+        for inner, parameter in given.named_parameters():
+            if parameter.requires_grad:
+                yield f"{name}.{inner}", parameter
+    elif isinstance(given, Tensor) and given.requires_grad:
+        yield name, given

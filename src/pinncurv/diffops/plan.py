@@ -1,21 +1,19 @@
-"""Evaluation of several operators in one pass, with shared directions propagated once."""
+"""Evaluation of several operators in one pass, with shared derivatives propagated once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pinncurv.diffops.operator import Channels, DifferentialOperator, Requirement
-from pinncurv.jets import Contraction, Jet, Layout, seed
+from pinncurv.diffops.operator import DifferentialOperator
+from pinncurv.jets import Jet, Layout, merge, seed
 
 Operators = Mapping[str, DifferentialOperator]
-Items = tuple[tuple[str, DifferentialOperator], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,109 +21,87 @@ class Plan:
     """Which channels to propagate for a set of operators, and where each finds its own.
 
     Args:
-        layout: The merged channels.
-        readers: Per operator its name, itself, and the positions of its directions and sums.
+        layout: The merged channels at the points.
+        readers: Per operator its name, itself, and the channel of each of its requests.
     """
 
     layout: Layout
-    readers: tuple[tuple[str, DifferentialOperator, list[int], list[int]], ...]
+    readers: tuple[tuple[str, DifferentialOperator, dict[str, int]], ...]
 
-    def read(self, output: Jet) -> dict[str, Tensor]:
-        """Return the value of every operator from the network's output jet."""
-        channels = output.data.unbind(0)
-        R = self.layout.R
-        return {
-            name: operator.read(
-                Channels(
-                    channels[0],
-                    [channels[1 + r] for r in directions],
-                    [channels[1 + R + c] for c in sums],
-                )
-            )
-            for name, operator, directions, sums in self.readers
-        }
+    @classmethod
+    def of(cls, operators: Operators, x: Float[Tensor, "N d"]) -> Plan:
+        """Merge what the operators need at points x."""
+        requests = {name: operator.requests(x) for name, operator in operators.items()}
+        layout, channels = merge((r for asked in requests.values() for r in asked.values()), x)
+        positions = iter(channels)
+        return cls(
+            layout,
+            tuple(
+                (name, operators[name], {key: next(positions) for key in asked})
+                for name, asked in requests.items()
+            ),
+        )
 
+    @cached_property
+    def without_derivatives(self) -> Layout:
+        """The layout of jets that carry a value only."""
+        return Layout(self.layout.directions[:0])
 
-class _Merger:
-    """Collects directions and contractions, each different one once."""
+    def at(self, points: slice | Tensor) -> Plan:
+        """Return the plan at some of the points."""
+        return replace(self, layout=self.layout.at(points))
 
-    def __init__(self) -> None:
-        self.directions: list[Tensor] = []
-        self.contractions: list[Contraction] = []
+    def read(self, x: Any, output: Any, as_jets: bool = False) -> dict[str, Any]:
+        """Return the value of every operator from the network's output.
 
-    def add(self, requirement: Requirement) -> tuple[list[int], list[int]]:
-        """Add what one operator needs; return where its directions and sums are."""
-        where = [self._direction(direction) for direction in requirement.directions]
-        sums = []
-        for contraction in requirement.contractions:
-            indices = tuple(where[i] for i in contraction.indices)
-            sums.append(self._contraction(replace(contraction, indices=indices)))
-        return where, sums
-
-    def _direction(self, direction: Tensor) -> int:
-        return _position(self.directions, direction, torch.equal)
-
-    def _contraction(self, contraction: Contraction) -> int:
-        return _position(self.contractions, contraction, _same_contraction)
-
-    def layout(self, x: Tensor) -> Layout:
-        """Return the merged layout."""
-        if not self.directions:
-            return Layout(x.new_zeros(0, x.shape[-1]), tuple(self.contractions))
-        if any(direction.ndim == 2 for direction in self.directions):
-            stacked = torch.stack([direction.expand_as(x) for direction in self.directions])
-        else:
-            stacked = torch.stack(self.directions)
-        return Layout(stacked, tuple(self.contractions))
+        Args:
+            x: The points, which coefficients that are trained depend on.
+            output: A jet, or a tuple or dictionary of jets.
+            as_jets: Whether the values are jets without derivatives, on which trained tensors can
+                be recorded.
+        """
+        values = {}
+        for name, operator, positions in self.readers:
+            data = _output(name, operator, output).data
+            derivatives: dict[str, Any] = {
+                key: Jet(data[c : c + 1], self.without_derivatives) if as_jets else data[c]
+                for key, c in positions.items()
+            }
+            values[name] = operator.read(x, derivatives)
+        return values
 
 
-def _position(known: list[Any], item: Any, same: Callable[[Any, Any], bool]) -> int:
-    """Return where an item stands in a list, appending it if it is new."""
-    for i, other in enumerate(known):
-        if same(other, item):
-            return i
-    known.append(item)
-    return len(known) - 1
+def _output(name: str, operator: DifferentialOperator, output: Any) -> Jet:
+    """Return the output of the network that an operator acts on.
 
-
-def _same_contraction(first: Contraction, second: Contraction) -> bool:
-    """Whether two contractions sum the same derivatives."""
-
-    def same(a: Tensor | None, b: Tensor | None) -> bool:
-        return a is b or (a is not None and b is not None and torch.equal(a, b))
-
-    return (
-        first.indices == second.indices
-        and same(first.weights, second.weights)
-        and same(first.matrix, second.matrix)
-    )
-
-
-def make_plan(operators: Operators, x: Float[Tensor, "N d"]) -> Plan:
-    """Merge what the operators need at points x into one layout.
-
-    Without coefficients that differ from point to point the plan is made once and kept, if the
-    operators can be hashed.
+    Raises:
+        TypeError: If it is no jet, or the operator does not say which of several.
+        KeyError: If there is no such output.
     """
-    items = tuple(operators.items())
-    if any(operator.per_point or operator.__hash__ is None for _, operator in items):
-        return _merge(items, x)
-    return _constant_plan(items, x.shape[-1], x.dtype, x.device)
-
-
-@lru_cache(maxsize=128)
-def _constant_plan(items: Items, d: int, dtype: torch.dtype, device: torch.device) -> Plan:
-    """Make the plan of operators with constant coefficients."""
-    # a plan made in inference mode must serve later passes that autograd follows, too
-    with torch.inference_mode(False):
-        return _merge(items, torch.zeros(1, d, dtype=dtype, device=device))
-
-
-def _merge(items: Items, x: Tensor) -> Plan:
-    """Merge what each operator needs."""
-    merger = _Merger()
-    readers = tuple((name, operator, *merger.add(operator.require(x))) for name, operator in items)
-    return Plan(merger.layout(x), readers)
+    several = isinstance(output, tuple | list | dict)
+    if several and operator.of is None:
+        keys = list(output) if isinstance(output, dict) else list(range(len(output)))
+        raise TypeError(
+            f"Operator '{name}' must say which of the network's outputs it acts on, one of {keys}. "
+            f"Write {type(operator).__name__}(..., of={keys[0]!r})."
+        )
+    if operator.of is not None:
+        try:
+            output = output[operator.of] if several else None
+        except (KeyError, IndexError, TypeError):
+            output = None
+        if output is None:
+            raise KeyError(
+                f"Operator '{name}' acts on the network's output {operator.of!r}, but the network "
+                "has no such output. Return a dictionary or a tuple that has it."
+            )
+    if not isinstance(output, Jet):
+        raise TypeError(
+            "The network must return a function of its input, got "
+            f"{type(output).__name__}, which carries no derivatives. Compute the output from the "
+            "input with torch functions, without detaching to numbers or numpy."
+        )
+    return output
 
 
 def evaluate(
@@ -144,14 +120,8 @@ def evaluate(
         The values by name; shapes as each operator says.
 
     Raises:
+        KeyError: If an operator acts on an output that the network does not have.
         TypeError: If the network's output does not depend on its input.
     """
-    plan = make_plan(operators, x)
-    output = model(seed(x, plan.layout))
-    if not isinstance(output, Jet):
-        raise TypeError(
-            "The network must return a function of its input, got "
-            f"{type(output).__name__}, which carries no derivatives. Compute the output from the "
-            "input with torch functions, without detaching to numbers or numpy."
-        )
-    return plan.read(output)
+    plan = Plan.of(operators, x)
+    return plan.read(x, model(seed(x, plan.layout)))

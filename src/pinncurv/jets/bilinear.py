@@ -15,8 +15,10 @@ from pinncurv.jets.axes import (
     point_axis_mixed,
     trailing_view,
 )
+from pinncurv.jets.elementwise import weight_for
 from pinncurv.jets.jet import Jet, register_rule
-from pinncurv.jets.linear import scale
+from pinncurv.jets.linear import linear_from_right, scale
+from pinncurv.jets.recording import active_tape, for_every_point, is_trained
 
 
 def product_rule(
@@ -25,6 +27,8 @@ def product_rule(
     """Push two jets through a bilinear function.
 
     (ab)' = a b' + a' b,    Σ Q_rs ∂_r∂_s(ab) = a b_c + a_c b + 2 Σ_rs Q_rs a_r b_s
+
+    and so on: ``layout.products`` has the mixed terms of any order.
 
     Args:
         bilinear: The function, for arguments with a leading channel axis that it broadcasts.
@@ -35,6 +39,15 @@ def product_rule(
     layout = jet.layout
     value = bilinear(first[:1], second[:1])
     derivatives = bilinear(first[:1], second[1:]) + bilinear(first[1:], second[:1])
+    if layout.higher is not None:
+        channels = [value, *derivatives.split(1)]
+        for p in layout.products:
+            mixed = bilinear(first[p.left][None], second[p.right][None])
+            if p.left != p.right:
+                mixed = mixed + bilinear(first[p.right][None], second[p.left][None])
+            weight = weight_for(p.weight, mixed[0]) if isinstance(p.weight, Tensor) else p.weight
+            channels[p.channel] = channels[p.channel] + weight * mixed
+        return jet.like(torch.cat(channels))
     parts = [value, derivatives[: layout.R]]
     a, b = layout.first(first), layout.first(second)
     for collapsed, contraction in zip(derivatives[layout.R :], layout.contractions, strict=True):
@@ -56,7 +69,10 @@ def mul(input: Any, other: Any) -> Jet:
 @register_rule(torch.div, torch.divide, torch.true_divide, Tensor.__truediv__)
 def div(input: Any, other: Any) -> Jet:
     """Divide two jets elementwise, or a jet and a constant."""
-    return mul(input, other.reciprocal() if isinstance(other, Jet) else 1 / other)
+    if isinstance(other, Jet):
+        return mul(input, other.reciprocal())
+    data = trailing_view(input, getattr(other, "ndim", 0))
+    return input.like(data / for_every_point(other, input))
 
 
 @register_rule(Tensor.__rtruediv__, Tensor.__rdiv__)
@@ -79,12 +95,21 @@ def matmul(input: Any, other: Any) -> Jet:
     if isinstance(input, Jet):
         if input.ndim == 1:
             point_axis_mixed(input, "matmul")
-        return input.like(trailing_view(input, getattr(other, "ndim", 0)).matmul(other))
+        if other.ndim == 2:
+            return linear_from_right(input, other)
+        if other.ndim == 1:
+            return squeeze_last(linear_from_right(input, other.unsqueeze(-1)))
+        return input.like(trailing_view(input, other.ndim).matmul(for_every_point(other, input)))
     if other.ndim <= 2:
         point_axis_mixed(other, "matmul")
         if other.ndim == 1:
             return other.like(other.data.matmul(input.mT if input.ndim > 1 else input))
-    return other.like(torch.matmul(input, trailing_view(other, input.ndim)))
+    return other.like(torch.matmul(for_every_point(input, other), trailing_view(other, input.ndim)))
+
+
+def squeeze_last(jet: Jet) -> Jet:
+    """Drop the last axis, of size one."""
+    return jet.like(jet.data.squeeze(-1))
 
 
 @register_rule(torch.mm, torch.mv)
@@ -130,11 +155,18 @@ def einsum(equation: str, *operands: Any) -> Jet:
     for i in positions:
         if not output.startswith(terms[i][0]):
             point_axis_mixed(operands[i], "einsum")
+    point = terms[positions[0]][0]
+    filled: list[Any] = [
+        operand
+        if k in positions
+        else _for_every_point(operand, operands[positions[0]], point, k, terms)
+        for k, operand in enumerate(operands)
+    ]
+    for i in positions:
         terms[i] = channel + terms[i]
     with_channels = f"{','.join(terms)}->{channel}{output}"
 
     def contract(*channels: Tensor) -> Tensor:
-        filled: list[Any] = list(operands)
         for i, data in zip(positions, channels, strict=True):
             filled[i] = data
         return torch.einsum(with_channels, *filled)
@@ -144,3 +176,13 @@ def einsum(equation: str, *operands: Any) -> Jet:
     if len(jets) == 1:
         return jets[0].like(contract(jets[0].data))
     return product_rule(contract, jets[0].data, jets[1].data, jet=jets[0])
+
+
+def _for_every_point(operand: Any, jet: Jet, point: str, k: int, terms: list[str]) -> Any:
+    """Copy a trained operand of an einsum for every point, and let its indices say so."""
+    if not is_trained(operand) or active_tape() is None:
+        return operand
+    if point in terms[k]:
+        return for_every_point(operand, jet, operand.ndim)
+    terms[k] = point + terms[k]
+    return for_every_point(operand, jet, operand.ndim + 1)

@@ -1,4 +1,4 @@
-"""Rules for elementwise functions: the chain rule to second order (Faà di Bruno)."""
+"""Rules for elementwise functions: the chain rule (Faà di Bruno)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pinncurv.jets.jet import Jet, in_place_error, register_rule
-from pinncurv.jets.layout import Layout
+from pinncurv.jets.layout import Layout, Product
 from pinncurv.jets.location import calling_module
 
 # Yields f(x), f'(x), f''(x), ... as they are asked for.
@@ -46,19 +46,115 @@ class Derivatives:
 def propagate(data: Tensor, f: Derivatives, layout: Layout) -> Tensor:
     """Push channels through an elementwise function, by operations that autograd follows.
 
-    y_0 = f(x_0),   y_r = f' x_r,   y_c = f' x_c + f'' Σ_rs Q_rs x_r x_s
+    y = f(x_0) + Σ_k f^(k)(x_0) δ^k / k!,  δ = x - x_0 in the algebra of the channels
     """
-    slope = f[1] * data[1:]
-    parts = [f[0][None], slope[: layout.R]]
-    for collapsed, contraction in zip(slope[layout.R :], layout.contractions, strict=True):
-        parts.append((collapsed + f[2] * contraction.quadratic(layout.first(data)))[None])
-    return torch.cat(parts)
+    channels = [f[0], *(f[1] * data[1:])]
+    for k, powers in enumerate(divided_powers(data, layout), 2):
+        for c, power in powers.items():
+            channels[c] = channels[c] + f[k] * power
+    return torch.stack(channels)
+
+
+def divided_powers(data: Tensor, layout: Layout) -> list[dict[int, Tensor]]:
+    """Return δ^k / k! for k = 2, 3, ..., each by channel; it has channels of order k and more.
+
+    For the Laplacian, δ² / 2 is ½ Σ_r 2 x_r² / 1 = Σ_r x_r² in the collapsed channel.
+    """
+    powers = [{c: data[c] for c in range(1, layout.S)}]
+    for k in range(2, layout.orders[-1] + 1):
+        lower = powers[-1]
+        higher: dict[int, Tensor] = {}
+        for p in layout.products:
+            # unordered pairs: those of two equal factors have both orders at once
+            if k == 2:
+                scale = 0.5 if p.left == p.right else 1.0
+                _add_product(higher, p, data[p.left], data[p.right], scale)
+                continue
+            for i, j in {(p.left, p.right), (p.right, p.left)}:
+                if j in lower:
+                    _add_product(higher, p, data[i], lower[j], 1 / k)
+        powers.append(higher)
+    return powers[1:]
+
+
+def _add_product(
+    totals: dict[int, Tensor], p: Product, left: Tensor, right: Tensor, scale: float
+) -> None:
+    """Add w · scale · left · right to the total of a channel."""
+    total = totals.get(p.channel)
+    if isinstance(p.weight, Tensor):
+        term = weight_for(p.weight, left) * scale * left * right
+        totals[p.channel] = term if total is None else total + term
+    elif total is None:
+        product = left * right
+        totals[p.channel] = product if p.weight * scale == 1 else product * (p.weight * scale)
+    else:
+        totals[p.channel] = torch.addcmul(total, left, right, value=p.weight * scale)
+
+
+def weight_for(weight: Tensor, channel: Tensor) -> Tensor:
+    """View a weight, one number or one per point, such that it multiplies a channel."""
+    return weight.reshape(*weight.shape, *(1,) * (channel.ndim - weight.ndim))
 
 
 class _Elementwise(torch.autograd.Function):
-    """The same, with one pass over the channels and a hand-written backward.
+    """The chain rule for any order, with a hand-written backward.
 
-    g_0 = f' h_0 + f'' Σ_{s>0} x_s h_s + f''' Σ_c q_c h_c,  q_c = Σ_rs Q_rs x_r x_s
+    The derivative of y = f(x) in the algebra of the channels is the product with f'(x), so its
+    adjoint is g_j = Σ_c h_c ∂(f'(x) η)_c / ∂η_j.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, data: Tensor, layout: Layout, make: Callable[..., Any]) -> Tensor:
+        f = make(data[0])
+        ctx.layout, ctx.make = layout, make
+        output = data * f[1]
+        output[0] = f[0]
+        powers = divided_powers(data, layout)
+        for k, known in enumerate(powers, 2):
+            for c, power in known.items():
+                output[c].addcmul_(f[k], power)
+        if ctx.needs_input_grad[0]:
+            ctx.keys = [list(known) for known in powers]
+            slopes = [f[k] for k in range(1, len(powers) + 3)]
+            ctx.save_for_backward(data, *slopes, *(P for known in powers for P in known.values()))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = grads
+        layout: Layout = ctx.layout
+        data, *saved = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: the backward itself is differentiated
+            return _differentiable_backward(ctx, data, grad), None, None
+        slopes, flat = saved[: len(ctx.keys) + 2], iter(saved[len(ctx.keys) + 2 :])
+        derivative = data * slopes[1]  # the channels of f'(x) but the value
+        for k, keys in enumerate(ctx.keys, 2):
+            for c in keys:
+                derivative[c].addcmul_(slopes[k], next(flat))
+        result = grad * slopes[0]
+        result[0].add_((derivative[1:] * grad[1:]).sum(0))
+        for p in layout.products:
+            h, value = grad[p.channel], p.weight
+            if isinstance(value, Tensor):
+                h, value = h * weight_for(value, h), 1.0
+            result[p.left].addcmul_(derivative[p.right], h, value=value)
+            if p.left != p.right:
+                result[p.right].addcmul_(derivative[p.left], h, value=value)
+        return result, None, None
+
+
+def _differentiable_backward(ctx: Any, data: Tensor, grad: Tensor) -> Tensor:
+    output = propagate(data, ctx.make(data[0]), ctx.layout)
+    return torch.autograd.grad(output, data, grad, create_graph=True)[0]
+
+
+class _SecondOrder(torch.autograd.Function):
+    """The same for order two, with one pass over the channels.
+
+    y_0 = f(x_0),   y_r = f' x_r,   y_c = f' x_c + f'' q_c,  q_c = Σ_rs Q_rs x_r x_s
+
+    g_0 = f' h_0 + f'' Σ_{s>0} x_s h_s + f''' Σ_c q_c h_c
     g_r = f' h_r + 2 f'' Σ_c h_c (Q x)_r,                    g_c = f' h_c
     """
 
@@ -89,8 +185,7 @@ class _Elementwise(torch.autograd.Function):
         layout: Layout = ctx.layout
         data, *saved = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: the backward itself is differentiated
-            output = propagate(data, ctx.make(data[0]), layout)
-            return torch.autograd.grad(output, data, grad, create_graph=True)[0], None, None
+            return _differentiable_backward(ctx, data, grad), None, None
         quadratics, f = saved[: layout.C], [None, *saved[layout.C :]]
         result = grad * f[1]
         if layout.S == 1:
@@ -118,6 +213,7 @@ def elementwise_rule(
         nonlocal warned
         if inplace:
             raise NotImplementedError(in_place_error(name))
+        _refuse_trained(name, [*args, *kwargs.values()])
         if piecewise_linear and input.layout.C and not warned:
             warned = True
             warnings.warn(
@@ -128,9 +224,20 @@ def elementwise_rule(
             )
 
         make = partial(_derivatives, derivatives, name, args, kwargs)
-        return input.like(_Elementwise.apply(input.data, input.layout, make))
+        chain_rule = _SecondOrder if input.layout.higher is None else _Elementwise
+        return input.like(chain_rule.apply(input.data, input.layout, make))
 
     return rule
+
+
+def _refuse_trained(name: str, arguments: Sequence[Any]) -> None:
+    """Refuse arguments whose gradient would be dropped."""
+    if any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
+        raise NotImplementedError(
+            f"The arguments of torch.{name} besides its input must not require a gradient, got one "
+            f"that does (called in {calling_module()}). Write the function as products and sums, "
+            "or freeze it."
+        )
 
 
 def _derivatives(
@@ -149,8 +256,8 @@ def register_elementwise(
     """Register an elementwise function by its derivatives.
 
     The decorated generator receives the value and the function's other arguments and yields
-    f(x), f'(x), f''(x), ... It is advanced only as far as needed: to f' for first-order
-    operators, to f'' for second-order ones, and one order further for their gradients.
+    f(x), f'(x), f''(x), ... It is advanced only as far as needed: to the order of the differential
+    operators, and one order further for their gradients.
 
         @register_elementwise(torch.sin)
         def sin_derivatives(x):

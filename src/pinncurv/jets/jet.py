@@ -17,6 +17,8 @@ from pinncurv.jets.location import calling_module
 TorchFunction = Callable[..., Any]
 Rule = Callable[..., Any]
 _RULES: dict[Any, Rule] = {}
+# Methods that have a rule because the function of the same name has one.
+_IMPLIED: set[Any] = set()
 
 
 def register_rule(*functions: TorchFunction) -> Callable[[Rule], Rule]:
@@ -31,14 +33,26 @@ def register_rule(*functions: TorchFunction) -> Callable[[Rule], Rule]:
 
     Returns:
         A decorator that registers the rule and returns it unchanged.
+
+    Raises:
+        ValueError: If a function has a rule already; names it.
     """
 
     def register(rule: Rule) -> Rule:
+        known = [public_name(f) for f in functions if f in _RULES and f not in _IMPLIED]
+        if known:
+            raise ValueError(
+                f"A function has one jet rule, but there is one for torch.{', torch.'.join(known)} "
+                "already. Define a function of your own, which calls handle_torch_function, and "
+                "register that."
+            )
         for function in functions:
             _RULES[function] = rule
             method = getattr(Tensor, getattr(function, "__name__", ""), None)
-            if method is not None:
-                _RULES[method] = rule
+            if method is not None and resolve_name(function) is not None:
+                _RULES.setdefault(method, rule)
+                _IMPLIED.add(method)
+            _IMPLIED.discard(function)
         return rule
 
     return register
@@ -143,6 +157,18 @@ class Jet:
         return self.data.device
 
     @property
+    def mT(self) -> Jet:
+        """The value's last two axes exchanged, at every point."""
+        result: Jet = self.transpose(-2, -1)
+        return result
+
+    @property
+    def T(self) -> Jet:
+        """The transpose, which would move the points."""
+        result: Jet = self.permute(*reversed(range(self.ndim)))
+        return result
+
+    @property
     def requires_grad(self) -> bool:
         """Whether autograd tracks the channels."""
         return self.data.requires_grad
@@ -166,7 +192,7 @@ class Jet:
     def __repr__(self) -> str:
         """Show shape and channels."""
         layout = self.layout
-        return f"Jet(shape={tuple(self.shape)}, R={layout.R}, C={layout.C}, dtype={self.dtype})"
+        return f"Jet(shape={tuple(self.shape)}, S={layout.S}, dtype={self.dtype})"
 
     def __bool__(self) -> bool:
         """Refuse to be a condition, as a tensor with several elements does."""

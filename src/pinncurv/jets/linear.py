@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from pinncurv.jets.axes import broadcast_together, channel_dims, point_axis_mixed, trailing_view
 from pinncurv.jets.jet import Jet, register_rule
-from pinncurv.jets.recording import active_tape
+from pinncurv.jets.recording import active_tape, for_every_point, is_trained
 
 
 class _LinearMap(torch.autograd.Function):
@@ -50,38 +50,44 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Jet:
             "A linear layer must have a constant weight and bias, but one of them depends on the "
             "points. Write it as a matmul of jets instead."
         )
-    data = input.data
     tape = active_tape()
-    if tape is None or not tape.captures(weight, bias):
-        return input.like(_LinearMap.apply(data, weight, bias))
+    if tape is None or not is_trained(weight, bias):
+        return input.like(_LinearMap.apply(input.data, weight, bias))
     constant_bias = None if bias is None else bias.detach()
-    output = _LinearMap.apply(data, weight.detach(), constant_bias)
-    if not output.requires_grad:
-        output.requires_grad_()
-    tape.append(weight, bias, data, output)
-    return input.like(output)
+    output = _LinearMap.apply(input.data, weight.detach(), constant_bias)
+    return input.like(tape.linear(weight, bias, input.data, output))
 
 
-def add_constant(jet: Jet, constant: Tensor | float) -> Jet:
-    """Add a constant to the value; the derivatives only broadcast."""
+def linear_from_right(jet: Jet, matrix: Tensor) -> Jet:
+    """Return jet @ matrix for a matrix ``[d_in, d_out]``, which is a linear layer, too."""
+    tape = active_tape()
+    if tape is None or not is_trained(matrix):
+        return jet.like(jet.data.matmul(matrix))
+    output = jet.data.matmul(matrix.detach())
+    return jet.like(tape.linear(matrix, None, jet.data, output, transposed=True))
+
+
+def add_constant(jet: Jet, constant: Tensor | float, alpha: float = 1) -> Jet:
+    """Add a multiple of a constant to the value; the derivatives only broadcast."""
     shape = torch.broadcast_shapes(jet.shape, getattr(constant, "shape", ()))
     data = trailing_view(jet, len(shape)).expand(-1, *shape).clone()
-    data[0] = data[0] + constant
+    constant = for_every_point(constant, jet)
+    data[0] = data[0] + (constant if alpha == 1 else alpha * constant)
     return jet.like(data)
 
 
 def scale(jet: Jet, constant: Tensor | float) -> Jet:
     """Multiply every channel by a constant."""
-    return jet.like(trailing_view(jet, getattr(constant, "ndim", 0)) * constant)
+    data = trailing_view(jet, getattr(constant, "ndim", 0))
+    return jet.like(data * for_every_point(constant, jet))
 
 
 @register_rule(torch.add, Tensor.__add__, Tensor.__radd__)
 def add(input: Any, other: Any, *, alpha: float = 1) -> Jet:
     """Add two jets, or a jet and a constant."""
-    if alpha != 1:
-        other = other * alpha
     if not isinstance(other, Jet):
-        return add_constant(input, other)
+        return add_constant(input, other, alpha)
+    other = other if alpha == 1 else scale(other, alpha)
     if not isinstance(input, Jet):
         return add_constant(other, input)
     first, second = broadcast_together(input, other)
@@ -94,7 +100,7 @@ def sub(input: Any, other: Any, *, alpha: float = 1) -> Jet:
     if isinstance(input, Jet) and isinstance(other, Jet) and alpha == 1:
         first, second = broadcast_together(input, other)
         return input.like(first - second)
-    return add(input, other * -alpha)
+    return add(input, other, alpha=-alpha)
 
 
 @register_rule(torch.neg, torch.negative, Tensor.__neg__)

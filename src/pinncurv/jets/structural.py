@@ -20,6 +20,7 @@ from pinncurv.jets.axes import (
     trailing_view,
 )
 from pinncurv.jets.jet import Jet, lift, register_rule
+from pinncurv.jets.recording import for_every_point
 
 
 def _as_sizes(sizes: tuple[Any, ...]) -> tuple[int, ...]:
@@ -197,7 +198,10 @@ def _lift_all(tensors: Sequence[Any]) -> list[Jet]:
     """Turn the constants among jets of one pass into jets."""
     jets = [tensor for tensor in tensors if isinstance(tensor, Jet)]
     check_same_pass(*jets)
-    return [tensor if isinstance(tensor, Jet) else lift(tensor, like=jets[0]) for tensor in tensors]
+    return [
+        t if isinstance(t, Jet) else lift(for_every_point(t, jets[0], t.ndim), like=jets[0])
+        for t in tensors
+    ]
 
 
 @register_rule(torch.cat, torch.concat, torch.concatenate)
@@ -242,6 +246,7 @@ def _view_lifted(branch: Any, reference: Jet, ndim: int) -> Tensor:
     if isinstance(branch, Jet):
         return trailing_view(branch, ndim)
     constant = torch.as_tensor(branch, dtype=reference.dtype, device=reference.device)
+    constant = for_every_point(constant, reference, ndim)
     return prepend_axes(lift(constant, like=reference).data, ndim - constant.ndim)
 
 

@@ -1,39 +1,43 @@
-"""Linearization of one loss term: inputs Z and output gradients G of every linear layer.
+"""Linearization of loss terms: the blocks of the Jacobian, for linear layers and for all else.
 
-``blocks.py`` cuts the points, ``capture.py`` runs the two passes, ``layers.py`` is what they leave,
-``fisher.py`` are the choices of G, and ``linearization.py`` puts them together for all points or
-chunk by chunk.
+A term is bound to a network and points (``bound.py``), where one dry run finds the structure of its
+passes (``structure.py``). A pass is one forward pass that records what trained tensors do, and one
+backward pass to what was recorded (``capture.py``), at a part of the points (``part.py``). Its
+result is a chunk of blocks (``blocks.py``): Z and G of linear layers, rows of other parameters.
 """
 
-from pinncurv.linearization.blocks import TermBlock, points_per_block
-from pinncurv.linearization.capture import (
-    UncapturedParameterError,
-    check_differentiable,
-    trainable_parameters,
-)
+from pinncurv.linearization.blocks import DenseRows, JacobianBlock, LinearLayer, squared_rows
+from pinncurv.linearization.bound import BoundTerm, check_differentiable, trained_tensors
+from pinncurv.linearization.chunk import Chunk
 from pinncurv.linearization.fisher import Empirical, Fisher, ForwardOnly, Type2
-from pinncurv.linearization.layers import Chunk, LayerLinearization
 from pinncurv.linearization.linearization import (
     Linearization,
-    check_compatible,
-    check_finite_parameters,
+    Visitor,
     linearize,
+    run,
+    visit_all,
 )
+from pinncurv.linearization.part import TermPart
+from pinncurv.linearization.structure import UncapturedParameterError
 
 __all__ = [
+    "BoundTerm",
     "Chunk",
+    "DenseRows",
     "Empirical",
     "Fisher",
     "ForwardOnly",
-    "LayerLinearization",
+    "JacobianBlock",
+    "LinearLayer",
     "Linearization",
-    "TermBlock",
+    "TermPart",
     "Type2",
     "UncapturedParameterError",
-    "check_compatible",
+    "Visitor",
     "check_differentiable",
-    "check_finite_parameters",
     "linearize",
-    "points_per_block",
-    "trainable_parameters",
+    "run",
+    "squared_rows",
+    "trained_tensors",
+    "visit_all",
 ]

@@ -1,179 +1,96 @@
-"""The forward pass that records the linear layers, and the backward pass to their outputs."""
+"""The backward pass of a recorded residual, and the blocks of the Jacobian that it yields."""
 
 from __future__ import annotations
 
-from typing import Any
+import warnings
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import Module
 
-from pinncurv.jets import LinearCall, record
-from pinncurv.linearization.blocks import TermBlock
-from pinncurv.linearization.layers import Chunk, LayerLinearization
+from pinncurv.jets import ConstantUse, LinearCall
+from pinncurv.linearization.blocks import DenseRows, JacobianBlock, LinearLayer
+from pinncurv.linearization.structure import Entry, Layer, Structure
 
-
-def linearize_points(block: TermBlock, model: Module, parameters: dict[str, Tensor]) -> Chunk:
-    """Linearize a term at points by one forward and one backward pass.
-
-    Args:
-        block: The term and the points.
-        model: The network.
-        parameters: The trainable parameters by name.
-
-    Raises:
-        RuntimeError: In inference mode, in which there is no backward pass.
-        UncapturedParameterError: If a parameter is used outside linear layers.
-    """
-    check_differentiable(block.term.name)
-    with torch.enable_grad(), record(list(parameters.values())) as tape:
-        residual = block.term.evaluate(model, block.x)
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    check_captured(residual, names, {id(call.output) for call in tape.calls}, block.term.name)
-    detached = residual.detach()
-    gradients = _pull_back(residual, tape.calls, _unit_vectors(detached, block.scale))
-    layers = _collect_layers(tape.calls, gradients, names, len(block.x))
-    return Chunk(detached * block.scale, detached, layers)
+# So many elements of a batch of vectors are pulled back through what computes a tensor at a time.
+_BATCH_ELEMENTS = 1 << 22
 
 
-def check_differentiable(term: str) -> None:
-    """Check that autograd is able to differentiate a term.
+def blocks_of_pass(
+    residual: Float[Tensor, "N V"],
+    scale: float | Float[Tensor, "_ _"],
+    entries: Sequence[Entry],
+    structure: Structure,
+    parameters: Mapping[str, Tensor],
+) -> dict[str, JacobianBlock]:
+    """Pull a recorded residual back to its trained tensors: one backward pass per component.
 
     Args:
-        term: Its name.
-
-    Raises:
-        RuntimeError: In inference mode.
+        residual: The residual r, in the graph.
+        scale: sqrt(w_n / N).
+        entries: What was recorded.
+        structure: What the entries are.
+        parameters: The trained tensors by name.
     """
-    if torch.is_inference_mode_enabled():
-        raise RuntimeError(
-            f"Differentiating term '{term}' must be possible by a backward pass, got "
-            "torch.inference_mode(), which allows none. Use torch.no_grad() instead."
-        )
+    N = len(residual)
+    gradients = _gradients(residual, scale, entries)
+    if structure.computed:
+        rows = _through_computed(gradients, entries, structure, parameters, N)
+    else:
+        rows = {}
+    blocks: dict[str, JacobianBlock] = {}
+    for layer in structure.layers:
+        calls = [_record(entries[i], gradients[i], N, layer) for i in layer.calls]
+        blocks[layer.weight] = _join(calls)
+    for name, uses in structure.dense.items():
+        parts = [_rows(entries[use.entry], gradients[use.entry], use.role, N) for use in uses]
+        parts += [rows[name]] if name in rows else []
+        blocks[name] = DenseRows(name, sum(parts[1:], parts[0]), parameters[name].shape)
+    return blocks
 
 
-def trainable_parameters(model: Module) -> dict[str, Tensor]:
-    """Return the parameters that require a gradient, by name, in the network's order."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-class UncapturedParameterError(ValueError):
-    """A parameter enters the loss other than as weight or bias of a linear layer."""
-
-
-def check_captured(residual: Tensor, names: dict[int, str], recorded: set[int], term: str) -> None:
-    """Check that the parameters enter a recorded residual through linear layers only.
-
-    Linear layers are cut from the graph while they are recorded, so what the graph still reaches
-    and requires a gradient is used in another way.
-
-    Args:
-        residual: The residual, in the graph.
-        names: Names of the trainable parameters by their id.
-        recorded: Ids of the recorded outputs, the roots of the graph.
-        term: Name of the term.
-
-    Raises:
-        UncapturedParameterError: If there is such a tensor; names it and its first use.
-    """
-    uses: dict[str, str] = {}
-    pending: list[tuple[Any, str]] = [(residual.grad_fn, "the residual")]
-    seen = set()
-    while pending:
-        node, user = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) not in recorded:
-            foreign = f"a tensor of shape {list(leaf.shape)} that is no parameter of the network"
-            uses.setdefault(names.get(id(leaf), foreign), user)
-        name = node.name()
-        pending.extend((following, name) for following, _ in node.next_functions)
-    if uses:
-        listing = ", ".join(f"{name} (used by {user})" for name, user in uses.items())
-        raise UncapturedParameterError(
-            f"Every trainable parameter must enter term '{term}' as weight or bias of a linear "
-            f"layer (torch.nn.functional.linear), but these are used in another way: {listing}. "
-            "Rewrite them as linear layers or freeze them with requires_grad_(False)."
-        )
-
-
-def _unit_vectors(residual: Tensor, scale: Tensor | float) -> list[Tensor]:
-    """Return sqrt(w_n / N) times the unit vector of each residual component."""
-    vectors = []
-    for v in range(residual.shape[1]):
+def _gradients(
+    residual: Tensor, scale: float | Tensor, entries: Sequence[Entry]
+) -> dict[int, Float[Tensor, "V ..."]]:
+    """Return the gradient of every recorded root that has points, for each component."""
+    roots = {i: e.root for i, e in enumerate(entries) if isinstance(e, ConstantUse) or e.has_points}
+    if not roots or not residual.requires_grad:
+        zeros = (residual.shape[1],)
+        return {i: root.new_zeros(zeros + root.shape) for i, root in roots.items()}
+    rows = []
+    V = residual.shape[1]
+    for v in range(V):
         vector = torch.zeros_like(residual)
-        vector[:, v] = scale if isinstance(scale, float) else scale[:, 0]
-        vectors.append(vector)
-    return vectors
-
-
-def _pull_back(
-    residual: Tensor, calls: list[LinearCall], vectors: list[Tensor]
-) -> list[list[Tensor | None]]:
-    """Return the gradient of every call's output for each vector."""
-    if not calls or not residual.requires_grad:
-        return [[None] * len(calls) for _ in vectors]
-    outputs = [call.output for call in calls]
-    last = len(vectors) - 1
-    return [
-        list(
+        vector[:, v] = scale if isinstance(scale, float) else scale[:, min(v, scale.shape[1] - 1)]
+        rows.append(
             torch.autograd.grad(
-                residual, outputs, vector, allow_unused=True, retain_graph=v != last
+                residual, list(roots.values()), vector, allow_unused=True, retain_graph=v < V - 1
             )
         )
-        for v, vector in enumerate(vectors)
-    ]
+    gradients = {}
+    for i, root, *parts in zip(roots, roots.values(), *rows, strict=True):
+        filled = [torch.zeros_like(root) if part is None else part for part in parts]
+        gradients[i] = torch.stack(filled) if V > 1 else filled[0][None]
+    return gradients
 
 
-def _collect_layers(
-    calls: list[LinearCall],
-    gradients: list[list[Tensor | None]],
-    names: dict[int, str],
-    N: int,
-) -> dict[str, LayerLinearization]:
-    """Make one record per layer; the calls of a layer used several times are joined along S."""
-    grouped: dict[tuple[str, str | None], list[LayerLinearization]] = {}
-    for i, call in enumerate(calls):
-        layer = _record(call, [row[i] for row in gradients], names, N)
-        grouped.setdefault((layer.weight, layer.bias), []).append(layer)
-    layers: dict[str, LayerLinearization] = {}
-    owners: dict[str, str] = {}
-    for (weight, bias), records in grouped.items():
-        if weight in layers:
-            raise NotImplementedError(
-                f"A weight must always come with the same bias, but {weight} is used with "
-                f"{layers[weight].bias} and with {bias}. Give each bias a weight of its own."
-            )
-        layers[weight] = _join(records)
-        known = owners.setdefault(bias, weight) if bias is not None else weight
-        if known != weight:
-            raise NotImplementedError(
-                f"A bias must belong to one weight, but {bias} is used with {known} and {weight}. "
-                "Give each weight a bias of its own."
-            )
-    return layers
-
-
-def _record(
-    call: LinearCall, gradients: list[Tensor | None], names: dict[int, str], N: int
-) -> LayerLinearization:
-    """Make the record of one call."""
-    weight = names.get(id(call.weight))
-    bias = None if call.bias is None else names.get(id(call.bias))
-    if weight is None or (call.bias is not None and bias is None):
-        raise NotImplementedError(
-            "Weight and bias of a linear layer must be trained together, but only "
-            f"{weight or bias} requires a gradient. Freeze both or neither."
-        )
-    Z = _channels_first(call.input, N, weight)
-    filled = [torch.zeros_like(call.output) if g is None else g for g in gradients]
-    components = [_channels_first(g.detach(), N, weight) for g in filled]
-    G = torch.stack(components) if len(components) > 1 else components[0][None]
-    positions = Z.shape[0] // call.input.shape[0]
-    return LayerLinearization(weight, bias, Z, G, tuple(range(positions)), call.weight.shape[0])
+def _record(entry: Entry, gradient: Tensor, N: int, layer: Layer) -> LinearLayer:
+    """Make the record of one call of a linear layer."""
+    assert isinstance(entry, LinearCall)
+    if entry.has_points:
+        Z = _channels_first(entry.input, N, layer.weight)
+        components = [_channels_first(g, N, layer.weight) for g in gradient]
+        G = torch.stack(components) if gradient.ndim > 4 else gradient
+        positions = Z.shape[0] // entry.input.shape[0]
+    else:
+        rows = entry.input.reshape(-1, 1, entry.input.shape[-1])
+        positions = len(rows)
+        Z = rows.expand(-1, N, -1)
+        G = gradient.reshape(len(gradient), N, positions, -1).transpose(1, 2)
+    values = tuple(range(positions))
+    d_out = G.shape[-1]
+    return LinearLayer(layer.weight, layer.bias, Z, G, values, d_out, layer.transposed)
 
 
 def _channels_first(data: Tensor, N: int, weight: str) -> Float[Tensor, "S N d"]:
@@ -188,21 +105,87 @@ def _channels_first(data: Tensor, N: int, weight: str) -> Float[Tensor, "S N d"]
     return data.flatten(2, -2).movedim(2, 1).flatten(0, 1)
 
 
-def _join(records: list[LayerLinearization]) -> LayerLinearization:
-    """Join the records of one layer along the channels."""
-    if len(records) == 1:
-        return records[0]
-    value_channels: list[int] = []
+def _join(calls: list[LinearLayer]) -> LinearLayer:
+    """Join the calls of one layer along the channels."""
+    first, *others = calls
+    if not others:
+        return first
+    values: list[int] = []
     offset = 0
-    for layer in records:
-        value_channels.extend(offset + channel for channel in layer.value_channels)
-        offset += layer.Z.shape[0]
-    gradients = [layer.G for layer in records if layer.G is not None]
-    return LayerLinearization(
-        records[0].weight,
-        records[0].bias,
-        torch.cat([layer.Z for layer in records]),
-        torch.cat(gradients, 1) if gradients else None,
-        tuple(value_channels),
-        records[0].d_out,
-    )
+    for call in calls:
+        values.extend(offset + channel for channel in call.value_channels)
+        offset += call.Z.shape[0]
+    Z, G = torch.cat([c.Z for c in calls]), torch.cat([c.gradients for c in calls], 1)
+    return LinearLayer(first.weight, first.bias, Z, G, tuple(values), first.d_out, first.transposed)
+
+
+def _rows(entry: Entry, gradient: Tensor, role: str, N: int) -> Float[Tensor, "V N numel"]:
+    """Return the rows of the Jacobian in the tensor that one use of it contributes."""
+    if isinstance(entry, LinearCall):
+        bias = "bias" if role == "bias" else None
+        layer = Layer("of a shared weight", bias, entry.transposed, ())
+        return _record(entry, gradient, N, layer).rows(slice(None))[-1]
+    if entry.per_point:  # row n depends on the n-th row of the tensor alone
+        V = len(gradient)
+        rows = gradient.new_zeros(V, N, *entry.constant.shape)
+        index = torch.arange(N, device=rows.device)
+        rows[:, index, index] = gradient
+        return rows.flatten(2)
+    return gradient.reshape(len(gradient), N, -1)
+
+
+def _through_computed(
+    gradients: dict[int, Tensor],
+    entries: Sequence[Entry],
+    structure: Structure,
+    parameters: Mapping[str, Tensor],
+    N: int,
+) -> dict[str, Float[Tensor, "V N numel"]]:
+    """Pull the rows in tensors that are computed from parameters back to these.
+
+    The gradients of linear layers on tensors without points are added to ``gradients``.
+    """
+    outputs, cotangents = [], []
+    for use in structure.computed:
+        entry = entries[use.entry]
+        tensor = entry.trained[1 if use.role == "bias" else 0]
+        rows = _rows(entry, gradients[use.entry], use.role, N)
+        V = len(rows)
+        outputs.append(tensor)
+        cotangents.append(rows.reshape(V * N, *tensor.shape))
+    roots = [entries[i].root for i in structure.plain]
+    inputs = [*(parameters[name] for name in structure.dense), *roots]
+    pulled = _pull_back(outputs, inputs, cotangents)
+    for i, root, part in zip(structure.plain, roots, pulled[len(structure.dense) :], strict=True):
+        gradients[i] = part.reshape(V, N, *root.shape)
+    named = zip(structure.dense, pulled, strict=False)
+    return {name: part.reshape(V, N, -1) for name, part in named}
+
+
+def _pull_back(
+    outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]
+) -> list[Tensor]:
+    """Pull batches of vectors back through a graph, a part of the batch at a time."""
+    total = len(cotangents[0])
+    largest = max(tensor.numel() for tensor in [*outputs, *inputs])
+    step = max(1, _BATCH_ELEMENTS // largest)
+    pieces = []
+    with warnings.catch_warnings():  # weight_norm has no batching rule: torch loops, which is right
+        warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+        for start in range(0, total, step):
+            pieces.append(
+                torch.autograd.grad(
+                    outputs,
+                    inputs,
+                    [cotangent[start : start + step] for cotangent in cotangents],
+                    is_grads_batched=True,
+                    allow_unused=True,
+                    retain_graph=start + step < total,
+                )
+            )
+    return [_joined(parts, tensor, total) for tensor, *parts in zip(inputs, *pieces, strict=True)]
+
+
+def _joined(parts: Sequence[Tensor | None], tensor: Tensor, total: int) -> Tensor:
+    known = [part for part in parts if part is not None]
+    return torch.cat(known) if known else tensor.new_zeros(total, *tensor.shape)

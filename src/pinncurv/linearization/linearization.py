@@ -1,57 +1,53 @@
-"""Linearization of one loss term at one set of points."""
+"""Linearization of one loss term at one set of points, and one pass over several of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import Module
 
-from pinncurv.linearization.blocks import TermBlock
-from pinncurv.linearization.capture import linearize_points, trainable_parameters
+from pinncurv.linearization.blocks import JacobianBlock
+from pinncurv.linearization.bound import BoundTerm
+from pinncurv.linearization.chunk import Chunk
 from pinncurv.linearization.fisher import Fisher, Type2
-from pinncurv.linearization.layers import Chunk, LayerLinearization, join_points
+from pinncurv.linearization.part import TermPart
+from pinncurv.linearization.structure import Structure
 from pinncurv.problems import LossTerm
+
+# What is done with every part of the points: it is called with the position of the term.
+Visitor = Callable[[int, Chunk], None]
 
 
 class Linearization:
     """One loss term, linearized in the parameters at one set of points.
 
-    r̃(θ + v) ≈ r̃(θ) + J v,  J_n = Σ_s g_ns ⊗ z_ns per layer,  L_t = ½‖r̃‖²
+    r̃(θ + v) ≈ r̃(θ) + J v,  L_t = ½‖r̃‖²
 
-    Iterating yields the chunks. Without a chunk size they are computed at once and kept, in blocks
-    of points that stay in the cache; with a chunk size every iteration recomputes them one by one,
-    so that memory does not grow with N. ``linearize`` builds it after checking its arguments.
+    Without a chunk size the chunks are computed at once and kept, in parts that stay in the cache;
+    with a chunk size every iteration recomputes them one by one, so that memory does not grow with
+    N. ``linearize`` makes one.
 
     Args:
-        term: The loss term.
-        model: The network.
-        x: The points, ``[N, d]``.
+        bound: The term with network and points.
         fisher: Which output gradients G to take.
-        chunk_size: How many points to linearize at a time; None for all.
+        kept: The chunks, if they are known.
     """
 
     def __init__(
-        self,
-        term: LossTerm,
-        model: Module,
-        x: Tensor,
-        fisher: Fisher | None = None,
-        chunk_size: int | None = None,
+        self, bound: BoundTerm, fisher: Fisher | None = None, kept: list[Chunk] | None = None
     ) -> None:
-        self.model = model
+        bound.follow()
+        self.bound = bound
         self.fisher = Type2() if fisher is None else fisher
-        self.chunk_size = chunk_size if chunk_size is not None and chunk_size < len(x) else None
-        self.parameters = trainable_parameters(model)
-        self._all = TermBlock.of_all(term, x)
+        self.parameters = bound.parameters
+        self.structure: Structure = bound.structure
+        self.chunk_size = bound.chunk_size if kept is None else None
+        self._whole = bound.whole
         self._versions = self._current_versions()
-        self._kept = list(self._chunks()) if self.chunk_size is None else None
-        # the structure is the same at every point, so a chunked linearization looks at one
-        sample = self._kept[0] if self._kept else self._linearize(self._all.at(slice(0, 1)))
-        self.num_components = sample.residual.shape[1]
-        self.layer_parameters = {name: layer.bias for name, layer in sample.layers.items()}
+        self._kept = list(self._chunks()) if kept is None and self.chunk_size is None else kept
 
     def __iter__(self) -> Iterator[Chunk]:
         """Yield the chunks.
@@ -62,38 +58,54 @@ class Linearization:
         return iter(self._chunks() if self._kept is None else self._kept)
 
     def _chunks(self) -> Iterator[Chunk]:
-        return map(self._linearize, self.term_blocks())
+        exact = self.fisher == Type2()
+        for part in self.parts():
+            chunk = self.bound.linearize(part)
+            yield chunk if exact else chunk.with_fisher(self.fisher)
+            del chunk  # or it would live on while the next one is computed
 
-    def term_blocks(self) -> Iterator[TermBlock]:
+    def parts(self) -> Iterator[TermPart]:
         """Yield the term at the points that are differentiated at a time.
 
         Raises:
             RuntimeError: If the parameters have changed since the linearization.
         """
-        for block in self._all.cut(self.parameters, self.chunk_size):
+        parts = self.bound.parts if self._whole is self.bound.whole else [self._whole]
+        for part in parts:
             if self._versions != self._current_versions():
                 raise RuntimeError(
                     f"Passes of the linearization of term '{self.term.name}' are recomputed, but "
                     "the parameters have changed since it was made. Linearize again after an "
                     "update."
                 )
-            yield block
+            yield part
 
     @property
     def term(self) -> LossTerm:
         """The loss term."""
-        return self._all.term
+        return self.bound.term
+
+    @property
+    def model(self) -> Module:
+        """The network."""
+        return self.bound.model
 
     @property
     def x(self) -> Float[Tensor, "N d"]:
         """The points."""
-        return self._all.x
+        return self._whole.x
+
+    @property
+    def num_components(self) -> int:
+        """V, the number of residual components."""
+        return self.structure.components
 
     @property
     def mean_weight(self) -> float:
         """The mean of the points' weights."""
-        weights = self.term.weights(self.x)
-        return float(weights if isinstance(weights, float) else weights.mean())
+        scale = self._whole.scale
+        N = len(self.bound.x)
+        return N * (scale**2 if isinstance(scale, float) else float(scale.square().mean()))
 
     @property
     def residual(self) -> Float[Tensor, "N V"]:
@@ -101,9 +113,15 @@ class Linearization:
         return torch.cat([chunk.residual for chunk in self])
 
     @property
-    def layers(self) -> dict[str, LayerLinearization]:
-        """Z and G of every layer at all points, by the name of the layer's weight."""
-        return join_points([chunk.layers for chunk in self])
+    def blocks(self) -> dict[str, JacobianBlock]:
+        """The blocks of the Jacobian at all points, by the name of their first parameter."""
+        chunks = list(self)
+        if len(chunks) == 1:
+            return chunks[0].blocks
+        return {
+            name: block.join([chunk.blocks[name] for chunk in chunks])
+            for name, block in chunks[0].blocks.items()
+        }
 
     def _current_versions(self) -> tuple[int, ...]:
         return tuple(parameter._version for parameter in self.parameters.values())
@@ -114,15 +132,11 @@ class Linearization:
         Args:
             points: Which points.
         """
-        part = Linearization.__new__(Linearization)
-        part.__dict__.update(vars(self))
-        part._all, part.chunk_size = self._all.at(points), None
-        part._kept = [self._linearize(part._all)]
-        return part
-
-    def _linearize(self, block: TermBlock) -> Chunk:
-        """Run one forward and one backward pass at some points."""
-        return linearize_points(block, self.model, self.parameters).with_fisher(self.fisher)
+        whole = self._whole.at(points)
+        chunk = self.bound.linearize(whole).with_fisher(self.fisher)
+        result = Linearization(self.bound, self.fisher, [chunk])
+        result._whole = whole
+        return result
 
 
 def linearize(
@@ -144,47 +158,33 @@ def linearize(
     Raises:
         RuntimeError: In inference mode, in which there is no backward pass.
         ValueError: If the points, dtypes or parameters do not fit; names the term.
-        UncapturedParameterError: If a parameter is used outside linear layers.
+        UncapturedParameterError: If a trained tensor is used where its rows cannot be found.
         FloatingPointError: If a parameter is not finite; names it.
     """
-    check_compatible(term, model, x)
-    check_finite_parameters(model)
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1 or None, got {chunk_size}.")
-    return Linearization(term, model, x, fisher, chunk_size)
+    return Linearization(BoundTerm(term, model, x, chunk_size), fisher)
 
 
-def check_compatible(term: LossTerm, model: Module, x: Tensor) -> None:
-    """Check points against a term and a network before any work.
+def run(linearizations: Sequence[Linearization], *visitors: Visitor) -> None:
+    """Go over all points of all terms once, and call every visitor with each chunk.
 
-    Raises:
-        ValueError: If the points do not fit the term, or their dtype or device the network's.
+    This is how sums over points are taken: several in one pass, and no chunk lives longer than its
+    visits. An objective's linearization may have a ``run`` of its own, which adds visitors.
+
+    Args:
+        linearizations: One per term.
+        visitors: Functions of the position of the term and the chunk.
     """
-    term.check_points(x)
-    parameters = trainable_parameters(model)
-    if not parameters:
-        raise ValueError(
-            f"The network {type(model).__name__} must have a parameter that requires a gradient, "
-            "got none. Call requires_grad_() on the layers to train."
-        )
-    for name, parameter in parameters.items():
-        if (x.dtype, x.device) != (parameter.dtype, parameter.device):
-            raise ValueError(
-                f"Points and network must agree in dtype and device, got points in {x.dtype} on "
-                f"{x.device} for term '{term.name}' and parameter {name} in {parameter.dtype} on "
-                f"{parameter.device}. Convert one of them with .to(...)."
-            )
+    own = getattr(linearizations, "run", None)
+    if own is not None:
+        own(*visitors)
+        return
+    visit_all(linearizations, visitors)
 
 
-def check_finite_parameters(model: Module) -> None:
-    """Check that no parameter is NaN or infinite.
-
-    Raises:
-        FloatingPointError: If one is; names it.
-    """
-    bad = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
-    if bad:
-        raise FloatingPointError(
-            f"The parameters must be finite, but {', '.join(bad)} contains NaN or infinity. "
-            "Initialize the network again, or load a checkpoint from before it diverged."
-        )
+def visit_all(linearizations: Sequence[Linearization], visitors: Sequence[Visitor]) -> None:
+    """Call every visitor with each chunk, one after the other."""
+    for t, linearization in enumerate(linearizations):
+        for chunk in linearization:
+            for visit in visitors:
+                visit(t, chunk)
+            del chunk  # or it would live on while the next one is computed

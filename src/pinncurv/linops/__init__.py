@@ -19,7 +19,7 @@ so blocks of n = d_in d_out, and D parameters in all; sums over layers are left 
 - ``psd``: the one path for factorizations of positive semidefinite matrices.
 """
 
-from pinncurv.linops.blocks import LayerBlock, check_blocks, flat_positions, from_joint, to_joint
+from pinncurv.linops.blocks import Block, check_blocks, flat_positions, from_joint, to_joint
 from pinncurv.linops.cg import (
     CGIterate,
     CGRecord,
@@ -78,6 +78,7 @@ from pinncurv.linops.simultaneous import SimultaneousDiagonalization, diagonaliz
 
 __all__ = [
     "Averageable",
+    "Block",
     "BlockDiagonalLinearOperator",
     "BlockFactorizedInverseLinearOperator",
     "CGInverseLinearOperator",
@@ -103,7 +104,6 @@ __all__ = [
     "KroneckerExpansionLinearOperator",
     "KroneckerFactors",
     "KroneckerRecord",
-    "LayerBlock",
     "LayerwiseLinearOperator",
     "RelativeProgress",
     "RestrictedLinearOperator",

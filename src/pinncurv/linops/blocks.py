@@ -1,4 +1,4 @@
-"""Layers as blocks: the joint matrix of a layer's weight and bias, to it and back."""
+"""Groups of parameters as blocks: the joint matrix of a layer's weight and bias, and back."""
 
 from __future__ import annotations
 
@@ -11,17 +11,21 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class LayerBlock:
-    """The part of the parameter space that belongs to one linear layer.
+class Block:
+    """A group of parameters with its part of an operator: a linear layer, or one other parameter.
 
-    [W, b] ∈ ℝ^(d_out × (d_in + 1))
+    [W, b] ∈ ℝ^(d_out × (d_in + 1)),  for another parameter vec(θ)ᵀ ∈ ℝ^(1 × numel)
 
     Attributes:
-        name: Name of the layer, used in error messages.
-        weight: Position of the weight ``[d_out, d_in]`` in the parameter list.
+        name: Name of the layer or parameter, used in error messages.
+        weight: Position of the weight ``[d_out, d_in]``, or of the parameter, in the list.
         bias: Position of the bias ``[d_out]`` in the parameter list, ``None`` without bias.
-        d_out: Number of outputs.
-        d_in: Number of inputs.
+        d_out: Number of outputs; 1 for another parameter.
+        d_in: Number of inputs; the number of entries of another parameter.
+        stored: Shape in which the weight is stored if not ``[d_out, d_in]``: any shape for another
+            parameter, ``[d_in, d_out]`` for a transposed layer.
+        kronecker: Whether it is a linear layer, with two Kronecker factors. Another parameter has
+            an exact dense matrix A, and B = 1.
     """
 
     name: str
@@ -29,6 +33,23 @@ class LayerBlock:
     bias: int | None
     d_out: int
     d_in: int
+    stored: tuple[int, ...] | None = None
+    kronecker: bool = True
+
+    @classmethod
+    def dense(cls, name: str, position: int, shape: Sequence[int]) -> Block:
+        """Return the block of one parameter that is no weight of a linear layer."""
+        return cls(name, position, None, 1, torch.Size(shape).numel(), tuple(shape), False)
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """Positions of the parameters in the list."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the weight, or of the other parameter, as it is stored."""
+        return (self.d_out, self.d_in) if self.stored is None else self.stored
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -40,8 +61,22 @@ class LayerBlock:
         """Number of parameters in the block."""
         return self.d_out * self.shape[1]
 
+    def to_matrix(self, X: Tensor) -> Tensor:
+        """Bring a stored weight, with any further axes first, to ``[..., d_out, d_in]``."""
+        if self.stored is None:
+            return X
+        if self.kronecker:
+            return X.mT
+        return X.reshape((*X.shape[: X.ndim - len(self.stored)], 1, self.d_in))
 
-def check_blocks(blocks: Sequence[LayerBlock], shapes: Sequence[Sequence[int]]) -> None:
+    def from_matrix(self, X: Tensor) -> Tensor:
+        """Bring ``[..., d_out, d_in]`` to the shape in which the weight is stored."""
+        if self.stored is None:
+            return X
+        return X.mT if self.kronecker else X.reshape((*X.shape[:-2], *self.stored))
+
+
+def check_blocks(blocks: Sequence[Block], shapes: Sequence[Sequence[int]]) -> None:
     """Check that the blocks cover each parameter exactly once and with the right shape.
 
     ⨄_l {weight_l, bias_l} = {0, …, P − 1}
@@ -55,15 +90,14 @@ def check_blocks(blocks: Sequence[LayerBlock], shapes: Sequence[Sequence[int]]) 
     """
     owner: dict[int, str] = {}
     for block in blocks:
-        expected = {block.weight: (block.d_out, block.d_in)}
-        if block.bias is not None:
-            expected[block.bias] = (block.d_out,)  # type: ignore[assignment]
-            if block.bias == block.weight:
-                raise ValueError(
-                    f"Weight and bias of layer {block.name} must be different parameters, "
-                    f"received position {block.weight} for both. Pass bias=None without bias."
-                )
-        for position, shape in expected.items():
+        if block.bias == block.weight:
+            raise ValueError(
+                f"Weight and bias of layer {block.name} must be different parameters, "
+                f"received position {block.weight} for both. Pass bias=None without bias."
+            )
+        for position, shape in zip(
+            block.positions, (block.weight_shape, (block.d_out,)), strict=False
+        ):
             if position in owner:
                 raise ValueError(
                     f"Each parameter must belong to one block, parameter {position} belongs to "
@@ -84,13 +118,11 @@ def check_blocks(blocks: Sequence[LayerBlock], shapes: Sequence[Sequence[int]]) 
     if missing:
         raise ValueError(
             f"Each parameter must belong to one block, parameters {missing} belong to none. "
-            "Add their layers, or leave them out of the parameter list."
+            "Add their blocks, or leave them out of the parameter list."
         )
 
 
-def to_joint(
-    tensors: Sequence[Tensor], blocks: Sequence[LayerBlock]
-) -> list[Shaped[Tensor, "*K _ _"]]:
+def to_joint(tensors: Sequence[Tensor], blocks: Sequence[Block]) -> list[Shaped[Tensor, "*K _ _"]]:
     """Collect the joint matrices of all blocks from a list in parameter order.
 
     X_l = [W_l, b_l]
@@ -106,15 +138,16 @@ def to_joint(
     joints = []
     for block in blocks:
         X = tensors[block.weight]
+        is_matrix = X.ndim > len(block.weight_shape)
+        X = block.to_matrix(X.movedim(-1, 0) if is_matrix else X)
         if block.bias is not None:
-            X = torch.cat([X, tensors[block.bias].unsqueeze(1)], 1)
-        joints.append(X if X.ndim == 2 else X.movedim(-1, 0))
+            bias = tensors[block.bias]
+            X = torch.cat([X, (bias.mT if is_matrix else bias).unsqueeze(-1)], -1)
+        joints.append(X)
     return joints
 
 
-def from_joint(
-    joints: Sequence[Shaped[Tensor, "*K _ _"]], blocks: Sequence[LayerBlock]
-) -> list[Tensor]:
+def from_joint(joints: Sequence[Shaped[Tensor, "*K _ _"]], blocks: Sequence[Block]) -> list[Tensor]:
     """Distribute the joint matrices of all blocks to a list in parameter order.
 
     W_l, b_l = X_l[:, :d_in], X_l[:, d_in]
@@ -129,18 +162,18 @@ def from_joint(
         of the joint matrices.
     """
     tensors: dict[int, Tensor] = {}
-    for joint, block in zip(joints, blocks, strict=True):
-        X = joint if joint.ndim == 2 else joint.movedim(0, -1)
-        if block.bias is None:
-            tensors[block.weight] = X
-        else:
-            tensors[block.weight] = X.narrow(1, 0, block.d_in)
-            tensors[block.bias] = X.select(1, block.d_in)
+    for X, block in zip(joints, blocks, strict=True):
+        is_matrix = X.ndim == 3
+        weight = block.from_matrix(X if block.bias is None else X.narrow(-1, 0, block.d_in))
+        tensors[block.weight] = weight.movedim(0, -1) if is_matrix else weight
+        if block.bias is not None:
+            bias = X.select(-1, block.d_in)
+            tensors[block.bias] = bias.mT if is_matrix else bias
     return [tensors[position] for position in range(len(tensors))]
 
 
 def flat_positions(
-    blocks: Sequence[LayerBlock], shapes: Sequence[Sequence[int]]
+    blocks: Sequence[Block], shapes: Sequence[Sequence[int]]
 ) -> list[Int[Tensor, " _"]]:
     """Find each block's entries in the concatenation of all parameters.
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pinncurv.linops.blocks import LayerBlock
+from pinncurv.linops.blocks import Block
 from pinncurv.linops.inverses import (
     BlockFactorizedInverseLinearOperator,
     FactorizedInverseLinearOperator,
@@ -152,7 +152,7 @@ class DenseBlockDiagonalLinearOperator(LayerwiseLinearOperator):
     def __init__(
         self,
         matrices: Sequence[Float[Tensor, "_ _"]],
-        blocks: Sequence[LayerBlock],
+        blocks: Sequence[Block],
         shapes: Sequence[Sequence[int]],
     ) -> None:
         """Store the matrices.

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pinncurv.linops.blocks import LayerBlock
+from pinncurv.linops.blocks import Block
 from pinncurv.linops.layerwise import LayerwiseLinearOperator
 from pinncurv.linops.operator import check_damping
 from pinncurv.linops.psd import FactorizationError, FactorizationReport, is_singular
@@ -45,7 +45,7 @@ class KroneckerCongruenceLinearOperator(LayerwiseLinearOperator):
         self,
         bases: Sequence[KroneckerBasis],
         scales: Sequence[Float[Tensor, "_ _"]],
-        blocks: Sequence[LayerBlock],
+        blocks: Sequence[Block],
         shapes: Sequence[Sequence[int]],
         dtype: torch.dtype | None = None,
         reports: Sequence[FactorizationReport] = (),

@@ -191,17 +191,16 @@ def _check_groups(groups: Sequence[Sequence[int]] | None, T: int) -> list[list[i
 
 @dataclass(frozen=True)
 class _DampedPair:
-    """Damped factors of one layer and one group of terms, in float64."""
+    """Damped factors of one layer and one group of terms, in float64.
+
+    The floor is a lower bound on the eigenvalues of B ⊗ A.
+    """
 
     A: Float[Tensor, "d_joint d_joint"]
     B: Float[Tensor, "d_out d_out"]
     dampings: FactorDampings
     name: str
-
-    @property
-    def floor(self) -> float:
-        """A lower bound on the eigenvalues of B ⊗ A."""
-        return self.dampings.A * self.dampings.B
+    floor: float
 
 
 @dataclass(frozen=True)
@@ -229,14 +228,17 @@ def _damped_pair(
         for t in group
     ]
     merged = merge(pairs)
-    dampings = heuristic(merged, damping)
+    kronecker = operator.blocks[layer].kronecker
+    # a block without factors is damped as it is: (A + λI) ⊗ 1
+    dampings = heuristic(merged, damping) if kronecker else FactorDampings(damping, 0.0)
     # the factors are fresh tensors of symmetrize or merge, so in-place is safe
     merged.A.diagonal().add_(dampings.A)
     merged.B.diagonal().add_(dampings.B)
     name = f"layer {operator.blocks[layer].name}, term " + "+".join(
         operator.terms[t] for t in group
     )
-    return _DampedPair(merged.A, merged.B, dampings, name)
+    floor = dampings.A * (dampings.B if kronecker else len(group))
+    return _DampedPair(merged.A, merged.B, dampings, name, floor)
 
 
 def _invert_one(pairs: Sequence[_DampedPair]) -> _LayerInverse:

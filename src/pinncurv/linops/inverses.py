@@ -10,7 +10,7 @@ from curvlinops._torch_base import PyTorchLinearOperator
 from jaxtyping import Float
 from torch import Tensor
 
-from pinncurv.linops.blocks import LayerBlock
+from pinncurv.linops.blocks import Block
 from pinncurv.linops.cg_inverse import CGInverseLinearOperator
 from pinncurv.linops.layerwise import LayerwiseLinearOperator
 from pinncurv.linops.operator import SymmetricLinearOperator, check_damping
@@ -92,7 +92,7 @@ class BlockFactorizedInverseLinearOperator(LayerwiseLinearOperator):
     def __init__(
         self,
         factorizations: Sequence[Factorization],
-        blocks: Sequence[LayerBlock],
+        blocks: Sequence[Block],
         shapes: Sequence[Sequence[int]],
         dtype: torch.dtype,
     ) -> None:

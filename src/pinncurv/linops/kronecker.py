@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pinncurv.linops.blocks import LayerBlock
+from pinncurv.linops.blocks import Block
 from pinncurv.linops.eigenform import KroneckerBasis, KroneckerEigenLinearOperator
 from pinncurv.linops.factors import KroneckerFactors
 from pinncurv.linops.kronecker_inverse import cg_inverse, dense_inverse
@@ -31,7 +31,7 @@ class SumKroneckerLinearOperator(LayerwiseLinearOperator):
     def __init__(
         self,
         factors: Sequence[Sequence[KroneckerFactors]],
-        blocks: Sequence[LayerBlock],
+        blocks: Sequence[Block],
         shapes: Sequence[Sequence[int]],
         terms: Sequence[str] | None = None,
     ) -> None:

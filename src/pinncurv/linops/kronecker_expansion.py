@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pinncurv.linops.blocks import LayerBlock
+from pinncurv.linops.blocks import Block
 from pinncurv.linops.dense import DenseBlockDiagonalLinearOperator
 from pinncurv.linops.factors import KroneckerFactors
 from pinncurv.linops.inverses import BlockFactorizedInverseLinearOperator
@@ -54,7 +54,7 @@ class KroneckerExpansionLinearOperator(LayerwiseLinearOperator):
     def __init__(
         self,
         products: Sequence[Sequence[KroneckerFactors]],
-        blocks: Sequence[LayerBlock],
+        blocks: Sequence[Block],
         shapes: Sequence[Sequence[int]],
         records: Sequence[KroneckerRecord] = (),
     ) -> None:

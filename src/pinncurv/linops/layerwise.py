@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pinncurv.linops.blocks import LayerBlock, check_blocks, flat_positions, from_joint, to_joint
+from pinncurv.linops.blocks import Block, check_blocks, flat_positions, from_joint, to_joint
 from pinncurv.linops.operator import SymmetricLinearOperator
 
 
@@ -38,7 +38,7 @@ class LayerwiseLinearOperator(SymmetricLinearOperator, ABC):
 
     def __init__(
         self,
-        blocks: Sequence[LayerBlock],
+        blocks: Sequence[Block],
         shapes: Sequence[Sequence[int]],
         device: torch.device,
         dtype: torch.dtype,

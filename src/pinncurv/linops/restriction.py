@@ -11,7 +11,7 @@ from curvlinops._torch_base import PyTorchLinearOperator
 from jaxtyping import Float
 from torch import Size, Tensor
 
-from pinncurv.linops.blocks import LayerBlock, check_blocks, flat_positions, from_joint, to_joint
+from pinncurv.linops.blocks import Block, check_blocks, flat_positions, from_joint, to_joint
 from pinncurv.linops.cg_inverse import CGInverseLinearOperator
 from pinncurv.linops.dense import (
     DenseBlockDiagonalLinearOperator,
@@ -40,10 +40,10 @@ class Selection:
 
     positions: tuple[int, ...]
     shapes: tuple[Size, ...]
-    blocks: tuple[LayerBlock, ...]
+    blocks: tuple[Block, ...]
 
     @classmethod
-    def of(cls, blocks: Sequence[LayerBlock], shapes: Sequence[Sequence[int]]) -> Selection:
+    def of(cls, blocks: Sequence[Block], shapes: Sequence[Sequence[int]]) -> Selection:
         """Select the parameters of some layers.
 
         Args:
@@ -53,7 +53,7 @@ class Selection:
         Raises:
             ValueError: If there is no layer, or one does not fit the shapes.
         """
-        used = [p for block in blocks for p in (block.weight, block.bias) if p is not None]
+        used = [p for block in blocks for p in block.positions]
         positions = sorted(set(used))
         if not used or positions[0] < 0 or positions[-1] >= len(shapes):
             raise ValueError(
@@ -83,7 +83,7 @@ class RestrictedLinearOperator(SymmetricLinearOperator):
     Cost: a product is one with C.
     """
 
-    def __init__(self, operator: PyTorchLinearOperator, blocks: Sequence[LayerBlock]) -> None:
+    def __init__(self, operator: PyTorchLinearOperator, blocks: Sequence[Block]) -> None:
         """Store the operator.
 
         Args:
@@ -99,7 +99,7 @@ class RestrictedLinearOperator(SymmetricLinearOperator):
         super().__init__(self.selection.shapes, operator.device, operator.dtype)
 
     @property
-    def blocks(self) -> tuple[LayerBlock, ...]:
+    def blocks(self) -> tuple[Block, ...]:
         """The layers, whose positions count the selected parameters."""
         return self.selection.blocks
 
@@ -134,9 +134,7 @@ class RestrictedLinearOperator(SymmetricLinearOperator):
 
 
 @singledispatch
-def restrict(
-    operator: PyTorchLinearOperator, blocks: Sequence[LayerBlock]
-) -> SymmetricLinearOperator:
+def restrict(operator: PyTorchLinearOperator, blocks: Sequence[Block]) -> SymmetricLinearOperator:
     """Restrict a symmetric operator to the parameters of some layers.
 
     C ↦ P C Pᵀ, P selects parameters
@@ -159,7 +157,7 @@ def restrict(
     return RestrictedLinearOperator(operator, blocks)
 
 
-def _indices(operator: LayerwiseLinearOperator, blocks: Sequence[LayerBlock]) -> list[int]:
+def _indices(operator: LayerwiseLinearOperator, blocks: Sequence[Block]) -> list[int]:
     """Find layers in a block-diagonal operator."""
     unknown = [block for block in blocks if block not in operator.blocks]
     if unknown:
@@ -171,9 +169,7 @@ def _indices(operator: LayerwiseLinearOperator, blocks: Sequence[LayerBlock]) ->
 
 
 @restrict.register
-def _(
-    operator: SumKroneckerLinearOperator, blocks: Sequence[LayerBlock]
-) -> SumKroneckerLinearOperator:
+def _(operator: SumKroneckerLinearOperator, blocks: Sequence[Block]) -> SumKroneckerLinearOperator:
     factors = [operator.factors[i] for i in _indices(operator, blocks)]
     selection = Selection.of(blocks, operator.shapes)
     return SumKroneckerLinearOperator(factors, selection.blocks, selection.shapes, operator.terms)
@@ -181,7 +177,7 @@ def _(
 
 @restrict.register
 def _(
-    operator: KroneckerCongruenceLinearOperator, blocks: Sequence[LayerBlock]
+    operator: KroneckerCongruenceLinearOperator, blocks: Sequence[Block]
 ) -> KroneckerCongruenceLinearOperator:
     indices, selection = _indices(operator, blocks), Selection.of(blocks, operator.shapes)
     bases, scales = [operator.bases[i] for i in indices], [operator.scales[i] for i in indices]
@@ -193,7 +189,7 @@ def _(
 
 @restrict.register
 def _(
-    operator: DenseBlockDiagonalLinearOperator, blocks: Sequence[LayerBlock]
+    operator: DenseBlockDiagonalLinearOperator, blocks: Sequence[Block]
 ) -> DenseBlockDiagonalLinearOperator:
     matrices = [operator.matrices[i] for i in _indices(operator, blocks)]
     selection = Selection.of(blocks, operator.shapes)
@@ -201,13 +197,13 @@ def _(
 
 
 @restrict.register
-def _(operator: DiagonalLinearOperator, blocks: Sequence[LayerBlock]) -> DiagonalLinearOperator:
+def _(operator: DiagonalLinearOperator, blocks: Sequence[Block]) -> DiagonalLinearOperator:
     positions = Selection.of(blocks, operator.shapes).positions
     return DiagonalLinearOperator([operator.diagonals[position] for position in positions])
 
 
 @restrict.register
-def _(operator: DenseLinearOperator, blocks: Sequence[LayerBlock]) -> DenseLinearOperator:
+def _(operator: DenseLinearOperator, blocks: Sequence[Block]) -> DenseLinearOperator:
     selection = Selection.of(blocks, operator.shapes)
     entries = torch.arange(operator.shape[0], device=operator.device)
     pieces = entries.split([shape.numel() for shape in operator.shapes])
@@ -223,9 +219,7 @@ class BlockDiagonalLinearOperator(LayerwiseLinearOperator):
     Cost: the sum of those of the layers' operators.
     """
 
-    def __init__(
-        self, operators: Sequence[PyTorchLinearOperator], blocks: Sequence[LayerBlock]
-    ) -> None:
+    def __init__(self, operators: Sequence[PyTorchLinearOperator], blocks: Sequence[Block]) -> None:
         """Store the operators.
 
         Args:
@@ -296,18 +290,18 @@ class BlockDiagonalLinearOperator(LayerwiseLinearOperator):
         )
 
 
-def _shapes(blocks: Sequence[LayerBlock]) -> list[tuple[int, ...]]:
+def _shapes(blocks: Sequence[Block]) -> list[tuple[int, ...]]:
     """Return the shapes of the parameters of some layers, in the order of their positions."""
     shapes: dict[int, tuple[int, ...]] = {}
     for block in blocks:
-        shapes[block.weight] = (block.d_out, block.d_in)
+        shapes[block.weight] = block.weight_shape
         if block.bias is not None:
             shapes[block.bias] = (block.d_out,)
     return [shapes[position] for position in sorted(shapes)]
 
 
 def block_diagonal(
-    operators: Sequence[PyTorchLinearOperator], blocks: Sequence[LayerBlock]
+    operators: Sequence[PyTorchLinearOperator], blocks: Sequence[Block]
 ) -> BlockDiagonalLinearOperator:
     """Take each layer's block from an operator of its own.
 

@@ -112,7 +112,7 @@ def gauss_newton(
         use_momentum: Whether the quadratic model may take part of the previous update.
         rule: How λ adapts; constant by default.
         curvature: The form of the exact matrix: dense by default. For networks with more parameters
-            than residuals, ``GaussNewtonLinearOperator.from_linearizations`` inverts by the kernel.
+            than residuals, ``MatrixFreeGaussNewton()`` inverts by the kernel.
 
     Source: Martens and Grosse 2015, section 7, with the exact matrix.
     """

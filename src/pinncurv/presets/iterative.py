@@ -7,8 +7,8 @@ from typing import Any
 
 from pinncurv.curvature import (
     KFAC,
-    GaussNewtonLinearOperator,
     InverseRecipe,
+    MatrixFreeGaussNewton,
     PreconditionedCG,
     Recipe,
 )
@@ -52,7 +52,7 @@ def gauss_newton_cg(
     default = default_damping(groups, 1e-8)
     return CurvatureOptimizer(
         groups,
-        curvature=GaussNewtonLinearOperator.from_linearizations,
+        curvature=MatrixFreeGaussNewton(),
         inverse=PreconditionedCG(
             default if damping is None else damping,
             curvature,
@@ -90,7 +90,7 @@ def hessian_free(
     """
     return CurvatureOptimizer(
         params,
-        curvature=GaussNewtonLinearOperator.from_linearizations,
+        curvature=MatrixFreeGaussNewton(),
         inverse=PreconditionedCG(
             damping,
             curvature,

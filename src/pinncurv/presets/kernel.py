@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from pinncurv.curvature import GaussNewtonLinearOperator, Woodbury
+from pinncurv.curvature import MatrixFreeGaussNewton, Woodbury
 from pinncurv.optim import (
     CurvatureOptimizer,
     GridLineSearch,
@@ -34,7 +34,7 @@ def engd_w(
     groups = groups_of(params)
     return CurvatureOptimizer(
         groups,
-        curvature=GaussNewtonLinearOperator.from_linearizations,
+        curvature=MatrixFreeGaussNewton(),
         inverse=Woodbury(default_damping(groups, 1e-10) if damping is None else damping),
         step_size=GridLineSearch() if step_size is None else step_size,
     )
@@ -61,7 +61,7 @@ def spring(
     groups = groups_of(params)
     return CurvatureOptimizer(
         groups,
-        curvature=GaussNewtonLinearOperator.from_linearizations,
+        curvature=MatrixFreeGaussNewton(),
         inverse=Woodbury(default_damping(groups, 1e-8) if damping is None else damping),
         step_size=NormConstrained(1.0, norm=1.0) if step_size is None else step_size,
         momentum=Spring(momentum) if momentum else None,

@@ -2,19 +2,19 @@
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
-from pinncurv.diffops import DifferentialOperator, evaluate
+from pinncurv.diffops import DifferentialOperator, evaluate, named_parameters_of
 from pinncurv.problems.residual import Residual, call_residual
 from pinncurv.problems.samplers import Sampler
 from pinncurv.problems.signature import check_data, check_operators, check_signature
 
-Weight = float | Tensor | Callable[[Tensor], Tensor]
+Weight = float | Sequence[float] | Tensor | Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,13 +25,15 @@ class LossTerm:
 
     Args:
         operators: The differential operators D_k, declared by name.
-        residual: The pointwise function r. It is called with points, [N, d], and, by keyword, the
-            values of the operators, e.g. [N, d_out], and the data; it returns [N] or [N, V]. Large
-            batches are processed in blocks of points, so it must not capture tensors with one row
-            per point: they are data.
+        residual: The pointwise function r, or an nn.Module whose parameters (a coefficient of the
+            PDE, a network for an unknown source) are trained along. It is called with points,
+            [N, d], and, by keyword, the values of the operators, e.g. [N, d_out], and the data; it
+            returns [N] or [N, V]. Large batches are processed in blocks of points, so it must not
+            capture tensors with one row per point: they are data.
         points: Where the points come from.
-        weight: One non-negative number, one per point [N], or a function of the points that returns
-            one per point.
+        weight: One non-negative number; a sequence of V numbers, one per component of the residual;
+            a tensor with one per point, [N], or per point and component, [N, V]; or a function of
+            the points that returns such a tensor.
         name: How errors and records call this term.
         data: What is known at each point (measurements, forcing, ...), by name: tensors with one
             row per point, [N, ...].
@@ -64,6 +66,9 @@ class LossTerm:
         check_signature(self.name, self.residual, self.operators, self.data)
         if isinstance(self.weight, Tensor):
             _check_weights(self.name, self.weight)
+        elif isinstance(self.weight, Sequence) and not isinstance(self.weight, str):
+            numbers = tuple(_checked_number(self.name, weight) for weight in self.weight)
+            object.__setattr__(self, "weight", numbers)
         elif not callable(self.weight):
             object.__setattr__(self, "weight", _checked_number(self.name, self.weight))
 
@@ -83,7 +88,7 @@ class LossTerm:
         if not self.data and all(operators[name] is self.operators[name] for name in operators):
             return self
         data = {name: tensor[part] for name, tensor in self.data.items()}
-        return self._with(operators=operators, data=data)
+        return self.with_fields(operators=operators, data=data)
 
     def to(self, x: Tensor) -> "LossTerm":
         """Return the term with its data on the points' device and, if real, in their dtype.
@@ -100,9 +105,9 @@ class LossTerm:
         }
         if all(data[name] is self.data[name] for name in data):
             return self
-        return self._with(data=data)
+        return self.with_fields(data=data)
 
-    def _with(self, **fields: Any) -> "LossTerm":
+    def with_fields(self, **fields: Any) -> "LossTerm":
         """Return a copy with other fields, which have been checked before."""
         term = copy.copy(self)
         for name, value in fields.items():
@@ -147,6 +152,13 @@ class LossTerm:
         """
         return call_residual(self.name, self.residual, x, {**values, **self.data})
 
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield what is trained in residual and coefficients, by names like TERM.residual.nu."""
+        yield from named_parameters_of(self.residual, f"{self.name}.residual")
+        for name, operator in self.operators.items():
+            for inner, parameter in operator.named_parameters():
+                yield f"{self.name}.{name}.{inner}", parameter
+
     def weights(self, x: Tensor) -> float | Tensor:
         """Return the weights of the points.
 
@@ -156,23 +168,24 @@ class LossTerm:
             x: The points, [N, d].
 
         Returns:
-            One number for all points, or a tensor [N] on the points' device in their dtype.
+            One number for all points, or a tensor [N], [1, V] or [N, V] on the points' device in
+            their dtype.
 
         Raises:
             ValueError: If there is not one weight per point, or one is negative or not finite.
         """
         if isinstance(self.weight, float):
             return self.weight
-        if isinstance(self.weight, Tensor):
-            weights = self.weight
-        else:
-            weights = self.weight(x)
-            _check_weights(self.name, weights)
-        if weights.shape != x.shape[:1]:
+        if isinstance(self.weight, tuple):
+            return x.new_tensor([self.weight])
+        assert not isinstance(self.weight, Sequence)
+        weights = self.weight if isinstance(self.weight, Tensor) else self.weight(x)
+        _check_weights(self.name, weights)
+        if weights.shape[0] != x.shape[0]:
             raise ValueError(
-                f"Term '{self.name}': there must be one weight per point, shape [{x.shape[0]}], "
-                f"got {list(weights.shape)}. Pass a function x -> [N] as weight if the number of "
-                "points changes."
+                f"Term '{self.name}': there must be one weight per point, shape [{x.shape[0]}] or "
+                f"[{x.shape[0]}, V], got {list(weights.shape)}. Pass a function x -> [N] as weight "
+                "if the number of points changes."
             )
         return weights.to(x)
 
@@ -190,7 +203,7 @@ class LossTerm:
         """
         return self.evaluate(model, x) * self.scale(x)
 
-    def scale(self, x: Tensor) -> float | Float[Tensor, "N 1"]:
+    def scale(self, x: Tensor) -> float | Float[Tensor, "_ _"]:
         """Return the factors that carry weights and 1/N, such that the loss is a sum of squares.
 
         sqrt(w_n / N)
@@ -199,12 +212,13 @@ class LossTerm:
             x: The points, [N, d].
 
         Returns:
-            One number for all points, or one per point, [N, 1].
+            One number for all points, or one per point and component: [N, 1], [1, V] or [N, V].
         """
         weights = self.weights(x)
         if isinstance(weights, float):
             return math.sqrt(weights / x.shape[0])
-        return (weights / x.shape[0]).sqrt().unsqueeze(1)
+        scale = (weights / x.shape[0]).sqrt()
+        return scale if scale.ndim == 2 else scale.unsqueeze(1)
 
     def check_points(self, x: Tensor) -> None:
         """Check a batch of points: a non-empty, finite, floating point matrix [N, d].
@@ -253,15 +267,20 @@ def _checked_number(term: str, weight: Any) -> float:
 
 
 def _check_weights(term: str, weights: Tensor) -> None:
-    if weights.ndim != 1:
+    if weights.requires_grad:
         raise ValueError(
-            f"Term '{term}': there must be one weight per point, shape [N], got "
-            f"{list(weights.shape)}. Use squeeze(-1) for a column of weights."
+            f"Term '{term}': a weight must not require a gradient, which no operator would contain,"
+            " got one that does. Pass weight.detach()."
+        )
+    if weights.ndim not in (1, 2):
+        raise ValueError(
+            f"Term '{term}': there must be one weight per point, shape [N], or per point and "
+            f"component, [N, V], got {list(weights.shape)}."
         )
     valid = (weights >= 0) & (weights < math.inf)
     if not valid.all():
         bad = weights[~valid]
         raise ValueError(
             f"Term '{term}': weights must be finite and >= 0, got {bad[:3].tolist()} among "
-            f"{len(bad)} such of {len(weights)}. Use 0 to switch points off."
+            f"{len(bad)} such of {weights.numel()}. Use 0 to switch points off."
         )

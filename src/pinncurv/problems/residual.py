@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pinncurv.jets import Jet
+
 Residual = Callable[..., Tensor]
 
 
@@ -46,9 +48,9 @@ def call_residual(
             f"{result.dtype} from values of dtypes {dtypes}. Pass tensors by data=, which are "
             "converted, or write tensor.to(x) in the residual."
         )
-    if result.shape[1] == N > 1:
+    if result.shape[1] == N > 1 and isinstance(result, Tensor):
         _check_not_broadcast(term, residual, x, values)
-    return result
+    return result.data[0] if isinstance(result, Jet) else result
 
 
 def _call(term: str, residual: Residual, x: Tensor, values: Mapping[str, Tensor]) -> Tensor:
@@ -65,7 +67,7 @@ def _call(term: str, residual: Residual, x: Tensor, values: Mapping[str, Tensor]
             "tensors with one row per point by data= of the LossTerm, since points are processed "
             "in blocks."
         ) from error
-    if not isinstance(result, Tensor):
+    if not isinstance(result, Tensor | Jet):
         raise TypeError(
             f"Term '{term}': the residual must return a tensor [N] or [N, V], got "
             f"{type(result).__name__}. Return what shall vanish."

@@ -6,8 +6,10 @@ sums are loops. No jet, no recorded layer and no structured product takes part.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import singledispatch
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,16 +18,19 @@ from torch.func import functional_call, jacfwd, jacrev
 from torch.nn import Module
 
 from pinncurv.diffops import (
-    Channels,
+    Bilaplacian,
     DifferentialOperator,
     Directional,
+    Divergence,
     FactoredSecondOrder,
     Gradient,
+    Hessian,
     Laplacian,
     Partial,
     SecondOrder,
     Value,
 )
+from pinncurv.linearization import trained_tensors
 from pinncurv.problems import LossTerm
 from pinncurv.verification.instance import Network
 
@@ -36,19 +41,55 @@ Reference = Callable[[PointFunction, Tensor], Tensor]
 References = Mapping[str, Reference]
 
 
-def trainable(model: Network) -> dict[str, Tensor]:
-    """Return detached copies of the parameters that require a gradient."""
-    if not isinstance(model, Module):
-        return {}
-    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+def trainable(model: Network, *terms: LossTerm) -> dict[str, Tensor]:
+    """Return detached copies of what requires a gradient in a network and in terms."""
+    module = model if isinstance(model, Module) else Module()
+    return {n: p.detach().clone() for n, p in trained_tensors(module, *terms).items()}
 
 
-def at_point(model: Network, parameters: Parameters | None = None) -> PointFunction:
-    """Return the network as a function of one point, ``[d]`` to ``[d_out]``."""
+def at_point(model: Network, parameters: Parameters | None = None) -> Callable[[Tensor], Any]:
+    """Return the network as a function of one point, ``[d]`` to ``[d_out]`` or several such."""
     if not isinstance(model, Module):
-        return lambda x: model(x[None])[0]
-    values = trainable(model) if parameters is None else dict(parameters)
-    return lambda x: functional_call(model, values, (x[None],))[0]
+        return lambda x: _first_row(model(x[None]))
+    values = trainable(model) if parameters is None else parameters
+    own = {name for name, _ in model.named_parameters()}
+    own_values = {name: value for name, value in values.items() if name in own}
+    return lambda x: _first_row(functional_call(model, own_values, (x[None],)))
+
+
+def _first_row(output: Any) -> Any:
+    if isinstance(output, dict):
+        return {key: part[0] for key, part in output.items()}
+    return tuple(part[0] for part in output) if isinstance(output, tuple | list) else output[0]
+
+
+def substituted(term: LossTerm, parameters: Parameters) -> LossTerm:
+    """Return a term with other values of what is trained in its residual and coefficients."""
+    operators = {
+        name: _operator_with_values(operator, parameters, f"{term.name}.{name}")
+        for name, operator in term.operators.items()
+    }
+    residual = _with_values(term.residual, parameters, f"{term.name}.residual")
+    return term.with_fields(operators=operators, residual=residual)
+
+
+def _operator_with_values(
+    operator: DifferentialOperator, parameters: Parameters, name: str
+) -> DifferentialOperator:
+    changed = copy.copy(operator)
+    for attribute, given in vars(operator).items():
+        value = _with_values(given, parameters, f"{name}.{attribute}")
+        object.__setattr__(changed, attribute, value)
+    return changed
+
+
+def _with_values(given: Any, parameters: Parameters, name: str) -> Any:
+    if isinstance(given, Module):
+        own = {
+            n.removeprefix(f"{name}."): v for n, v in parameters.items() if n.startswith(f"{name}.")
+        }
+        return lambda *args, **kwargs: functional_call(given, own, args, kwargs)
+    return parameters.get(name, given)
 
 
 # --- differential operators at one point --------------------------------------------------------
@@ -61,36 +102,42 @@ def derivative(operator: DifferentialOperator, u: PointFunction, x: Float[Tensor
     (D u)(x)
 
     The shipped operators are evaluated by their definition. For another one, the derivatives that
-    it declares in ``require`` are computed, and its ``read`` combines them.
+    it requests are computed by theirs, and its ``read`` combines them.
 
     Args:
         operator: The operator, at this point alone.
         u: The network as a function of one point.
         x: The point.
     """
-    required, first = operator.require(x[None]), jacrev(u)(x)
-    directions = [v.reshape(-1) for v in required.directions]
-    sums = []
-    for contraction in required.contractions:
-        V = torch.stack([directions[i] for i in contraction.indices])
-        Q = torch.eye(len(V), dtype=x.dtype, device=x.device)
-        if contraction.weights is not None:
-            Q = contraction.weights.reshape(-1).diag()
-        if contraction.matrix is not None:
-            Q = contraction.matrix.reshape(len(V), len(V))
-        sums.append(_contract(u, x, V.mT @ Q @ V)[None])
-    return operator.read(Channels(u(x)[None], [(first @ v)[None] for v in directions], sums))[0]
+    values = {}
+    for name, request in operator.requests(x[None]).items():
+        tensor = _tensor(u, x, request.order)
+        total = torch.zeros_like(u(x))
+        for alpha, c in request.terms.items():
+            part = tensor
+            for i in reversed(alpha):
+                part = part @ request.directions[i].reshape(-1)
+            total = total + c * part
+        values[name] = total[None]
+    return operator.read(x[None], values)[0]
 
 
-def _contract(u: PointFunction, x: Tensor, c: Tensor) -> Tensor:
-    """Return Σ_ij c_ij ∂²u/∂x_i∂x_j."""
-    return (jacfwd(jacrev(u))(x) * c).sum((-2, -1))
+def _tensor(u: PointFunction, x: Tensor, order: int) -> Tensor:
+    """Return all derivatives of an order, ``[..., d, ..., d]``."""
+    function = u
+    for k in range(order):
+        function = jacrev(function) if k % 2 == 0 else jacfwd(function)
+    return function(x)
 
 
 def _coefficient(given: Tensor | Callable[[Tensor], Tensor], x: Tensor, ndim: int) -> Tensor:
     """Return a coefficient at one point: a constant, a tensor's only row, or a function's value."""
     tensor = given if isinstance(given, Tensor) else given(x[None])
-    return (tensor[0] if tensor.ndim > ndim else tensor).detach().to(x)
+    return (tensor[0] if tensor.ndim > ndim else tensor).to(x)
+
+
+def _dims(operator: Any, x: Tensor) -> list[int]:
+    return list(range(len(x)) if operator.dims is None else operator.dims)
 
 
 @derivative.register
@@ -100,39 +147,59 @@ def _(operator: Value, u: PointFunction, x: Tensor) -> Tensor:
 
 @derivative.register
 def _(operator: Partial, u: PointFunction, x: Tensor) -> Tensor:
-    return jacrev(u)(x)[..., operator.dim]
+    tensor = _tensor(u, x, len(operator.dims))
+    for dim in reversed(operator.dims):
+        tensor = tensor[..., dim]
+    return tensor
 
 
 @derivative.register
 def _(operator: Gradient, u: PointFunction, x: Tensor) -> Tensor:
-    dims = range(len(x)) if operator.dims is None else operator.dims
-    first = jacrev(u)(x)
-    return torch.stack([first[..., dim] for dim in dims], -1)
+    return _tensor(u, x, 1)[..., _dims(operator, x)]
+
+
+@derivative.register
+def _(operator: Divergence, u: PointFunction, x: Tensor) -> Tensor:
+    return _tensor(u, x, 1)[..., _dims(operator, x)].trace()[None]
 
 
 @derivative.register
 def _(operator: Directional, u: PointFunction, x: Tensor) -> Tensor:
-    return jacrev(u)(x) @ _coefficient(operator.direction, x, 1)
+    result, v = _tensor(u, x, operator.order), _coefficient(operator.direction, x, 1)
+    for _ in range(operator.order):
+        result = result @ v
+    return result
+
+
+@derivative.register
+def _(operator: Hessian, u: PointFunction, x: Tensor) -> Tensor:
+    dims = _dims(operator, x)
+    return _tensor(u, x, 2)[..., dims, :][..., dims]
 
 
 @derivative.register
 def _(operator: Laplacian, u: PointFunction, x: Tensor) -> Tensor:
-    second = jacfwd(jacrev(u))(x)
-    dims = range(len(x)) if operator.dims is None else operator.dims
-    return torch.stack([second[..., dim, dim] for dim in dims]).sum(0)
+    second = _tensor(u, x, 2)
+    return torch.stack([second[..., i, i] for i in _dims(operator, x)]).sum(0)
+
+
+@derivative.register
+def _(operator: Bilaplacian, u: PointFunction, x: Tensor) -> Tensor:
+    fourth, dims = _tensor(u, x, 4), _dims(operator, x)
+    return torch.stack([fourth[..., i, i, j, j] for i in dims for j in dims]).sum(0)
 
 
 @derivative.register
 def _(operator: SecondOrder, u: PointFunction, x: Tensor) -> Tensor:
-    second = jacfwd(jacrev(u))(x)
-    dims = list(range(len(x)) if operator.dims is None else operator.dims)
-    return (second[..., dims, :][..., dims] * _coefficient(operator.matrix, x, 2)).sum((-2, -1))
+    dims = _dims(operator, x)
+    second = _tensor(u, x, 2)[..., dims, :][..., dims]
+    return (second * _coefficient(operator.matrix, x, 2)).sum((-2, -1))
 
 
 @derivative.register
 def _(operator: FactoredSecondOrder, u: PointFunction, x: Tensor) -> Tensor:
     F = _coefficient(operator.factors, x, 2)
-    return _contract(u, x, F @ F.mT)
+    return (_tensor(u, x, 2) * (F @ F.mT)).sum((-2, -1))
 
 
 def operator_value(
@@ -141,7 +208,11 @@ def operator_value(
     """Evaluate one of a term's operators at the n-th of the points x."""
     if name in references:
         return references[name](u, x[n])
-    return derivative(term.operators[name].at(slice(n, n + 1)), u, x[n])
+    operator = term.operators[name].at(slice(n, n + 1))
+    output: Any = u
+    return derivative(
+        operator, u if operator.of is None else lambda p: output(p)[operator.of], x[n]
+    )
 
 
 # --- loss terms ---------------------------------------------------------------------------------
@@ -157,10 +228,10 @@ def residual_at(
 
 
 def _weight(term: LossTerm, x: Tensor, n: int) -> Tensor:
-    if isinstance(term.weight, float):
-        return x.new_tensor(term.weight)
-    weights = term.weight if isinstance(term.weight, Tensor) else term.weight(x)
-    return weights[n].to(x)
+    weights = term.weights(x)
+    if isinstance(weights, float):
+        return x.new_tensor(weights)
+    return weights[n] if len(weights) == len(x) else weights[0]
 
 
 def scaled_residual(
@@ -172,6 +243,7 @@ def scaled_residual(
 ) -> Float[Tensor, "N V"]:
     """Return sqrt(w_n / N) r_n of all points."""
     u, N = at_point(model, parameters), len(x)
+    term = term if parameters is None else substituted(term, parameters)
     rows = [
         (_weight(term, x, n) / N).sqrt() * residual_at(term, u, x, n, references) for n in range(N)
     ]
@@ -182,15 +254,19 @@ def jacobian(
     model: Network, term: LossTerm, x: Float[Tensor, "N d"], references: References
 ) -> dict[str, Float[Tensor, "N V *parameter"]]:
     """Return the Jacobian of the scaled residual by the name of the parameter."""
-    return jacrev(lambda p: scaled_residual(model, term, x, references, p))(trainable(model))
+    return jacrev(lambda p: scaled_residual(model, term, x, references, p))(trainable(model, term))
 
 
 def flat_jacobian(
-    model: Network, term: LossTerm, x: Float[Tensor, "N d"], references: References
+    model: Network,
+    term: LossTerm,
+    x: Float[Tensor, "N d"],
+    references: References,
+    parameters: Parameters,
 ) -> Float[Tensor, "NV D"]:
-    """Return the same as a matrix."""
-    parts = jacobian(model, term, x, references).values()
-    return torch.cat([part.flatten(2).flatten(0, 1) for part in parts], 1)
+    """Return the same as a matrix, in given parameters."""
+    J = jacrev(lambda p: scaled_residual(model, term, x, references, p))(parameters)
+    return torch.cat([J[name].flatten(2).flatten(0, 1) for name in parameters], 1)
 
 
 def gauss_newton(
@@ -211,7 +287,7 @@ def gauss_newton(
     """
     matrices = []
     for term, x in zip(terms, points, strict=True):
-        J = flat_jacobian(model, term, x, references or {})
+        J = flat_jacobian(model, term, x, references or {}, trainable(model, *terms))
         matrices.append(J.mT @ J)
     return torch.stack(matrices).sum(0)
 
@@ -238,8 +314,8 @@ def hessian(
         residuals = [scaled_residual(model, t, x, references or {}, parameters) for t, x in pairs]
         return 0.5 * torch.stack([residual.square().sum() for residual in residuals]).sum()
 
-    rows = jacfwd(jacrev(loss))(trainable(model))
-    sizes = {name: parameter.numel() for name, parameter in trainable(model).items()}
+    rows = jacfwd(jacrev(loss))(trainable(model, *terms))
+    sizes = {name: parameter.numel() for name, parameter in trainable(model, *terms).items()}
     return torch.cat(
         [torch.cat([rows[a][b].reshape(sizes[a], sizes[b]) for b in sizes], 1) for a in sizes]
     )

@@ -11,7 +11,7 @@ from curvlinops._torch_base import PyTorchLinearOperator
 from torch import Tensor
 from torch.nn import Module
 
-from pinncurv.linearization import linearize, trainable_parameters
+from pinncurv.linearization import linearize, trained_tensors
 from pinncurv.problems import LossTerm
 from pinncurv.verification.checklist import TOLERANCE, Checklist
 from pinncurv.verification.instance import first_points, in_double
@@ -91,7 +91,8 @@ class _Instance:
 
     def wrong_space(self, operator: PyTorchLinearOperator) -> str:
         """Say on which shapes the operator acts if not on those of the parameters."""
-        expected = [list(p.shape) for p in trainable_parameters(self.model).values()]
+        terms = [term for term, _ in self.pairs]
+        expected = [list(p.shape) for p in trained_tensors(self.model, *terms).values()]
         received = [list(shape) for shape in operator._in_shape]
         return "" if received == expected else f"acts on {received}, the parameters are {expected}"
 
@@ -125,6 +126,8 @@ def _check_scale(checks: Checklist, instance: _Instance) -> None:
 
 def _double(weight: Any) -> Any:
     """Return twice a weight: a number, a tensor, or a function of the points."""
+    if isinstance(weight, tuple):
+        return tuple(2 * w for w in weight)
     return (lambda x: 2 * weight(x)) if callable(weight) else 2 * weight
 
 

@@ -26,4 +26,9 @@ def first_points(term: LossTerm, x: Tensor, count: int) -> tuple[LossTerm, Tenso
     part = slice(0, count)
     weight = term.weight[part] if isinstance(term.weight, Tensor) else term.weight
     points = x[part].detach().double()
-    return replace(term.at(part), weight=weight).to(points), points
+    small = replace(term.at(part), weight=weight).to(points)
+    if any(True for _ in term.named_parameters()):
+        small = copy.deepcopy(small)
+        for _, parameter in small.named_parameters():
+            parameter.data = parameter.data.double()
+    return small, points

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from pinncurv.curvature.products import jacobian_rows
 from pinncurv.diffops import evaluate
 from pinncurv.linearization import Linearization, linearize
 from pinncurv.problems import LossTerm
@@ -68,7 +67,7 @@ def check_term(
             [brute_force.residual_at(term, u, x, n, references) for n in range(len(x))]
         ),
     )
-    if isinstance(model, Module) and brute_force.trainable(model):
+    if isinstance(model, Module) and brute_force.trainable(model, term):
         _check_linearization(checks, term, model, x, references)
 
 
@@ -108,7 +107,7 @@ def _check_linearization(
 ) -> None:
     """Check the scaled residual, and the Jacobian from inputs and output gradients."""
     linearization = checks.attempt(
-        "all parameters are weights and biases of linear layers", lambda: linearize(term, model, x)
+        "every trained tensor has its rows of the Jacobian", lambda: linearize(term, model, x)
     )
     if linearization is None:
         return
@@ -134,11 +133,11 @@ def _check_jacobian(
 
 
 def _jacobian_in(linearization: Linearization, name: str) -> Tensor:
-    """Return ``[N, V, *parameter]`` from the records of the layers; zero if there is none."""
-    for layer in linearization.layers.values():
-        if name in (layer.weight, layer.bias):
-            weight, bias = jacobian_rows(layer, slice(None))
-            rows = weight if name == layer.weight or bias is None else bias
-            return rows.transpose(0, 1)
-    residual, parameter = linearization.residual, linearization.parameters[name]
-    return residual.new_zeros(*residual.shape, *parameter.shape)
+    """Return ``[N, V, *parameter]`` from the blocks; zero if there is none."""
+    shape = linearization.parameters[name].shape
+    for block in linearization.blocks.values():
+        if name in block.names:
+            rows = block.rows(slice(None))[block.names.index(name)].transpose(0, 1)
+            return rows.reshape((*rows.shape[:2], *shape))
+    residual = linearization.residual
+    return residual.new_zeros(*residual.shape, *shape)

@@ -1,0 +1,176 @@
+"""A loss term bound to a network and points: found out once, evaluated many times."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from pinncurv.jets import record
+from pinncurv.linearization.capture import blocks_of_pass
+from pinncurv.linearization.chunk import Chunk
+from pinncurv.linearization.part import TermPart
+from pinncurv.linearization.structure import Structure, find_structure, signature
+from pinncurv.problems import LossTerm
+
+
+class BoundTerm:
+    """A loss term with a network and points, of which all that does not change is found once.
+
+    The structure of a pass, the channels, coefficients, weights and data at the parts of the points
+    are kept. Tensors among them that are written to, and parameters that are frozen or replaced,
+    are followed by their version counters: this is the only place that looks at them.
+
+    Args:
+        term: The loss term.
+        model: The network.
+        x: The points, ``[N, d]``.
+        chunk_size: Most points of a part; None for no limit but the cache.
+        terms: All terms of the objective, in whose order trained tensors are named.
+
+    Raises:
+        ValueError: If the points, dtypes or parameters do not fit; names the term.
+        UncapturedParameterError: If a trained tensor is used where its rows cannot be found.
+        FloatingPointError: If a parameter is not finite; names it.
+    """
+
+    def __init__(
+        self,
+        term: LossTerm,
+        model: Module,
+        x: Tensor,
+        chunk_size: int | None = None,
+        terms: Sequence[LossTerm] = (),
+    ) -> None:
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1 or None, got {chunk_size}.")
+        self.term = term
+        self.model = model
+        self.x = x
+        self._terms = tuple(terms) or (term,)
+        self.chunk_size = chunk_size if chunk_size is not None and chunk_size < len(x) else None
+        self._state: tuple[object, ...] = ()
+        self.follow()
+
+    def follow(self) -> None:
+        """Find out again what has changed since the last time, if anything has."""
+        state = self.state()
+        if state == self._state:
+            return
+        own = {id(p) for p in trained_tensors(self.model, self.term).values()}
+        named = trained_tensors(self.model, *self._terms)
+        self.parameters = {name: p for name, p in named.items() if id(p) in own}
+        self._check()
+        # trained tensors of the residual are recorded by jets, those of coefficients when read
+        self.as_jets = any(p.requires_grad for _, p in self.term.named_parameters())
+        self.whole = TermPart.of_all(self.term, self.x)
+        widest = max((max(p.shape, default=1) for p in self.parameters.values()), default=1)
+        self.parts = list(self.whole.cut(widest, self.chunk_size))
+        self._structure: Structure | None = None
+        self._state = state
+
+    @property
+    def structure(self) -> Structure:
+        """What a pass looks like."""
+        if self._structure is None:
+            check_differentiable(self.term.name)
+            few = self.whole.at(slice(0, 2))
+            self._structure = find_structure(few, self.model, self.parameters, self.as_jets)
+        return self._structure
+
+    def state(self) -> tuple[object, ...]:
+        """Return what changes when a tensor that is kept is written to or replaced, or frozen."""
+        tensors = [self.x, *self.term.data.values()]
+        tensors += [self.term.weight] if isinstance(self.term.weight, Tensor) else []
+        for operator in self.term.operators.values():
+            tensors += [given for given in vars(operator).values() if isinstance(given, Tensor)]
+        parameters = [*self.model.parameters(), *(p for _, p in self.term.named_parameters())]
+        return (
+            self.model.training,
+            *((id(tensor), tensor._version) for tensor in tensors if not tensor.requires_grad),
+            *((id(parameter), parameter.requires_grad) for parameter in parameters),
+        )
+
+    def linearize(self, part: TermPart) -> Chunk:
+        """Linearize at some points by one forward pass, and one backward pass per component.
+
+        Raises:
+            RuntimeError: In inference mode, or if the network takes another path than before.
+        """
+        check_differentiable(self.term.name)
+        structure = self.structure
+        with torch.enable_grad(), record(structure.records_plain) as tape:
+            residual = part.evaluate(self.model, self.as_jets)
+        found = signature(tape, {id(p): None for p in self.parameters.values()})
+        if found != structure.signature or residual.shape[1] != structure.components:
+            raise RuntimeError(
+                f"A pass of term '{self.term.name}' must do the same at any points, but at "
+                f"{len(part.x)} of them the network or the residual used {len(found)} linear maps "
+                f"and trained tensors, {len(structure.signature)} when it was looked at, or "
+                "others. Branch on nothing that changes from call to call or with the number of "
+                "points; after a change of the network, make a new objective."
+            )
+        blocks = blocks_of_pass(residual, part.scale, tape.entries, structure, self.parameters)
+        detached = residual.detach()
+        return Chunk(detached * part.scale, detached, blocks)
+
+    def losses(self) -> Iterator[Tensor]:
+        """Yield what the parts contribute to the loss, with a graph unless torch.no_grad is on."""
+        self.follow()
+        return (part.loss(self.model) for part in self.parts)
+
+    def _check(self) -> None:
+        """Check points against term and network before any work."""
+        self.term.check_points(self.x)
+        if not self.parameters:
+            raise ValueError(
+                f"The network {type(self.model).__name__} must have a parameter that requires a "
+                "gradient, got none. Call requires_grad_() on the layers to train."
+            )
+        for name, parameter in self.parameters.items():
+            if (self.x.dtype, self.x.device) != (parameter.dtype, parameter.device):
+                raise ValueError(
+                    "Points and network must agree in dtype and device, got points in "
+                    f"{self.x.dtype} on {self.x.device} for term '{self.term.name}' and parameter "
+                    f"{name} in {parameter.dtype} on {parameter.device}. Convert one of them with "
+                    ".to(...)."
+                )
+        named = {**dict(self.model.named_parameters()), **self.parameters}
+        bad = [name for name, parameter in named.items() if not parameter.isfinite().all()]
+        if bad:
+            raise FloatingPointError(
+                f"The parameters must be finite, but {', '.join(bad)} contains NaN or infinity. "
+                "Initialize the network again, or load a checkpoint from before it diverged."
+            )
+
+
+def trained_tensors(model: Module, *terms: LossTerm) -> dict[str, Tensor]:
+    """Return what requires a gradient in a network and in terms, by name, each tensor once."""
+    named: list[tuple[str, Tensor]] = list(model.named_parameters())
+    for term in terms:
+        named += term.named_parameters()
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in named:
+        if tensor.requires_grad and id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[name] = tensor
+    return tensors
+
+
+def check_differentiable(term: str) -> None:
+    """Check that autograd is able to differentiate a term.
+
+    Args:
+        term: Its name.
+
+    Raises:
+        RuntimeError: In inference mode.
+    """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"Differentiating term '{term}' must be possible by a backward pass, got "
+            "torch.inference_mode(), which allows none. Use torch.no_grad() instead."
+        )
