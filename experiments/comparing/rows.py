@@ -27,6 +27,6 @@ class RowsGaussNewton(SymmetricLinearOperator):
         self.rows: Float[Tensor, "R D"] = jacobian.to_dense()
 
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
-        Y = self.rows.mT @ (self.rows @ torch.cat([x.flatten(end_dim=-2) for x in X]))
+        Y = self.rows.mT @ (self.rows @ torch.cat([x.reshape(-1, x.shape[-1]) for x in X]))
         pieces = Y.split(self._in_shape_flat)
         return [y.reshape(x.shape) for y, x in zip(pieces, X, strict=True)]

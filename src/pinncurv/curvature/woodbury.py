@@ -144,7 +144,7 @@ def check_positive(damping: float, jacobian: JacobianLinearOperator) -> float:
 
 def to_data(jacobian: JacobianLinearOperator, X: list[Tensor]) -> Float[Tensor, "R k"]:
     """Return J X, from one tensor ``[*shape, k]`` per parameter, in one matrix."""
-    return torch.cat([part.flatten(end_dim=-2) for part in jacobian._matmat(X)])
+    return torch.cat([part.reshape(-1, part.shape[-1]) for part in jacobian._matmat(X)])
 
 
 def from_data(jacobian: JacobianLinearOperator, y: Float[Tensor, "R k"]) -> list[Tensor]:

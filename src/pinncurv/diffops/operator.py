@@ -32,8 +32,12 @@ class DifferentialOperator(ABC):
         """Return the derivatives needed at points x, ``[N, d]``."""
 
     @abstractmethod
-    def read(self, x: Tensor, derivatives: Mapping[str, Tensor]) -> Tensor:
-        """Return the operator's value at the points from what it asked for, each ``[N, ...]``."""
+    def read(self, x: Any, derivatives: Mapping[str, Any]) -> Any:
+        """Return the operator's value at the points from what it asked for, each ``[N, ...]``.
+
+        Where something is trained, points and derivatives are jets without derivatives of their
+        own, which record what trained tensors do. Torch functions take them as tensors.
+        """
 
     def at(self, part: slice | Tensor) -> DifferentialOperator:
         """Return the operator at a part of the points: cut the coefficients given per point."""

@@ -37,7 +37,7 @@ class Value(_Operator):
     def requests(self, x: Tensor) -> Mapping[str, Derivative]:
         return {"u": Derivative.value()}
 
-    def read(self, x: Tensor, derivatives: Mapping[str, Tensor]) -> Tensor:
+    def read(self, x: Any, derivatives: Mapping[str, Any]) -> Any:
         return derivatives["u"]
 
 
@@ -62,7 +62,7 @@ class Partial(_Operator):
         vectors = [standard_basis(x, (dim,))[0] for dim in self.dims]
         return {"u": Derivative.along(*vectors)}
 
-    def read(self, x: Tensor, derivatives: Mapping[str, Tensor]) -> Tensor:
+    def read(self, x: Any, derivatives: Mapping[str, Any]) -> Any:
         return derivatives["u"]
 
 
@@ -86,7 +86,7 @@ class Gradient(_Operator):
         basis = standard_basis(x, self.dims)
         return {str(i): Derivative.along(e) for i, e in enumerate(basis)}
 
-    def read(self, x: Tensor, derivatives: Mapping[str, Tensor]) -> Tensor:
+    def read(self, x: Any, derivatives: Mapping[str, Any]) -> Any:
         return torch.stack(list(derivatives.values()), -1)
 
 
@@ -100,7 +100,7 @@ class Divergence(Gradient):
         dims: The coordinates; None for all.
     """
 
-    def read(self, x: Tensor, derivatives: Mapping[str, Tensor]) -> Tensor:
+    def read(self, x: Any, derivatives: Mapping[str, Any]) -> Any:
         parts = list(derivatives.values())
         if parts[0].ndim != 2 or parts[0].shape[1] != len(parts):
             raise ValueError(
@@ -134,7 +134,7 @@ class Laplacian(_Operator):
         basis = standard_basis(x, self.dims)
         return {"u": Derivative(basis, {(i, i): 1.0 for i in range(len(basis))})}
 
-    def read(self, x: Tensor, derivatives: Mapping[str, Tensor]) -> Tensor:
+    def read(self, x: Any, derivatives: Mapping[str, Any]) -> Any:
         return derivatives["u"]
 
 
@@ -173,7 +173,7 @@ class Hessian(_Operator):
     def requests(self, x: Tensor) -> Mapping[str, Derivative]:
         return _all_derivatives(standard_basis(x, self.dims), 2)
 
-    def read(self, x: Tensor, derivatives: Mapping[str, Tensor]) -> Tensor:
+    def read(self, x: Any, derivatives: Mapping[str, Any]) -> Any:
         k = max(int(name.split(",")[0]) for name in derivatives) + 1
         rows = [torch.stack([derivatives[_name((i, j))] for j in range(k)], -1) for i in range(k)]
         return torch.stack(rows, -2)
@@ -212,7 +212,7 @@ class Directional(_Operator):
         v = _evaluate(self.direction, x, "direction", (x.shape[-1],))
         return {"u": Derivative.along(*[v] * self.order)}
 
-    def read(self, x: Tensor, derivatives: Mapping[str, Tensor]) -> Tensor:
+    def read(self, x: Any, derivatives: Mapping[str, Any]) -> Any:
         if "u" in derivatives:
             return derivatives["u"]
         v = _at_points(self.direction, x)
@@ -271,7 +271,7 @@ class SecondOrder(_Operator):
         }
         return {"u": Derivative(basis, terms)}
 
-    def read(self, x: Tensor, derivatives: Mapping[str, Tensor]) -> Tensor:
+    def read(self, x: Any, derivatives: Mapping[str, Any]) -> Any:
         if "u" in derivatives:
             return derivatives["u"]
         c = _at_points(self.matrix, x)
@@ -301,7 +301,7 @@ class FactoredSecondOrder(_Operator):
         columns = _evaluate(self.factors, x, "factors", (x.shape[-1], None)).unbind(-1)
         return {"u": Derivative(columns, {(r, r): 1.0 for r in range(len(columns))})}
 
-    def read(self, x: Tensor, derivatives: Mapping[str, Tensor]) -> Tensor:
+    def read(self, x: Any, derivatives: Mapping[str, Any]) -> Any:
         if "u" in derivatives:
             return derivatives["u"]
         F = _at_points(self.factors, x)
@@ -344,7 +344,7 @@ def _all_derivatives(basis: Sequence[Tensor], order: int) -> dict[str, Derivativ
     return {_name(alpha): Derivative.along(*(basis[i] for i in alpha)) for alpha in multisets}
 
 
-def _combine(derivatives: Mapping[str, Tensor], coefficient: Callable[..., Any]) -> Tensor:
+def _combine(derivatives: Mapping[str, Any], coefficient: Callable[..., Any]) -> Any:
     """Return Σ_α c_α ∂^α u over sorted α, for coefficients that are numbers or one per point."""
     total: Any = None
     for name, u in derivatives.items():
@@ -354,7 +354,7 @@ def _combine(derivatives: Mapping[str, Tensor], coefficient: Callable[..., Any])
     return total
 
 
-def _at_points(coefficient: Tensor | PointFunction, x: Tensor) -> Any:
+def _at_points(coefficient: Tensor | PointFunction, x: Any) -> Any:
     """Return a trained coefficient, a constant or one per point."""
     return coefficient if isinstance(coefficient, Tensor) else coefficient(x)
 

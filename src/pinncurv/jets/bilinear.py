@@ -139,16 +139,19 @@ def einsum(equation: str, *operands: Any) -> Jet:
     """Contract constants and at most two jets.
 
     Raises:
-        NotImplementedError: With more than two jets, or an equation without an arrow.
+        NotImplementedError: With more than two jets.
     """
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
         operands = tuple(operands[0])
     positions = [i for i, operand in enumerate(operands) if isinstance(operand, Jet)]
-    if len(positions) > 2 or "->" not in equation:
+    if len(positions) > 2:
         raise NotImplementedError(
-            f"torch.einsum on jets takes an explicit output and at most two jets, got {equation!r} "
-            f"with {len(positions)} jets. Contract pairwise, and write the arrow."
+            f"torch.einsum on jets takes at most two jets, got {equation!r} with {len(positions)}. "
+            "Contract pairwise."
         )
+    if "->" not in equation:  # then the output has what appears once, in alphabetical order
+        letters = sorted(c for c in set(equation) if c.isalpha() and equation.count(c) == 1)
+        equation = f"{equation}->{'...' if '...' in equation else ''}{''.join(letters)}"
     channel = next(c for c in "zyxwvutsrqponmlkjihgfedcbaZYXWVUTSRQ" if c not in equation)
     inputs, output = equation.replace(" ", "").split("->")
     terms = inputs.split(",")

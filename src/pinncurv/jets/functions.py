@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, count, cycle
 
 import torch
 from torch import Tensor
@@ -12,6 +13,31 @@ from torch.nn import functional
 from pinncurv.jets.bilinear import mul
 from pinncurv.jets.elementwise import elementwise_rule, register_elementwise
 from pinncurv.jets.jet import Jet, register_rule
+
+
+def _autonomous(f: Tensor, slope: Tensor, q: Sequence[float], start: int) -> Iterator[Tensor]:
+    """Derivatives of a solution of f' = q(f), from one order on to order six.
+
+    f^(k) = q(f) R_k(f),  R_1 = 1,  R_{k+1} = (q R_k)'
+
+    Args:
+        f: The value.
+        slope: f'.
+        q: The coefficients of the polynomial q, the constant first.
+        start: The first order.
+    """
+    R = [1.0]
+    for order in range(2, 7):
+        product = [0.0] * (len(R) + len(q) - 1)
+        for a, x in enumerate(R):
+            for b, y in enumerate(q):
+                product[a + b] += x * y
+        R = [k * c for k, c in enumerate(product)][1:]
+        if order >= start:
+            value = torch.full_like(f, R[-1])
+            for c in reversed(R[:-1]):
+                value = value * f + c
+            yield slope * value
 
 
 @register_elementwise(torch.tanh)
@@ -24,7 +50,27 @@ def tanh(x: Tensor) -> Iterator[Tensor]:
     curvature = (f * slope).mul_(-2)
     yield curvature
     yield torch.addcmul(slope * slope, f, curvature).mul_(-2)
-    yield f * slope * (16 - 24 * f * f)
+    yield from _autonomous(f, slope, (1, 0, -1), 4)
+
+
+@register_elementwise(functional.tanhshrink)
+def tanhshrink(x: Tensor) -> Iterator[Tensor]:
+    """x - tanh x."""
+    value, slope, *higher = tanh(x)
+    yield x - value
+    yield 1 - slope
+    for derivative in higher:
+        yield -derivative
+
+
+@register_elementwise(torch.tan)
+def tan(x: Tensor) -> Iterator[Tensor]:
+    """tan: f' = 1 + f²."""
+    f = torch.tan(x)
+    yield f
+    slope = 1 + f * f
+    yield slope
+    yield from _autonomous(f, slope, (1, 0, 1), 2)
 
 
 @register_elementwise(torch.sigmoid, torch.special.expit)
@@ -41,21 +87,63 @@ def _sigmoid_derivatives(f: Tensor) -> Iterator[Tensor]:
     yield slope
     yield slope * (1 - 2 * f)
     yield slope * (1 - 6 * slope)
-    yield slope * (1 - 2 * f) * (1 - 12 * slope)
+    yield from _autonomous(f, slope, (0, 1, -1), 4)
+
+
+@register_elementwise(functional.logsigmoid)
+def logsigmoid(x: Tensor) -> Iterator[Tensor]:
+    """log s(x) with the logistic function s: f' = s(-x)."""
+    yield functional.logsigmoid(x)
+    for order, derivative in enumerate(_sigmoid_derivatives(torch.sigmoid(-x))):
+        yield derivative if order % 2 == 0 else -derivative
 
 
 @register_elementwise(torch.sin)
 def sin(x: Tensor) -> Iterator[Tensor]:
     """sin, cos, -sin, -cos, ..."""
     f, slope = torch.sin(x), torch.cos(x)
-    yield from (f, slope, -f, -slope, f)
+    yield from cycle((f, slope, -f, -slope))
 
 
 @register_elementwise(torch.cos)
 def cos(x: Tensor) -> Iterator[Tensor]:
     """cos, -sin, -cos, sin, ..."""
     f, s = torch.cos(x), torch.sin(x)
-    yield from (f, -s, -f, s, f)
+    yield from cycle((f, -s, -f, s))
+
+
+@register_elementwise(torch.sinh)
+def sinh(x: Tensor) -> Iterator[Tensor]:
+    """sinh, cosh, ..."""
+    yield from cycle((torch.sinh(x), torch.cosh(x)))
+
+
+@register_elementwise(torch.cosh)
+def cosh(x: Tensor) -> Iterator[Tensor]:
+    """cosh, sinh, ..."""
+    yield from cycle((torch.cosh(x), torch.sinh(x)))
+
+
+@register_elementwise(torch.atan, torch.arctan)
+def atan(x: Tensor) -> Iterator[Tensor]:
+    """atan: f' = 1 / (1 + x²)."""
+    yield torch.atan(x)
+    inner = (2 * x, torch.full_like(x, 2.0))
+    yield from _compose(_power_derivatives(1 + x * x, -1.0), inner)
+
+
+@register_elementwise(torch.expm1, torch.special.expm1)
+def expm1(x: Tensor) -> Iterator[Tensor]:
+    """exp x - 1."""
+    yield torch.expm1(x)
+    yield from exp(x)
+
+
+@register_elementwise(torch.log1p, torch.special.log1p)
+def log1p(x: Tensor) -> Iterator[Tensor]:
+    """log(1 + x)."""
+    yield torch.log1p(x)
+    yield from _power_derivatives(1 + x, -1.0)
 
 
 @register_elementwise(torch.exp)
@@ -115,11 +203,9 @@ def gelu(x: Tensor, approximate: str = "none") -> Iterator[Tensor]:
     """x Φ(x) with the normal distribution function, or its tanh approximation."""
     yield functional.gelu(x, approximate=approximate)
     if approximate == "none":
+        distribution = 0.5 * (1 + torch.erf(x / math.sqrt(2)))
         density = torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
-        yield 0.5 * (1 + torch.erf(x / math.sqrt(2))) + x * density
-        yield (2 - x * x) * density
-        yield (x**3 - 4 * x) * density
-        yield (-(x**4) + 7 * x * x - 4) * density
+        yield from _times_identity(x, chain([distribution], _hermite_functions(x, density)))
         return
     # x s(w(x)), s the logistic function and w(x) = 2 sqrt(2/π) (x + 0.044715 x³)
     scale, cubic = 2 * math.sqrt(2 / math.pi), 0.044715
@@ -127,65 +213,136 @@ def gelu(x: Tensor, approximate: str = "none") -> Iterator[Tensor]:
         scale * (1 + 3 * cubic * x * x),
         scale * 6 * cubic * x,
         torch.full_like(x, scale * 6 * cubic),
-        torch.zeros_like(x),
     )
-    outer = list(_sigmoid_derivatives(torch.sigmoid(scale * (x + cubic * x**3))))
+    outer = _sigmoid_derivatives(torch.sigmoid(scale * (x + cubic * x**3)))
     yield from _times_identity(x, _compose(outer, inner))
 
 
-def _compose(outer: list[Tensor], inner: tuple[Tensor, ...]) -> list[Tensor]:
-    """Derivatives of s(w(x)) to order four from those of s at w(x) and w', w'', ... at x."""
-    _, s1, s2, s3, s4 = outer
-    w1, w2, w3, w4 = inner
-    return [
-        outer[0],
-        s1 * w1,
-        s2 * w1**2 + s1 * w2,
-        s3 * w1**3 + 3 * s2 * w1 * w2 + s1 * w3,
-        s4 * w1**4 + 6 * s3 * w1**2 * w2 + s2 * (3 * w2**2 + 4 * w1 * w3) + s1 * w4,
-    ]
+def _hermite_functions(x: Tensor, density: Tensor) -> Iterator[Tensor]:
+    """The derivatives of exp(-x²/2), times a constant: φ^(k+1) = -x φ^(k) - k φ^(k-1)."""
+    yield density
+    before, now = density, -x * density
+    for k in range(1, 7):
+        yield now
+        before, now = now, -x * now - k * before
 
 
-def _times_identity(x: Tensor, factor: list[Tensor]) -> Iterator[Tensor]:
+def _compose(outer: Iterable[Tensor], inner: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Derivatives of s(w(x)) from those of s at w(x) and w', w'', ... at x (Faà di Bruno).
+
+    Args:
+        outer: s, s', ... at w(x).
+        inner: w', w'', ...; those that are left out are zero.
+    """
+    known: list[Tensor] = []
+    bell: dict[tuple[int, int], Tensor] = {}  # Bell's polynomials B_nk(w', w'', ...)
+    for n, derivative in enumerate(outer):
+        known.append(derivative)
+        for k in range(1, n + 1):
+            terms = [inner[n - 1]] if k == 1 and n <= len(inner) else []
+            for i in range(1, min(n - k + 1, len(inner)) + 1) if k > 1 else ():
+                if (n - i, k - 1) in bell:
+                    terms.append(math.comb(n - 1, i - 1) * inner[i - 1] * bell[n - i, k - 1])
+            if terms:
+                bell[n, k] = sum(terms[1:], terms[0])
+        parts = [known[k] * bell[n, k] for k in range(1, n + 1) if (n, k) in bell]
+        yield sum(parts[1:], parts[0]) if parts else derivative
+
+
+def _times_identity(x: Tensor, factor: Iterable[Tensor]) -> Iterator[Tensor]:
     """Derivatives of x s(x) beyond the value: x s^(k) + k s^(k-1)."""
-    for order in range(1, len(factor)):
-        yield x * factor[order] + order * factor[order - 1]
+    before = x
+    for order, derivative in enumerate(factor):
+        if order:
+            yield x * derivative + order * before
+        before = derivative
 
 
 @register_elementwise(functional.silu)
 def silu(x: Tensor) -> Iterator[Tensor]:
     """x s(x) with the logistic function s."""
     yield functional.silu(x)
-    yield from _times_identity(x, list(_sigmoid_derivatives(torch.sigmoid(x))))
+    yield from _times_identity(x, _sigmoid_derivatives(torch.sigmoid(x)))
+
+
+@register_elementwise(functional.mish)
+def mish(x: Tensor) -> Iterator[Tensor]:
+    """x tanh(log(1 + exp x))."""
+    yield functional.mish(x)
+    plus = functional.softplus(x)
+    inner = list(_sigmoid_derivatives(torch.sigmoid(x)))
+    yield from _times_identity(x, _compose(tanh(plus), inner))
 
 
 @register_elementwise(functional.softplus)
 def softplus(x: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Iterator[Tensor]:
-    """log(1 + exp(β x)) / β; its slope is the logistic function, without torch's threshold."""
+    """log(1 + exp(β x)) / β; its slope is the logistic function, and linear above a threshold."""
     yield functional.softplus(x, beta, threshold)
+    linear = beta * x > threshold
     for order, derivative in enumerate(_sigmoid_derivatives(torch.sigmoid(beta * x))):
-        yield beta**order * derivative
+        yield torch.where(linear, float(order == 0), beta**order * derivative)
 
 
 @register_elementwise(functional.elu)
 def elu(x: Tensor, alpha: float = 1.0) -> Iterator[Tensor]:
     """x for x > 0, α (exp(x) - 1) otherwise."""
     yield functional.elu(x, alpha)
-    negative = alpha * torch.exp(x.clamp(max=0))
-    yield torch.where(x > 0, 1.0, negative)
+    yield from _exponential_below_zero(x, alpha)
+
+
+def _exponential_below_zero(
+    x: Tensor, factor: float, rate: float = 1.0, slope: float = 1.0
+) -> Iterator[Tensor]:
+    """Derivatives of factor exp(rate x) for x <= 0, of slope x above."""
+    negative = factor * torch.exp(rate * x.clamp(max=0))
+    above = slope
     while True:
-        yield torch.where(x > 0, 0.0, negative)
+        negative = rate * negative
+        yield torch.where(x > 0, above, negative)
+        above = 0.0
 
 
-@register_elementwise(torch.erf)
+@register_elementwise(torch.selu, functional.selu)
+def selu(x: Tensor) -> Iterator[Tensor]:
+    """Scaled ELU, with the constants of Klambauer et al. 2017."""
+    alpha, scale = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
+    yield torch.selu(x)
+    yield from _exponential_below_zero(x, alpha * scale, slope=scale)
+
+
+@register_elementwise(torch.celu, functional.celu)
+def celu(x: Tensor, alpha: float = 1.0) -> Iterator[Tensor]:
+    """x for x > 0, α (exp(x / α) - 1) otherwise."""
+    yield functional.celu(x, alpha)
+    yield from _exponential_below_zero(x, alpha, 1 / alpha)
+
+
+@register_elementwise(functional.softsign)
+def softsign(x: Tensor) -> Iterator[Tensor]:
+    """x / (1 + |x|): f^(k) = k! (-sign x)^(k-1) / (1 + |x|)^(k+1)."""
+    yield functional.softsign(x)
+    inverse = 1 / (1 + x.abs())
+    derivative = inverse * inverse
+    for k in count(2):
+        yield derivative
+        derivative = -k * torch.sign(x) * inverse * derivative
+
+
+@register_elementwise(torch.erf, torch.special.erf)
 def erf(x: Tensor) -> Iterator[Tensor]:
     """Error function: f' = 2/sqrt(π) exp(-x²)."""
     yield torch.erf(x)
+    root = math.sqrt(2)
     slope = 2 / math.sqrt(math.pi) * torch.exp(-x * x)
-    yield slope
-    yield -2 * x * slope
-    yield (4 * x * x - 2) * slope
-    yield (12 * x - 8 * x**3) * slope
+    for order, derivative in enumerate(_hermite_functions(root * x, slope)):
+        yield root**order * derivative
+
+
+@register_elementwise(torch.erfc, torch.special.erfc)
+def erfc(x: Tensor) -> Iterator[Tensor]:
+    """1 - erf x."""
+    for order, derivative in enumerate(erf(x)):
+        yield torch.erfc(x) if order == 0 else -derivative
 
 
 @register_elementwise(functional.relu, torch.relu, piecewise_linear=True)
@@ -227,6 +384,13 @@ def absolute(x: Tensor) -> Iterator[Tensor]:
     """Absolute value."""
     yield torch.abs(x)
     yield from _piecewise_constant(torch.sign(x))
+
+
+@register_elementwise(torch.sign, piecewise_linear=True)
+def sign(x: Tensor) -> Iterator[Tensor]:
+    """Sign, constant almost everywhere."""
+    yield torch.sign(x)
+    yield from _piecewise_constant(torch.zeros_like(x))
 
 
 def _piecewise_constant(slope: Tensor) -> Iterator[Tensor]:

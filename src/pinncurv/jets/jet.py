@@ -58,6 +58,11 @@ def register_rule(*functions: TorchFunction) -> Callable[[Rule], Rule]:
     return register
 
 
+def supported() -> list[str]:
+    """Return the names of the functions and methods that jets can be pushed through."""
+    return sorted({public_name(function) for function in _RULES})
+
+
 def apply_rule(function: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Apply a torch function to jets by its rule.
 
@@ -75,7 +80,7 @@ def public_name(function: TorchFunction) -> str:
     """Return what a user calls a torch function, without the leading ``torch.``."""
     name = resolve_name(function) or getattr(function, "__name__", repr(function))
     name = name.removeprefix("torch.")
-    plain = name.removeprefix("Tensor.")
+    plain = name.removeprefix("Tensor.").removeprefix("functional.")
     return plain if hasattr(torch, plain) else name
 
 

@@ -115,7 +115,7 @@ class CGInverseLinearOperator(SymmetricLinearOperator):
         return [piece.reshape(shape) for piece, shape in zip(pieces, self._in_shape, strict=True)]
 
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
-        Y = self._solve_columns(torch.cat([x.flatten(end_dim=-2) for x in X]))
+        Y = self._solve_columns(torch.cat([x.reshape(-1, x.shape[-1]) for x in X]))
         pieces = Y.split(self._in_shape_flat)
         return [y.reshape(x.shape) for y, x in zip(pieces, X, strict=True)]
 

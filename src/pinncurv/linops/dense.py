@@ -77,7 +77,7 @@ class DenseLinearOperator(SymmetricLinearOperator):
         self.matrix = matrix
 
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
-        flat = self.matrix @ torch.cat([x.flatten(end_dim=-2) for x in X])
+        flat = self.matrix @ torch.cat([x.reshape(-1, x.shape[-1]) for x in X])
         return [y.reshape(x.shape) for y, x in zip(flat.split(self._in_shape_flat), X, strict=True)]
 
     def to_dense(self) -> Float[Tensor, "D D"]:

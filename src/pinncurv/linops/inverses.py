@@ -76,7 +76,7 @@ class FactorizedInverseLinearOperator(SymmetricLinearOperator):
         self.reports = (factorization.report,)
 
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
-        flat = torch.cat([x.flatten(end_dim=-2) for x in X]).to(self.factorization.dtype)
+        flat = torch.cat([x.reshape(-1, x.shape[-1]) for x in X]).to(self.factorization.dtype)
         pieces = self.factorization.solve(flat).to(self.dtype).split(self._in_shape_flat)
         return [y.reshape(x.shape) for y, x in zip(pieces, X, strict=True)]
 

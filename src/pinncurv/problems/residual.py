@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -13,7 +14,7 @@ Residual = Callable[..., Tensor]
 
 
 def call_residual(
-    term: str, residual: Residual, x: Float[Tensor, "N d"], values: Mapping[str, Tensor]
+    term: str, residual: Residual, x: Any, values: Mapping[str, Any]
 ) -> Float[Tensor, "N V"]:
     """Call a residual function at points, with one column per component.
 
@@ -22,7 +23,8 @@ def call_residual(
     Args:
         term: The name of the loss term, for errors.
         residual: The residual function.
-        x: The points.
+        x: The points, ``[N, d]``: a tensor, or a jet without derivatives where trained tensors are
+            to be recorded.
         values: The values of the operators and the data, by name.
 
     Raises:
@@ -53,7 +55,7 @@ def call_residual(
     return result.data[0] if isinstance(result, Jet) else result
 
 
-def _call(term: str, residual: Residual, x: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+def _call(term: str, residual: Residual, x: Any, values: Mapping[str, Any]) -> Any:
     """Call the residual function; explain shapes that do not fit together."""
     try:
         result = residual(x, **values)
@@ -93,5 +95,5 @@ def _check_not_broadcast(
         )
 
 
-def _shapes(values: Mapping[str, Tensor]) -> dict[str, list[int]]:
+def _shapes(values: Mapping[str, Any]) -> dict[str, list[int]]:
     return {name: list(value.shape) for name, value in values.items()}

@@ -1,0 +1,127 @@
+"""Functions that are compositions of others: against nested torch.func, and what they refuse."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from pinncurv.jets import Jet, supported
+from tests.jets.layouts import CASES, channels, check
+
+
+def layer_norm(x, shape, weight=None, bias=None):
+    """Torch's own has a wrong third derivative (2.13), so tensors get the definition."""
+    if isinstance(x, Jet):
+        return functional.layer_norm(x, shape, weight, bias)
+    dims = tuple(range(-len(shape), 0))
+    centred = x - x.mean(dims, keepdim=True)
+    result = centred / (centred.square().mean(dims, keepdim=True) + 1e-5).sqrt()
+    result = result if weight is None else result * weight
+    return result if bias is None else result + bias
+
+
+def bilinear(x, y):
+    """Torch's own has no batching rule."""
+    if isinstance(x, Jet):
+        return nn_bilinear(x, y)
+    return torch.einsum("ni,oij,nj->no", x, nn_bilinear.weight, y) + nn_bilinear.bias
+
+
+SHAPED = {
+    "layer_norm": ((4,), lambda x: layer_norm(x, (4,))),
+    "layer_norm_affine": (
+        (2, 3),
+        lambda x: layer_norm(x, (2, 3), torch.arange(6.0).reshape(2, 3).double(), x.new_ones(3)),
+    ),
+    "rms_norm": ((4,), lambda x: functional.rms_norm(x, (4,))),
+    "batch_norm": ((4,), nn.BatchNorm1d(4).double().eval()),
+    "batch_norm_channels": ((4, 2), nn.BatchNorm1d(4).double().eval()),
+    "softmax": ((4,), lambda x: torch.softmax(x, -1)),
+    "softmin": ((2, 3), lambda x: functional.softmin(x, 1)),
+    "log_softmax": ((4,), lambda x: functional.log_softmax(x, -1)),
+    "logsumexp": ((2, 3), lambda x: torch.logsumexp(x, (1, 2))),
+    "logsumexp_kept": ((4,), lambda x: x.logsumexp(1, keepdim=True)),
+    "glu": ((4,), nn.GLU()),
+    "prelu": ((4,), nn.PReLU().double()),
+    "prelu_channels": ((4,), nn.PReLU(4).double()),
+    "norm": ((4,), lambda x: torch.linalg.vector_norm(x, dim=-1)),
+    "norm_method": ((4,), lambda x: x.norm(dim=1, keepdim=True)),
+    "norm_3": ((2, 3), lambda x: torch.linalg.vector_norm(x, ord=3, dim=(1, 2))),
+    "norm_1": ((4,), lambda x: x.norm(p=1, dim=-1)),
+    "normalize": ((4,), lambda x: functional.normalize(x, dim=-1)),
+    "maximum": ((4,), lambda x: torch.maximum(x, x.flip(-1) ** 2)),
+    "minimum_constant": ((4,), lambda x: torch.minimum(x, torch.full((4,), 0.3).double())),
+    "amax": ((4,), lambda x: x.amax(-1)),
+    "amin": ((2, 3), lambda x: torch.amin(x, 2, keepdim=True)),
+    "max": ((4,), lambda x: torch.max(x, -1).values),
+    "gather": ((4,), lambda x: x.gather(1, torch.tensor([[0, 2]]).expand(len(x), -1))),
+    "cumsum": ((4,), lambda x: x.cumsum(-1) ** 2),
+    "var": ((4,), lambda x: x.var(-1)),
+    "std": ((2, 3), lambda x: torch.std(x, (1, 2), correction=0)),
+    "lerp": ((4,), lambda x: torch.lerp(x, x**2, 0.3)),
+    "addcmul": ((4,), lambda x: torch.addcmul(x, x, x.sin(), value=0.5)),
+    "addmm": ((2,), lambda x: torch.addmm(x, x.sin(), torch.eye(2).double() + 0.1)),
+    "bilinear": ((3,), lambda x: bilinear(x, x.sin())),
+    "attention": ((2, 3), lambda x: functional.scaled_dot_product_attention(x, x.sin(), x**2)),
+    "causal": (
+        (2, 3),
+        lambda x: functional.scaled_dot_product_attention(x, x, x, is_causal=True),
+    ),
+    "transposed": ((2, 3), lambda x: x.mT @ x.sin()),
+}
+with torch.random.fork_rng(devices=[]):
+    torch.manual_seed(0)
+    nn_bilinear = nn.Bilinear(3, 3, 2).double()
+    for batch_norm in (SHAPED["batch_norm"][1], SHAPED["batch_norm_channels"][1]):
+        nn.init.normal_(batch_norm.running_mean)
+        nn.init.uniform_(batch_norm.running_var, 0.5, 2.0)
+
+
+@pytest.mark.parametrize("name", SHAPED)
+@pytest.mark.filterwarnings("ignore:The second derivative of")  # of abs and clamp, on purpose
+def test_values_and_derivatives(name):
+    shape, function = SHAPED[name]
+    case = CASES["two_sums"]
+    check(case, function, channels(case, *shape, around=0.4))
+
+
+REFUSED = {
+    "batch_norm": (nn.BatchNorm1d(4).double(), "model.eval"),
+    "dropout": (
+        lambda x: functional.scaled_dot_product_attention(
+            x[:, None], x[:, None], x[:, None], dropout_p=0.1
+        ),
+        "neither dropout",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals(name):
+    function, match = REFUSED[name]
+    case = CASES["laplacian"]
+    with pytest.raises(NotImplementedError, match=match):
+        function(Jet(channels(case, 4), case.layout))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.softmax(x, 0),
+        torch.linalg.vector_norm,
+        lambda x: x.var(0),
+        lambda x: x.cumsum(0),
+        lambda x: functional.layer_norm(x, (3, 4)),
+    ],
+    ids=["softmax", "norm", "var", "cumsum", "layer_norm"],
+)
+def test_the_points_are_not_mixed(function):
+    case = CASES["point_matrix"]
+    with pytest.raises(ValueError, match="first axis must stay the axis of the points"):
+        function(Jet(channels(case, 4), case.layout))
+
+
+def test_supported_names_are_those_of_torch():
+    names = supported()
+    assert {"tanh", "nn.functional.linear", "nn.functional.layer_norm", "einsum"} <= set(names)
+    assert names == sorted(set(names))
