@@ -14,8 +14,7 @@ from experiments.comparing.operators import OperatorName
 from experiments.training.errors import UserError
 from experiments.training.names import OptimizerName
 from experiments.training.optimizers import Presets
-from experiments.training.settings import ProblemSettings, Seeds
-from experiments.training.settings import Settings as TrainingSettings
+from experiments.training.settings import ProblemSettings, Seeds, Settings as TrainingSettings
 
 # What is read from the run folders instead, if there are any.
 _OF_THE_RUN = (

@@ -18,8 +18,7 @@ from pinncurv.curvature import (
     gauss_newton_diagonal,
 )
 from pinncurv.diffops import Laplacian, SecondOrder
-from pinncurv.linearization import Empirical, ForwardOnly, linearize
-from pinncurv.linearization import blocks as blocks_of_jacobian
+from pinncurv.linearization import Empirical, ForwardOnly, blocks as blocks_of_jacobian, linearize
 from pinncurv.problems import Fixed, LossTerm
 from tests import oracles
 from tests.conformance import check_operator

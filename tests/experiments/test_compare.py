@@ -13,8 +13,7 @@ import pytest
 import torch
 from scipy.stats import rankdata
 
-from experiments.comparing import figures, measure
-from experiments.comparing import main as comparing_main
+from experiments.comparing import figures, main as comparing_main, measure
 from experiments.comparing.command_line import parse
 from experiments.comparing.main import main
 from experiments.comparing.operators import OPERATORS, DampedBlocks, Entry

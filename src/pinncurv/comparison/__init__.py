@@ -12,88 +12,58 @@ or frozen dataclasses. What is exact has a plain name; ``estimate_...`` has stan
 - ``lanczos``: the Lanczos process with full reorthogonalization, plain and preconditioned.
 """
 
-from pinncurv.comparison.compare import Comparison, compare
-from pinncurv.comparison.density import SpectralDensity, spectral_density
-from pinncurv.comparison.eigenpairs import (
-    Eigenpairs,
-    EigenpairsNotConverged,
-    largest_eigenpairs,
-    smallest_eigenpairs,
+from pinncurv.comparison.compare import Comparison as Comparison, compare as compare
+from pinncurv.comparison.density import (
+    SpectralDensity as SpectralDensity,
+    spectral_density as spectral_density,
 )
-from pinncurv.comparison.estimates import Estimate
+from pinncurv.comparison.eigenpairs import (
+    Eigenpairs as Eigenpairs,
+    EigenpairsNotConverged as EigenpairsNotConverged,
+    largest_eigenpairs as largest_eigenpairs,
+    smallest_eigenpairs as smallest_eigenpairs,
+)
+from pinncurv.comparison.estimates import Estimate as Estimate
 from pinncurv.comparison.frobenius import (
-    FrobeniusComparison,
-    frobenius,
-    frobenius_by_layer,
-    frobenius_by_layer_pair,
+    FrobeniusComparison as FrobeniusComparison,
+    frobenius as frobenius,
+    frobenius_by_layer as frobenius_by_layer,
+    frobenius_by_layer_pair as frobenius_by_layer_pair,
 )
 from pinncurv.comparison.frobenius_estimates import (
-    FrobeniusEstimate,
-    estimate_frobenius,
-    estimate_frobenius_by_layer_pair,
+    FrobeniusEstimate as FrobeniusEstimate,
+    estimate_frobenius as estimate_frobenius,
+    estimate_frobenius_by_layer_pair as estimate_frobenius_by_layer_pair,
 )
 from pinncurv.comparison.generalized import (
-    ExtremeEigenvalues,
-    condition_number,
-    generalized_extremes,
-    generalized_spectrum,
+    ExtremeEigenvalues as ExtremeEigenvalues,
+    condition_number as condition_number,
+    generalized_extremes as generalized_extremes,
+    generalized_spectrum as generalized_spectrum,
 )
-from pinncurv.comparison.lanczos import LanczosDecomposition, RitzPairs, lanczos
-from pinncurv.comparison.mass import mass, squared_block_norms, squared_block_norms_from_kernels
+from pinncurv.comparison.lanczos import (
+    LanczosDecomposition as LanczosDecomposition,
+    RitzPairs as RitzPairs,
+    lanczos as lanczos,
+)
+from pinncurv.comparison.mass import (
+    mass as mass,
+    squared_block_norms as squared_block_norms,
+    squared_block_norms_from_kernels as squared_block_norms_from_kernels,
+)
 from pinncurv.comparison.spectra import (
-    effective_dimension,
-    estimate_effective_dimension,
-    spectrum,
+    effective_dimension as effective_dimension,
+    estimate_effective_dimension as estimate_effective_dimension,
+    spectrum as spectrum,
 )
 from pinncurv.comparison.steps import (
-    QuadraticDecrease,
-    StepComparison,
-    best_decrease,
-    cg_records,
-    compare_steps,
-    decrease_fraction,
-    quadratic_decrease,
-    step_cosine,
-    subspace_overlap,
+    QuadraticDecrease as QuadraticDecrease,
+    StepComparison as StepComparison,
+    best_decrease as best_decrease,
+    cg_records as cg_records,
+    compare_steps as compare_steps,
+    decrease_fraction as decrease_fraction,
+    quadratic_decrease as quadratic_decrease,
+    step_cosine as step_cosine,
+    subspace_overlap as subspace_overlap,
 )
-
-__all__ = [
-    "Comparison",
-    "Eigenpairs",
-    "EigenpairsNotConverged",
-    "Estimate",
-    "ExtremeEigenvalues",
-    "FrobeniusComparison",
-    "FrobeniusEstimate",
-    "LanczosDecomposition",
-    "QuadraticDecrease",
-    "RitzPairs",
-    "SpectralDensity",
-    "StepComparison",
-    "best_decrease",
-    "cg_records",
-    "compare",
-    "compare_steps",
-    "condition_number",
-    "decrease_fraction",
-    "effective_dimension",
-    "estimate_effective_dimension",
-    "estimate_frobenius",
-    "estimate_frobenius_by_layer_pair",
-    "frobenius",
-    "frobenius_by_layer",
-    "frobenius_by_layer_pair",
-    "generalized_extremes",
-    "generalized_spectrum",
-    "lanczos",
-    "largest_eigenpairs",
-    "mass",
-    "quadratic_decrease",
-    "smallest_eigenpairs",
-    "spectral_density",
-    "spectrum",
-    "squared_block_norms",
-    "squared_block_norms_from_kernels",
-    "step_cosine",
-    "subspace_overlap",
-]

@@ -69,9 +69,6 @@ def compare(
         cg_limit: Most iterations of conjugate gradients.
         generator: Source of randomness above the limit; by default a new one with seed 0.
 
-    Returns:
-        The comparison.
-
     Raises:
         ValueError: If sizes don't fit, something is not finite, or there is nothing to decrease.
     """

@@ -41,9 +41,6 @@ class SpectralDensity:
         Args:
             grid: x, in units of C.
             width: Standard deviation of the Gaussian, in units of C.
-
-        Returns:
-            The density per unit of C.
         """
         return _smooth(self.nodes, self.weights / len(self.nodes), grid, width)
 
@@ -58,9 +55,6 @@ class SpectralDensity:
         Args:
             grid: x > 0, in units of C.
             width: Standard deviation of the Gaussian, in decades.
-
-        Returns:
-            The density per decade.
 
         Raises:
             ValueError: If the grid has a point that is not positive.
@@ -134,9 +128,6 @@ def spectral_density(
         steps: m, nodes per probe; also the number of vectors that are held.
         vectors: K, number of probes, at least 2.
         generator: Source of randomness.
-
-    Returns:
-        The quadrature rule, in float64.
 
     Raises:
         ValueError: If an argument is out of range, or a product is not finite.

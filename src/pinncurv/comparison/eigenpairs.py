@@ -65,9 +65,6 @@ def largest_eigenpairs(
         max_basis: Largest dimension of the Krylov space, by default 50 (k + 5). Memory is twice
             that many vectors.
 
-    Returns:
-        The eigenpairs, descending, in float64.
-
     Raises:
         ValueError: If k is out of range, or a product is not finite.
 
@@ -154,9 +151,6 @@ def smallest_eigenpairs(
         inverse: (C + λI)⁻¹, by default ``Damped(damping)(operator)``.
         tolerance: As for ``largest_eigenpairs``, of the inverse.
         max_basis: As for ``largest_eigenpairs``.
-
-    Returns:
-        The eigenpairs, ascending, in float64. The residual norms are those of C itself.
 
     Raises:
         ValueError: If k or the damping is out of range, or a product is not finite.

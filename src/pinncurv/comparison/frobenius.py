@@ -77,9 +77,6 @@ def frobenius(A: PyTorchLinearOperator, B: PyTorchLinearOperator) -> FrobeniusCo
         A: An operator.
         B: The reference of the relative error.
 
-    Returns:
-        The comparison, numbers ``[]`` in float64.
-
     Raises:
         ValueError: If the operators don't fit or are not finite.
     """
@@ -102,9 +99,6 @@ def frobenius_by_layer(
         A: An operator.
         B: The reference of the relative error.
         blocks: The layers, by default those of an operator that is block diagonal over layers.
-
-    Returns:
-        The comparison, ``[L]`` in float64.
 
     Raises:
         ValueError: If the operators don't fit or are not finite, or no operator knows the layers.

@@ -93,9 +93,6 @@ def estimate_frobenius(
         generator: Source of randomness.
         sketch: Number of vectors in the sketch; each is three products with A and three with B.
 
-    Returns:
-        The estimates, numbers ``[]`` in float64.
-
     Raises:
         ValueError: If the operators or the counts don't fit, or a product is not finite.
 
@@ -126,9 +123,6 @@ def estimate_frobenius_by_layer_pair(
         vectors: Number of probes per layer, at least 2.
         generator: Source of randomness.
         sketch: Number of vectors in the sketch of each layer, see ``estimate_frobenius``.
-
-    Returns:
-        The estimates, ``[L, L]`` in float64. Those of one column share their probes.
 
     Raises:
         ValueError: If the operators, layers or counts don't fit, or a product is not finite.

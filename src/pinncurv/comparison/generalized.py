@@ -35,9 +35,6 @@ def generalized_spectrum(
         inverse: P⁻¹, symmetric positive definite.
         damping: λ, a finite number >= 0.
 
-    Returns:
-        The eigenvalues, descending, in float64, without unit.
-
     Raises:
         ValueError: If the operators don't fit, are not finite or far from symmetric, P⁻¹ is not
             positive definite, or the damping is out of range.
@@ -104,9 +101,6 @@ def generalized_extremes(
         damping: λ, a finite number >= 0.
         steps: Most Lanczos steps; each is a product with C and one with P⁻¹.
         generator: Source of randomness.
-
-    Returns:
-        The extreme eigenvalues, without unit (in units of C for the identity).
 
     Raises:
         ValueError: If the operators don't fit, P⁻¹ is not positive definite, a product is not

@@ -80,9 +80,6 @@ def lanczos(
         damping: λ, a finite number >= 0.
         preconditioner: W, symmetric positive definite; the identity by default.
 
-    Returns:
-        The decomposition.
-
     Raises:
         ValueError: If W is not positive definite, a product is not finite, or an argument is out
             of range.

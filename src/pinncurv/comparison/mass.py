@@ -28,9 +28,6 @@ def squared_block_norms(
         operator: The operator C.
         blocks: The layers, by default those of the operator if it is block diagonal over layers.
 
-    Returns:
-        The squared norms, in squared units of C, in float64.
-
     Raises:
         ValueError: If the operator is not square or not finite, or the layers are not known.
     """
@@ -46,9 +43,6 @@ def squared_block_norms_from_kernels(
 
     Args:
         kernels: J_l J_lᵀ of each layer, for R residuals.
-
-    Returns:
-        The squared norms, in squared units of JᵀJ, in float64.
 
     Raises:
         ValueError: If there is no kernel, sizes differ, or an entry is not finite.
@@ -74,9 +68,6 @@ def mass(squared_norms: Float[Tensor, "L L"]) -> Float[Tensor, "L L"]:
 
     Args:
         squared_norms: ‖C_kl‖², exact or estimated.
-
-    Returns:
-        Shares that sum to 1.
 
     Raises:
         ValueError: If the norms are negative, not finite or all zero.

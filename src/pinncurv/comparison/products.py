@@ -31,9 +31,6 @@ def apply(
         X: The columns, in float64, on the operator's device.
         damping: λ.
 
-    Returns:
-        The product in float64, detached.
-
     Raises:
         ValueError: If an entry of the product is not finite.
     """

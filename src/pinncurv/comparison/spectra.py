@@ -27,9 +27,6 @@ def spectrum(operator: PyTorchLinearOperator) -> Float[Tensor, " D"]:
     Args:
         operator: A symmetric operator.
 
-    Returns:
-        The eigenvalues, descending, in float64.
-
     Raises:
         ValueError: If the operator is not square, not finite, or far from symmetric.
     """
@@ -48,9 +45,6 @@ def effective_dimension(
     Args:
         eigenvalues: m, in any order. Those below zero count as zero, and zeros as 0 for λ = 0.
         dampings: The dampings λ, finite numbers >= 0.
-
-    Returns:
-        One number in [0, D] per damping, without unit.
 
     Raises:
         ValueError: If a damping is out of range or an eigenvalue is not finite.
@@ -79,9 +73,6 @@ def estimate_effective_dimension(
         vectors: Number of probes, at least 2.
         generator: Source of randomness.
         inverse: (C + λI)⁻¹, by default ``Damped(damping)(operator)``.
-
-    Returns:
-        The estimate, a number in [0, D] up to its error, without unit.
 
     Raises:
         ValueError: If an argument is out of range, or a product is not finite.

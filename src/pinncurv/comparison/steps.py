@@ -29,9 +29,6 @@ def step_cosine(
         second: P₂⁻¹.
         gradient: g ``[D]``, or a list of tensors in parameter order.
 
-    Returns:
-        The cosine, in [-1, 1].
-
     Raises:
         ValueError: If the operators or the gradient don't fit or are not finite, or a step is
             zero.
@@ -89,9 +86,6 @@ def quadratic_decrease(
         gradient: g ``[D]``, or a list of tensors in parameter order.
         direction: v, in either format.
 
-    Returns:
-        The best step length and the decrease there.
-
     Raises:
         ValueError: If sizes don't fit, something is not finite, or the curvature along the
             direction is not positive.
@@ -117,9 +111,6 @@ def best_decrease(inverse: PyTorchLinearOperator, gradient: Tensor | Sequence[Te
     Args:
         inverse: (C + λI)⁻¹ of the exact operator.
         gradient: g ``[D]``, or a list of tensors in parameter order.
-
-    Returns:
-        The decrease, in units of the loss.
 
     Raises:
         ValueError: If sizes don't fit or something is not finite.
@@ -147,9 +138,6 @@ def decrease_fraction(
         gradient: g ``[D]``, or a list of tensors in parameter order.
         direction: v, in either format.
         inverse: (C + λI)⁻¹ of the exact operator.
-
-    Returns:
-        The share, in [0, 1] up to the error of the inverse.
 
     Raises:
         ValueError: If sizes don't fit, something is not finite, or there is nothing to decrease.
@@ -195,9 +183,6 @@ def compare_steps(
         step: s, in either format.
         exact_step: t, in either format.
 
-    Returns:
-        The comparison.
-
     Raises:
         ValueError: If sizes don't fit, something is not finite, a step is zero, or there is nothing
             to decrease.
@@ -227,9 +212,6 @@ def subspace_overlap(U: Float[Tensor, "D K"], V: Float[Tensor, "D K"]) -> Float[
     Args:
         U: Orthonormal vectors such as ``largest_eigenpairs(...).vectors``.
         V: As many orthonormal vectors.
-
-    Returns:
-        One number in [0, 1] per k.
 
     Raises:
         ValueError: If the vectors are not orthonormal.
@@ -266,9 +248,6 @@ def cg_records(
         preconditioners: Approximations of (C + λI)⁻¹ by name; ``None`` for no preconditioner.
         tolerance: Relative norm of the residual to reach.
         max_iterations: Most iterations, by default 10 D.
-
-    Returns:
-        The records by name: iterations, residual norms, whether the tolerance was reached.
 
     Raises:
         ValueError: If sizes don't fit or the gradient is not finite.

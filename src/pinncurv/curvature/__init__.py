@@ -13,113 +13,79 @@ A new operator is a new file that turns linearizations into a linear operator.
 """
 
 from pinncurv.curvature.channel_kronecker import (
-    ChannelFactors,
-    ChannelKronecker,
-    ChannelKroneckerLinearOperator,
+    ChannelFactors as ChannelFactors,
+    ChannelKronecker as ChannelKronecker,
+    ChannelKroneckerLinearOperator as ChannelKroneckerLinearOperator,
 )
-from pinncurv.curvature.coverage import Coverage, ParameterCoverage, coverage
+from pinncurv.curvature.coverage import (
+    Coverage as Coverage,
+    ParameterCoverage as ParameterCoverage,
+    coverage as coverage,
+)
 from pinncurv.curvature.ekfac import (
-    EKFAC,
-    EigenBasis,
-    EKFACLinearOperator,
-    KFACFactors,
-    PartialTraces,
+    EKFAC as EKFAC,
+    EigenBasis as EigenBasis,
+    EKFACLinearOperator as EKFACLinearOperator,
+    KFACFactors as KFACFactors,
+    PartialTraces as PartialTraces,
 )
 from pinncurv.curvature.gauss_newton import (
-    BlockDiagonalGaussNewton,
-    DiagonalGaussNewton,
-    GaussNewton,
-    GaussNewtonLinearOperator,
-    MatrixFreeGaussNewton,
-    gauss_newton_diagonal,
+    BlockDiagonalGaussNewton as BlockDiagonalGaussNewton,
+    DiagonalGaussNewton as DiagonalGaussNewton,
+    GaussNewton as GaussNewton,
+    GaussNewtonLinearOperator as GaussNewtonLinearOperator,
+    MatrixFreeGaussNewton as MatrixFreeGaussNewton,
+    gauss_newton_diagonal as gauss_newton_diagonal,
 )
 from pinncurv.curvature.hessian import (
-    Hessian,
-    HessianLinearOperator,
-    ResidualHessian,
-    ResidualHessianLinearOperator,
+    Hessian as Hessian,
+    HessianLinearOperator as HessianLinearOperator,
+    ResidualHessian as ResidualHessian,
+    ResidualHessianLinearOperator as ResidualHessianLinearOperator,
 )
-from pinncurv.curvature.iterative import InverseRecipe, PreconditionedCG, Recipe
-from pinncurv.curvature.jacobian import Jacobian, JacobianLinearOperator
-from pinncurv.curvature.kernel import Kernel, KernelLinearOperator
+from pinncurv.curvature.iterative import (
+    InverseRecipe as InverseRecipe,
+    PreconditionedCG as PreconditionedCG,
+    Recipe as Recipe,
+)
+from pinncurv.curvature.jacobian import (
+    Jacobian as Jacobian,
+    JacobianLinearOperator as JacobianLinearOperator,
+)
+from pinncurv.curvature.kernel import Kernel as Kernel, KernelLinearOperator as KernelLinearOperator
 from pinncurv.curvature.kfac import (
-    KFAC,
-    Expand,
-    KFACLinearOperator,
-    Reduce,
-    WeightSharing,
-    expand,
-    reduce,
+    KFAC as KFAC,
+    Expand as Expand,
+    KFACLinearOperator as KFACLinearOperator,
+    Reduce as Reduce,
+    WeightSharing as WeightSharing,
+    expand as expand,
+    reduce as reduce,
 )
-from pinncurv.curvature.nystroem import Nystroem, NystroemSketch, SketchedInverseLinearOperator
-from pinncurv.curvature.objective import LinearizedObjective, Objective
+from pinncurv.curvature.nystroem import (
+    Nystroem as Nystroem,
+    NystroemSketch as NystroemSketch,
+    SketchedInverseLinearOperator as SketchedInverseLinearOperator,
+)
+from pinncurv.curvature.objective import (
+    LinearizedObjective as LinearizedObjective,
+    Objective as Objective,
+)
 from pinncurv.curvature.optimal_kronecker import (
-    KroneckerNotConverged,
-    OptimalKronecker,
-    OptimalKroneckerLinearOperator,
-    optimal_kronecker,
+    KroneckerNotConverged as KroneckerNotConverged,
+    OptimalKronecker as OptimalKronecker,
+    OptimalKroneckerLinearOperator as OptimalKroneckerLinearOperator,
+    optimal_kronecker as optimal_kronecker,
 )
-from pinncurv.curvature.parameters import ParameterSpace
+from pinncurv.curvature.parameters import ParameterSpace as ParameterSpace
 from pinncurv.curvature.subspace import (
-    InSubspace,
-    SubspaceGaussNewton,
-    SubspaceGaussNewtonLinearOperator,
-    SubspaceInverseLinearOperator,
-    SubspaceSolverLinearOperator,
+    InSubspace as InSubspace,
+    SubspaceGaussNewton as SubspaceGaussNewton,
+    SubspaceGaussNewtonLinearOperator as SubspaceGaussNewtonLinearOperator,
+    SubspaceInverseLinearOperator as SubspaceInverseLinearOperator,
+    SubspaceSolverLinearOperator as SubspaceSolverLinearOperator,
 )
-from pinncurv.curvature.woodbury import KernelInverseLinearOperator, Woodbury
-
-__all__ = [
-    "EKFAC",
-    "KFAC",
-    "BlockDiagonalGaussNewton",
-    "ChannelFactors",
-    "ChannelKronecker",
-    "ChannelKroneckerLinearOperator",
-    "Coverage",
-    "DiagonalGaussNewton",
-    "EKFACLinearOperator",
-    "EigenBasis",
-    "Expand",
-    "GaussNewton",
-    "GaussNewtonLinearOperator",
-    "Hessian",
-    "HessianLinearOperator",
-    "InSubspace",
-    "InverseRecipe",
-    "Jacobian",
-    "JacobianLinearOperator",
-    "KFACFactors",
-    "KFACLinearOperator",
-    "Kernel",
-    "KernelInverseLinearOperator",
-    "KernelLinearOperator",
-    "KroneckerNotConverged",
-    "LinearizedObjective",
-    "MatrixFreeGaussNewton",
-    "Nystroem",
-    "NystroemSketch",
-    "Objective",
-    "OptimalKronecker",
-    "OptimalKroneckerLinearOperator",
-    "ParameterCoverage",
-    "ParameterSpace",
-    "PartialTraces",
-    "PreconditionedCG",
-    "Recipe",
-    "Reduce",
-    "ResidualHessian",
-    "ResidualHessianLinearOperator",
-    "SketchedInverseLinearOperator",
-    "SubspaceGaussNewton",
-    "SubspaceGaussNewtonLinearOperator",
-    "SubspaceInverseLinearOperator",
-    "SubspaceSolverLinearOperator",
-    "WeightSharing",
-    "Woodbury",
-    "coverage",
-    "expand",
-    "gauss_newton_diagonal",
-    "optimal_kronecker",
-    "reduce",
-]
+from pinncurv.curvature.woodbury import (
+    KernelInverseLinearOperator as KernelInverseLinearOperator,
+    Woodbury as Woodbury,
+)

@@ -141,16 +141,6 @@ class ChannelKroneckerLinearOperator(LayerwiseLinearOperator):
         return Y
 
     def block_to_dense(self, layer: int) -> Float[Tensor, "n n"]:
-        """One layer's block as a matrix on the row-major flattened joint matrix.
-
-        Σ_t Σ_sq B_ltsq ⊗ A_ltsq
-
-        Args:
-            layer: Position of the layer in ``blocks``.
-
-        Returns:
-            The block as a matrix, ``n = d_out (d_in + 1)``.
-        """
         n = self.blocks[layer].numel
         products = (torch.einsum("poq,pij->oiqj", f.B, f.A) for f in self.factors[layer])
         return torch.stack([product.reshape(n, n) for product in products]).sum(0)
@@ -197,9 +187,6 @@ class ChannelKroneckerLinearOperator(LayerwiseLinearOperator):
                 dense matrix, at a cost of n³ / 3 and n² numbers in float64.
             tolerance: Relative residual of conjugate gradients.
 
-        Returns:
-            The inverse.
-
         Raises:
             FactorizationError: If a block is not finite, or numerically singular without damping.
         """
@@ -214,9 +201,6 @@ class ChannelKroneckerLinearOperator(LayerwiseLinearOperator):
         """Approximate each block by the Kronecker product of its partial traces.
 
         C_l ≈ (Σ tr(A_p) B_p) ⊗ (Σ tr(B_p) A_p) / tr C_l, sums over all terms and pairs p
-
-        Returns:
-            An operator with the same partial traces, one product per layer.
         """
         factors = [[_partial_traces(layer)] for layer in self.factors]
         names = ["+".join(self.terms)]

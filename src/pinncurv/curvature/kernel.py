@@ -56,12 +56,6 @@ class KernelLinearOperator(SymmetricLinearOperator):
         return self.jacobian._matmat(self.jacobian.adjoint()._matmat(X))
 
     def to_dense(self) -> Float[Tensor, "R R"]:
-        """Return a copy of the matrix, rows and columns ordered by term, n, v.
-
-        Neither the parameter space's matrix nor the Jacobian is ever held: the matrix is summed up
-        over layers, block by block of points. Linearizations with a chunk size are recomputed for
-        every pair of chunks, k (k + 1) / 2 chunks instead of k.
-        """
         return self._matrix.clone()
 
     @cached_property

@@ -147,9 +147,6 @@ class SketchedInverseLinearOperator(SymmetricLinearOperator):
 
         Args:
             residual: u, one tensor ``[N_t, V_t]`` per term.
-
-        Returns:
-            The solution, one tensor per parameter.
         """
         U, E, eigenvalues = self.sketch.U, self.sketch.E, self.sketch.eigenvalues
         u = torch.cat([part.flatten() for part in residual]).to(U.dtype)

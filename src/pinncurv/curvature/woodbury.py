@@ -94,9 +94,6 @@ class KernelInverseLinearOperator(SymmetricLinearOperator):
 
         Args:
             residual: u, one tensor ``[N_t, V_t]`` per term.
-
-        Returns:
-            The solution, one tensor per parameter.
         """
         u = torch.cat([part.flatten() for part in residual]).unsqueeze(-1)
         y = self._solve(u)

@@ -5,36 +5,21 @@ coordinates of ``coordinates.py``, and ``plan.py`` evaluates several of them in 
 operator is a subclass of ``DifferentialOperator`` anywhere.
 """
 
-from pinncurv.diffops.operator import DifferentialOperator, named_parameters_of
-from pinncurv.diffops.operators import (
-    Bilaplacian,
-    Directional,
-    Divergence,
-    FactoredSecondOrder,
-    Gradient,
-    Hessian,
-    Laplacian,
-    Partial,
-    SecondOrder,
-    Value,
+from pinncurv.diffops.operator import (
+    DifferentialOperator as DifferentialOperator,
+    named_parameters_of as named_parameters_of,
 )
-from pinncurv.diffops.plan import Plan, evaluate
-from pinncurv.jets import Derivative
-
-__all__ = [
-    "Bilaplacian",
-    "Derivative",
-    "DifferentialOperator",
-    "Directional",
-    "Divergence",
-    "FactoredSecondOrder",
-    "Gradient",
-    "Hessian",
-    "Laplacian",
-    "Partial",
-    "Plan",
-    "SecondOrder",
-    "Value",
-    "evaluate",
-    "named_parameters_of",
-]
+from pinncurv.diffops.operators import (
+    Bilaplacian as Bilaplacian,
+    Directional as Directional,
+    Divergence as Divergence,
+    FactoredSecondOrder as FactoredSecondOrder,
+    Gradient as Gradient,
+    Hessian as Hessian,
+    Laplacian as Laplacian,
+    Partial as Partial,
+    SecondOrder as SecondOrder,
+    Value as Value,
+)
+from pinncurv.diffops.plan import Plan as Plan, evaluate as evaluate
+from pinncurv.jets import Derivative as Derivative

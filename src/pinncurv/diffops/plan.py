@@ -116,9 +116,6 @@ def evaluate(
         model: The network u: an ``nn.Module`` or any function made of torch functions.
         x: Points, ``[N, d]``.
 
-    Returns:
-        The values by name; shapes as each operator says.
-
     Raises:
         KeyError: If an operator acts on an output that the network does not have.
         TypeError: If the network's output does not depend on its input.

@@ -8,34 +8,28 @@ rules stand in ``linear.py``, ``elementwise.py`` (the functions themselves in ``
 of a network.
 """
 
-from pinncurv.jets import bilinear, composite, functions, linear, structural
-from pinncurv.jets.derivative import Derivative
-from pinncurv.jets.elementwise import register_elementwise
-from pinncurv.jets.jet import Jet, lift, register_rule, seed, supported
-from pinncurv.jets.layout import Contraction, Layout, merge
-from pinncurv.jets.nested import derivative
-from pinncurv.jets.recording import ConstantUse, LinearCall, Tape, for_every_point, record
-
-__all__ = [
-    "ConstantUse",
-    "Contraction",
-    "Derivative",
-    "Jet",
-    "Layout",
-    "LinearCall",
-    "Tape",
-    "bilinear",
-    "composite",
-    "derivative",
-    "for_every_point",
-    "functions",
-    "lift",
-    "linear",
-    "merge",
-    "record",
-    "register_elementwise",
-    "register_rule",
-    "seed",
-    "structural",
-    "supported",
-]
+from pinncurv.jets import (
+    bilinear as bilinear,
+    composite as composite,
+    functions as functions,
+    linear as linear,
+    structural as structural,
+)
+from pinncurv.jets.derivative import Derivative as Derivative
+from pinncurv.jets.elementwise import register_elementwise as register_elementwise
+from pinncurv.jets.jet import (
+    Jet as Jet,
+    lift as lift,
+    register_rule as register_rule,
+    seed as seed,
+    supported as supported,
+)
+from pinncurv.jets.layout import Contraction as Contraction, Layout as Layout, merge as merge
+from pinncurv.jets.nested import derivative as derivative
+from pinncurv.jets.recording import (
+    ConstantUse as ConstantUse,
+    LinearCall as LinearCall,
+    Tape as Tape,
+    for_every_point as for_every_point,
+    record as record,
+)

@@ -253,11 +253,7 @@ class Layout:
         return Layout(directions, higher=(self.orders, tuple(products)))
 
     def extended(self) -> tuple[Layout, list[int], list[int]]:
-        """Return the layout that carries every channel's derivative along one more direction, too.
-
-        Returns:
-            The layout, where it has the channels of this one, and where their derivatives.
-        """
+        """Return the layout that also has the derivative of every channel along a new direction."""
         pairs = [(s, new) for new in (0, 1) for s in range(self.S)]
         pairs.sort(key=lambda pair: self.orders[pair[0]] + pair[1])
         where = {pair: i for i, pair in enumerate(pairs)}

@@ -29,9 +29,6 @@ def derivative(network: Callable[[Any], Any], x: Jet | Tensor, dim: int) -> Any:
         x: Where to differentiate it, ``[N, d]``, with derivatives of its own if it is a jet.
         dim: The coordinate of the network's input.
 
-    Returns:
-        The derivative, ``[N, ...]``, a jet if x is one.
-
     Raises:
         NotImplementedError: If derivatives of more than order four would be needed.
         TypeError: If the network's output does not depend on its input.

@@ -6,38 +6,30 @@ backward pass to what was recorded (``capture.py``), at a part of the points (``
 result is a chunk of blocks (``blocks.py``): Z and G of linear layers, rows of other parameters.
 """
 
-from pinncurv.linearization.blocks import DenseRows, JacobianBlock, LinearLayer, squared_rows
-from pinncurv.linearization.bound import BoundTerm, check_differentiable, trained_tensors
-from pinncurv.linearization.chunk import Chunk
-from pinncurv.linearization.fisher import Empirical, Fisher, ForwardOnly, Type2
-from pinncurv.linearization.linearization import (
-    Linearization,
-    Visitor,
-    linearize,
-    run,
-    visit_all,
+from pinncurv.linearization.blocks import (
+    DenseRows as DenseRows,
+    JacobianBlock as JacobianBlock,
+    LinearLayer as LinearLayer,
+    squared_rows as squared_rows,
 )
-from pinncurv.linearization.part import TermPart
-from pinncurv.linearization.structure import UncapturedParameterError
-
-__all__ = [
-    "BoundTerm",
-    "Chunk",
-    "DenseRows",
-    "Empirical",
-    "Fisher",
-    "ForwardOnly",
-    "JacobianBlock",
-    "LinearLayer",
-    "Linearization",
-    "TermPart",
-    "Type2",
-    "UncapturedParameterError",
-    "Visitor",
-    "check_differentiable",
-    "linearize",
-    "run",
-    "squared_rows",
-    "trained_tensors",
-    "visit_all",
-]
+from pinncurv.linearization.bound import (
+    BoundTerm as BoundTerm,
+    check_differentiable as check_differentiable,
+    trained_tensors as trained_tensors,
+)
+from pinncurv.linearization.chunk import Chunk as Chunk
+from pinncurv.linearization.fisher import (
+    Empirical as Empirical,
+    Fisher as Fisher,
+    ForwardOnly as ForwardOnly,
+    Type2 as Type2,
+)
+from pinncurv.linearization.linearization import (
+    Linearization as Linearization,
+    Visitor as Visitor,
+    linearize as linearize,
+    run as run,
+    visit_all as visit_all,
+)
+from pinncurv.linearization.part import TermPart as TermPart
+from pinncurv.linearization.structure import UncapturedParameterError as UncapturedParameterError

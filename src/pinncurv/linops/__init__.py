@@ -19,115 +19,81 @@ so blocks of n = d_in d_out, and D parameters in all; sums over layers are left 
 - ``psd``: the one path for factorizations of positive semidefinite matrices.
 """
 
-from pinncurv.linops.blocks import Block, check_blocks, flat_positions, from_joint, to_joint
-from pinncurv.linops.cg import (
-    CGIterate,
-    CGRecord,
-    CGResult,
-    RelativeProgress,
-    StoppingRule,
-    conjugate_gradients,
+from pinncurv.linops.blocks import (
+    Block as Block,
+    check_blocks as check_blocks,
+    flat_positions as flat_positions,
+    from_joint as from_joint,
+    to_joint as to_joint,
 )
-from pinncurv.linops.cg_inverse import CGInverseLinearOperator, CGNotConverged
+from pinncurv.linops.cg import (
+    CGIterate as CGIterate,
+    CGRecord as CGRecord,
+    CGResult as CGResult,
+    RelativeProgress as RelativeProgress,
+    StoppingRule as StoppingRule,
+    conjugate_gradients as conjugate_gradients,
+)
+from pinncurv.linops.cg_inverse import (
+    CGInverseLinearOperator as CGInverseLinearOperator,
+    CGNotConverged as CGNotConverged,
+)
 from pinncurv.linops.dense import (
-    DenseBlockDiagonalLinearOperator,
-    DenseLinearOperator,
-    DiagonalLinearOperator,
+    DenseBlockDiagonalLinearOperator as DenseBlockDiagonalLinearOperator,
+    DenseLinearOperator as DenseLinearOperator,
+    DiagonalLinearOperator as DiagonalLinearOperator,
 )
 from pinncurv.linops.eigenform import (
-    KroneckerBasis,
-    KroneckerCongruenceLinearOperator,
-    KroneckerEigenLinearOperator,
+    KroneckerBasis as KroneckerBasis,
+    KroneckerCongruenceLinearOperator as KroneckerCongruenceLinearOperator,
+    KroneckerEigenLinearOperator as KroneckerEigenLinearOperator,
 )
 from pinncurv.linops.factor_damping import (
-    FactorDamping,
-    FactorDampings,
-    factor_damped_inverse,
-    same,
-    trace_norm,
+    FactorDamping as FactorDamping,
+    FactorDampings as FactorDampings,
+    factor_damped_inverse as factor_damped_inverse,
+    same as same,
+    trace_norm as trace_norm,
 )
-from pinncurv.linops.factors import KroneckerFactors, merge
+from pinncurv.linops.factors import KroneckerFactors as KroneckerFactors, merge as merge
 from pinncurv.linops.inverses import (
-    BlockFactorizedInverseLinearOperator,
-    Damped,
-    FactorizedInverseLinearOperator,
-    factorize_damped_blocks,
+    BlockFactorizedInverseLinearOperator as BlockFactorizedInverseLinearOperator,
+    Damped as Damped,
+    FactorizedInverseLinearOperator as FactorizedInverseLinearOperator,
+    factorize_damped_blocks as factorize_damped_blocks,
 )
-from pinncurv.linops.kronecker import SumKroneckerLinearOperator
-from pinncurv.linops.kronecker_expansion import KroneckerExpansionLinearOperator, KroneckerRecord
-from pinncurv.linops.layerwise import LayerwiseLinearOperator, term_position
-from pinncurv.linops.operator import Averageable, SymmetricLinearOperator, check_damping
+from pinncurv.linops.kronecker import SumKroneckerLinearOperator as SumKroneckerLinearOperator
+from pinncurv.linops.kronecker_expansion import (
+    KroneckerExpansionLinearOperator as KroneckerExpansionLinearOperator,
+    KroneckerRecord as KroneckerRecord,
+)
+from pinncurv.linops.layerwise import (
+    LayerwiseLinearOperator as LayerwiseLinearOperator,
+    term_position as term_position,
+)
+from pinncurv.linops.operator import (
+    Averageable as Averageable,
+    SymmetricLinearOperator as SymmetricLinearOperator,
+    check_damping as check_damping,
+)
 from pinncurv.linops.psd import (
-    CholeskyFactorization,
-    EigenFactorization,
-    Factorization,
-    FactorizationError,
-    FactorizationReport,
-    eigh,
-    factorize,
-    symmetrize,
+    CholeskyFactorization as CholeskyFactorization,
+    EigenFactorization as EigenFactorization,
+    Factorization as Factorization,
+    FactorizationError as FactorizationError,
+    FactorizationReport as FactorizationReport,
+    eigh as eigh,
+    factorize as factorize,
+    symmetrize as symmetrize,
 )
 from pinncurv.linops.restriction import (
-    BlockDiagonalLinearOperator,
-    RestrictedLinearOperator,
-    Selection,
-    block_diagonal,
-    restrict,
+    BlockDiagonalLinearOperator as BlockDiagonalLinearOperator,
+    RestrictedLinearOperator as RestrictedLinearOperator,
+    Selection as Selection,
+    block_diagonal as block_diagonal,
+    restrict as restrict,
 )
-from pinncurv.linops.simultaneous import SimultaneousDiagonalization, diagonalize
-
-__all__ = [
-    "Averageable",
-    "Block",
-    "BlockDiagonalLinearOperator",
-    "BlockFactorizedInverseLinearOperator",
-    "CGInverseLinearOperator",
-    "CGIterate",
-    "CGNotConverged",
-    "CGRecord",
-    "CGResult",
-    "CholeskyFactorization",
-    "Damped",
-    "DenseBlockDiagonalLinearOperator",
-    "DenseLinearOperator",
-    "DiagonalLinearOperator",
-    "EigenFactorization",
-    "FactorDamping",
-    "FactorDampings",
-    "Factorization",
-    "FactorizationError",
-    "FactorizationReport",
-    "FactorizedInverseLinearOperator",
-    "KroneckerBasis",
-    "KroneckerCongruenceLinearOperator",
-    "KroneckerEigenLinearOperator",
-    "KroneckerExpansionLinearOperator",
-    "KroneckerFactors",
-    "KroneckerRecord",
-    "LayerwiseLinearOperator",
-    "RelativeProgress",
-    "RestrictedLinearOperator",
-    "Selection",
-    "SimultaneousDiagonalization",
-    "StoppingRule",
-    "SumKroneckerLinearOperator",
-    "SymmetricLinearOperator",
-    "block_diagonal",
-    "check_blocks",
-    "check_damping",
-    "conjugate_gradients",
-    "diagonalize",
-    "eigh",
-    "factor_damped_inverse",
-    "factorize",
-    "factorize_damped_blocks",
-    "flat_positions",
-    "from_joint",
-    "merge",
-    "restrict",
-    "same",
-    "symmetrize",
-    "term_position",
-    "to_joint",
-    "trace_norm",
-]
+from pinncurv.linops.simultaneous import (
+    SimultaneousDiagonalization as SimultaneousDiagonalization,
+    diagonalize as diagonalize,
+)

@@ -134,9 +134,6 @@ def conjugate_gradients(
         start: Where to start from; zero by default.
         spacing: If given, > 1, the iterates k = ⌈spacing^j⌉, j = 0, 1, …, are kept.
 
-    Returns:
-        The solution and the record. The record says whether the tolerance was reached.
-
     Raises:
         ValueError: If the spacing is not greater than one.
     """

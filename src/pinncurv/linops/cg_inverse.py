@@ -83,9 +83,6 @@ class CGInverseLinearOperator(SymmetricLinearOperator):
         Args:
             b: The right-hand side.
             start: Where to start from; zero by default.
-
-        Returns:
-            The solution and the record.
         """
         return conjugate_gradients(
             self.operator,
@@ -105,9 +102,6 @@ class CGInverseLinearOperator(SymmetricLinearOperator):
         Args:
             b: The right-hand side, one tensor per parameter.
             start: The start, one tensor per parameter.
-
-        Returns:
-            The solution, one tensor per parameter.
         """
         columns = [torch.cat([part.flatten() for part in parts])[:, None] for parts in (b, start)]
         (solution,) = self._solve_columns(*columns).unbind(-1)

@@ -81,23 +81,9 @@ class DenseLinearOperator(SymmetricLinearOperator):
         return [y.reshape(x.shape) for y, x in zip(flat.split(self._in_shape_flat), X, strict=True)]
 
     def to_dense(self) -> Float[Tensor, "D D"]:
-        """Return a copy of the matrix.
-
-        C
-
-        Returns:
-            The matrix.
-        """
         return self.matrix.clone()
 
     def diagonal(self) -> Float[Tensor, " D"]:
-        """Return the diagonal.
-
-        C_ii
-
-        Returns:
-            The diagonal.
-        """
         return self.matrix.diagonal().clone()
 
     @cached_property
@@ -115,9 +101,6 @@ class DenseLinearOperator(SymmetricLinearOperator):
 
         Args:
             damping: The damping λ, a finite number >= 0.
-
-        Returns:
-            The inverse.
 
         Raises:
             FactorizationError: If the damping is zero and the matrix is numerically singular.
@@ -183,16 +166,6 @@ class DenseBlockDiagonalLinearOperator(LayerwiseLinearOperator):
         return (X.flatten(start_dim=-2) @ self.matrices[layer].mT).reshape(X.shape)
 
     def block_to_dense(self, layer: int) -> Float[Tensor, "n n"]:
-        """One layer's block as a matrix on the row-major flattened joint matrix.
-
-        C_l
-
-        Args:
-            layer: Position of the layer in ``blocks``.
-
-        Returns:
-            The block as a matrix, ``n = d_out (d_in + 1)``.
-        """
         return self.matrices[layer].clone()
 
     def _block_diagonal(self, layer: int) -> Float[Tensor, "d_out d_joint"]:
@@ -222,9 +195,6 @@ class DenseBlockDiagonalLinearOperator(LayerwiseLinearOperator):
 
         Args:
             damping: The damping λ, a finite number >= 0.
-
-        Returns:
-            The inverse.
 
         Raises:
             FactorizationError: If the damping is zero and a block is numerically singular.
@@ -271,23 +241,9 @@ class DiagonalLinearOperator(SymmetricLinearOperator):
         return [d.unsqueeze(-1) * x for d, x in zip(self.diagonals, X, strict=True)]
 
     def to_dense(self) -> Float[Tensor, "D D"]:
-        """Return the operator as a matrix.
-
-        diag(c)
-
-        Returns:
-            The matrix.
-        """
         return self.diagonal().diag()
 
     def diagonal(self) -> Float[Tensor, " D"]:
-        """Return the diagonal.
-
-        c
-
-        Returns:
-            The diagonal.
-        """
         return torch.cat([d.flatten() for d in self.diagonals])
 
     def inverse(self, damping: float) -> DiagonalLinearOperator:
@@ -297,9 +253,6 @@ class DiagonalLinearOperator(SymmetricLinearOperator):
 
         Args:
             damping: The damping λ, a finite number >= 0.
-
-        Returns:
-            The inverse.
 
         Raises:
             FactorizationError: If an entry is not finite, or zero and the damping is zero.

@@ -73,16 +73,6 @@ class KroneckerCongruenceLinearOperator(LayerwiseLinearOperator):
         return basis.B @ Y @ basis.A.mT
 
     def block_to_dense(self, layer: int) -> Float[Tensor, "n n"]:
-        """One layer's block as a matrix on the row-major flattened joint matrix.
-
-        (E_B ⊗ E_A) diag(S) (E_B ⊗ E_A)ᵀ
-
-        Args:
-            layer: Position of the layer in ``blocks``.
-
-        Returns:
-            The block as a matrix, ``n = d_out (d_in + 1)``.
-        """
         E = torch.kron(self.bases[layer].B, self.bases[layer].A)
         return (E * self.scales[layer].flatten()) @ E.mT
 
@@ -91,13 +81,6 @@ class KroneckerCongruenceLinearOperator(LayerwiseLinearOperator):
         return basis.B.square() @ self.scales[layer] @ basis.A.square().mT
 
     def trace(self) -> Float[Tensor, ""]:
-        """Return the trace.
-
-        Σ_l Σ_ij S_ij ‖e_B,i‖² ‖e_A,j‖²
-
-        Returns:
-            The trace.
-        """
         traces = [
             basis.B.square().sum(0) @ scale @ basis.A.square().sum(0)
             for basis, scale in zip(self.bases, self.scales, strict=True)
@@ -125,9 +108,6 @@ class KroneckerEigenLinearOperator(KroneckerCongruenceLinearOperator):
         Args:
             damping: The damping λ, a finite number >= 0.
 
-        Returns:
-            The inverse.
-
         Raises:
             FactorizationError: If the damping is zero and a block is numerically singular.
         """
@@ -150,11 +130,4 @@ class KroneckerEigenLinearOperator(KroneckerCongruenceLinearOperator):
                 )
 
     def trace(self) -> Float[Tensor, ""]:
-        """Return the trace.
-
-        Σ_l Σ_ij S_ij
-
-        Returns:
-            The trace.
-        """
         return torch.stack([S.sum() for S in self.scales]).sum().to(self.dtype)

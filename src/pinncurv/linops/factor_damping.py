@@ -53,9 +53,6 @@ def same(factors: KroneckerFactors, damping: float) -> FactorDampings:
         factors: The factors.
         damping: The damping λ.
 
-    Returns:
-        The damping of each factor.
-
     From Dangel, Müller, Zeinhofer 2024.
     """
     return FactorDampings(damping, damping)
@@ -71,9 +68,6 @@ def trace_norm(factors: KroneckerFactors, damping: float) -> FactorDampings:
     Args:
         factors: The factors.
         damping: The damping λ.
-
-    Returns:
-        The damping of each factor.
 
     From Martens and Grosse 2015, section 6.3.
     """
@@ -114,9 +108,6 @@ class FactorDamping:
         Args:
             operator: A sum of Kronecker products.
 
-        Returns:
-            The inverse.
-
         Raises:
             TypeError: If the operator has no Kronecker factors.
         """
@@ -149,9 +140,6 @@ def factor_damped_inverse(
         heuristic: How λ is distributed to the factors.
         groups: Positions of the terms in each of one or two groups. By default each term is a
             group if there are at most two, else the first term is one and all others the second.
-
-    Returns:
-        The inverse, symmetric positive definite.
 
     Raises:
         FactorizationError: If a factor is not finite, or numerically singular without damping.

@@ -34,9 +34,6 @@ def merge(pairs: Sequence[KroneckerFactors]) -> KroneckerFactors:
 
     Args:
         pairs: The positive semidefinite factors to merge.
-
-    Returns:
-        The merged factors.
     """
     if len(pairs) == 1:
         return pairs[0]

@@ -42,10 +42,6 @@ class Damped:
 
         Args:
             operator: Any symmetric positive semidefinite operator.
-
-        Returns:
-            ``operator.inverse(damping)`` if the operator has an inverse of its own, otherwise a
-            ``CGInverseLinearOperator``.
         """
         inverse = getattr(type(operator), "inverse", None)
         if inverse is None or inverse is SymmetricLinearOperator.inverse:
@@ -116,16 +112,6 @@ class BlockFactorizedInverseLinearOperator(LayerwiseLinearOperator):
         return factorization.solve(columns).mT.reshape(X.shape)
 
     def block_to_dense(self, layer: int) -> Float[Tensor, "n n"]:
-        """One layer's block as a matrix on the row-major flattened joint matrix.
-
-        M_l⁻¹
-
-        Args:
-            layer: Position of the layer in ``blocks``.
-
-        Returns:
-            The block as a matrix, ``n = d_out (d_in + 1)``.
-        """
         return self.factorizations[layer].inverse()
 
     def _block_diagonal(self, layer: int) -> Float[Tensor, "d_out d_joint"]:

@@ -81,9 +81,6 @@ class SumKroneckerLinearOperator(LayerwiseLinearOperator):
             layer: Position of the layer.
             term: Position of the term.
             factor: ``"A"`` or ``"B"``.
-
-        Returns:
-            The name.
         """
         return f"layer {self.blocks[layer].name}, term {self.terms[term]}, factor {factor}"
 
@@ -94,9 +91,6 @@ class SumKroneckerLinearOperator(LayerwiseLinearOperator):
 
         Args:
             term: Position or name of the term.
-
-        Returns:
-            An operator with one term.
 
         Raises:
             KeyError: If there is no such term.
@@ -116,16 +110,6 @@ class SumKroneckerLinearOperator(LayerwiseLinearOperator):
         return Y
 
     def block_to_dense(self, layer: int) -> Float[Tensor, "n n"]:
-        """One layer's block as a matrix on the row-major flattened joint matrix.
-
-        Σ_t B_lt ⊗ A_lt
-
-        Args:
-            layer: Position of the layer in ``blocks``.
-
-        Returns:
-            The block as a matrix, ``n = d_out (d_in + 1)``.
-        """
         dense = torch.kron(self.factors[layer][0].B, self.factors[layer][0].A)
         for pair in self.factors[layer][1:]:
             dense += torch.kron(pair.B, pair.A)
@@ -136,13 +120,6 @@ class SumKroneckerLinearOperator(LayerwiseLinearOperator):
         return torch.stack([torch.outer(b, a) for b, a in diagonals]).sum(0)
 
     def trace(self) -> Float[Tensor, ""]:
-        """Return the trace.
-
-        Σ_lt tr(B_lt) tr(A_lt)
-
-        Returns:
-            The trace.
-        """
         pairs = [pair for layer in self.factors for pair in layer]
         return torch.stack([pair.B.trace() * pair.A.trace() for pair in pairs]).sum()
 
@@ -194,10 +171,6 @@ class SumKroneckerLinearOperator(LayerwiseLinearOperator):
                 dense matrix, at a cost of n³ / 3 and n² numbers in float64. Only for two or more
                 terms.
             tolerance: Relative residual of conjugate gradients.
-
-        Returns:
-            The inverse: with one term a ``KroneckerEigenLinearOperator``, otherwise a
-            ``BlockFactorizedInverseLinearOperator`` or a ``CGInverseLinearOperator``.
         """
         damping = check_damping(damping)
         if len(self.terms) == 1:

@@ -77,16 +77,6 @@ class KroneckerExpansionLinearOperator(LayerwiseLinearOperator):
         return torch.stack([p.B @ X @ p.A.mT for p in self.products[layer]]).sum(0)
 
     def block_to_dense(self, layer: int) -> Float[Tensor, "n n"]:
-        """One layer's block as a matrix on the row-major flattened joint matrix.
-
-        Σ_i B_li ⊗ A_li
-
-        Args:
-            layer: Position of the layer in ``blocks``.
-
-        Returns:
-            The block as a matrix, ``n = d_out (d_in + 1)``.
-        """
         first, *others = self.products[layer]
         dense = torch.kron(first.B, first.A)
         for product in others:
@@ -110,9 +100,6 @@ class KroneckerExpansionLinearOperator(LayerwiseLinearOperator):
         Args:
             damping: The damping λ, a finite number >= 0.
             dense_limit: Largest dimension n = d_out (d_in + 1) of a block.
-
-        Returns:
-            The inverse.
 
         Raises:
             ValueError: If a block is larger than ``dense_limit``.

@@ -28,9 +28,6 @@ def in_double(operator: SumKroneckerLinearOperator) -> SumKroneckerLinearOperato
 
     Args:
         operator: A sum of Kronecker products.
-
-    Returns:
-        A new operator.
     """
     names = [
         operator.factor_name(i, t, factor)
@@ -52,9 +49,6 @@ def dense_inverse(
     Args:
         operator: A sum of Kronecker products.
         damping: The damping λ.
-
-    Returns:
-        The inverse.
     """
     return factorize_damped_blocks(in_double(operator), damping, operator.dtype, checked=True)
 
@@ -74,9 +68,6 @@ def cg_inverse(
         damping: The damping λ.
         tolerance: Relative norm of the residual to reach.
         max_iterations: Most iterations per column, by default ``10 D``.
-
-    Returns:
-        The inverse, with the data type of the operator.
     """
     double = in_double(operator)
     preconditioner = preconditioner_of(double, damping) if damping > 0 else None

@@ -72,9 +72,6 @@ class LayerwiseLinearOperator(SymmetricLinearOperator, ABC):
 
         Args:
             layer: Position of the layer in ``blocks``.
-
-        Returns:
-            The block as a matrix, ``n = d_out (d_in + 1)``.
         """
 
     @abstractmethod
@@ -90,13 +87,6 @@ class LayerwiseLinearOperator(SymmetricLinearOperator, ABC):
         return [y.unsqueeze(-1) for y in Y] if is_vector else Y
 
     def to_dense(self) -> Float[Tensor, "D D"]:
-        """Return the operator as a matrix.
-
-        diag(C_1, …, C_L), permuted to the order of the concatenated parameters
-
-        Returns:
-            The matrix.
-        """
         dense = torch.zeros(self.shape, device=self.device, dtype=self.dtype)
         for i, position in enumerate(flat_positions(self.blocks, self._in_shape)):
             block = self.block_to_dense(i).to(self.dtype)
@@ -104,13 +94,6 @@ class LayerwiseLinearOperator(SymmetricLinearOperator, ABC):
         return dense
 
     def diagonal(self) -> Float[Tensor, " D"]:
-        """Return the diagonal.
-
-        C_ii
-
-        Returns:
-            The diagonal.
-        """
         joints = [self._block_diagonal(i) for i in range(len(self.blocks))]
         diagonals = from_joint(joints, self.blocks)
         return torch.cat([d.flatten() for d in diagonals]).to(self.dtype)

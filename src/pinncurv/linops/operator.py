@@ -21,9 +21,6 @@ def check_damping(damping: float) -> float:
     Args:
         damping: The damping λ.
 
-    Returns:
-        The damping.
-
     Raises:
         ValueError: If the damping is negative, infinite, NaN or not a real number.
     """
@@ -88,9 +85,6 @@ class SymmetricLinearOperator(PyTorchLinearOperator):
         Args:
             x: A vector ``[D]``, a matrix ``[K, D]``, or a list of tensors ``[*shape]`` (vector)
                 or ``[K, *shape]`` (matrix).
-
-        Returns:
-            The product in the format of ``x``.
         """
         if isinstance(x, Tensor):
             return (self @ x.mT).mT if x.ndim == 2 else self @ x
@@ -102,9 +96,6 @@ class SymmetricLinearOperator(PyTorchLinearOperator):
         """Return the operator as a matrix.
 
         C I
-
-        Returns:
-            The matrix.
         """
         return self @ torch.eye(self.shape[1], device=self.device, dtype=self.dtype)
 
@@ -112,9 +103,6 @@ class SymmetricLinearOperator(PyTorchLinearOperator):
         """Return the diagonal.
 
         C_ii
-
-        Returns:
-            The diagonal.
         """
         return self.to_dense().diagonal().clone()
 
@@ -122,9 +110,6 @@ class SymmetricLinearOperator(PyTorchLinearOperator):
         """Return the trace.
 
         Σ_i C_ii
-
-        Returns:
-            The trace.
         """
         return self.diagonal().sum()
 
@@ -135,9 +120,6 @@ class SymmetricLinearOperator(PyTorchLinearOperator):
 
         Args:
             damping: The damping λ, a finite number >= 0.
-
-        Returns:
-            The inverse, exact or to a tolerance that the inverse states and reports.
 
         Raises:
             NotImplementedError: If the operator has no inverse of its own.

@@ -99,15 +99,12 @@ class CholeskyFactorization(Factorization):
 
     @property
     def root(self) -> Float[Tensor, "n n"]:
-        """The Cholesky factor."""
         return self.L
 
     def whiten(self, X: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
-        """Return L⁻¹ X."""
         return torch.linalg.solve_triangular(self.L, X, upper=False)
 
     def whiten_adjoint(self, X: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
-        """Return L⁻ᵀ X."""
         return torch.linalg.solve_triangular(self.L.mT, X, upper=True)
 
 
@@ -121,15 +118,12 @@ class EigenFactorization(Factorization):
 
     @property
     def root(self) -> Float[Tensor, "n n"]:
-        """The eigenvectors."""
         return self.eigenvectors
 
     def whiten(self, X: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
-        """Return diag(m)^(-1/2) Vᵀ X."""
         return (self.eigenvectors.mT @ X) / self.eigenvalues.sqrt().unsqueeze(-1)
 
     def whiten_adjoint(self, X: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
-        """Return V diag(m)^(-1/2) X."""
         return self.eigenvectors @ (X / self.eigenvalues.sqrt().unsqueeze(-1))
 
     def solve(self, X: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
@@ -157,9 +151,6 @@ def symmetrize(
         name: What the matrix is, for error messages.
         dtype: Data type of the result.
 
-    Returns:
-        A new symmetric matrix.
-
     Raises:
         FactorizationError: If an entry is not finite.
     """
@@ -184,9 +175,6 @@ def eigh(matrix: Float[Tensor, "n n"], name: str, floor: float = 0.0) -> EigenFa
         matrix: Symmetric, finite matrix, as ``symmetrize`` returns it.
         name: What the matrix is, for error messages and the report.
         floor: Lower bound on the eigenvalues that is known to hold in exact arithmetic.
-
-    Returns:
-        The eigendecomposition. Its eigenvalues (ascending) are positive if the floor is.
 
     Raises:
         FactorizationError: If the eigendecomposition fails.
@@ -225,9 +213,6 @@ def factorize(matrix: Float[Tensor, "n n"], name: str, floor: float = 0.0) -> Fa
         name: What the matrix is, for error messages and the report.
         floor: Lower bound on the eigenvalues that is known to hold in exact arithmetic. The
             eigenvalues of numerically singular matrices are clipped to it.
-
-    Returns:
-        The factorization.
 
     Raises:
         FactorizationError: If the matrix is numerically singular and there is no positive floor.

@@ -122,9 +122,6 @@ class RestrictedLinearOperator(SymmetricLinearOperator):
         Args:
             damping: The damping λ, a finite number >= 0.
             dense_limit: Largest dimension that is inverted as a dense matrix.
-
-        Returns:
-            The inverse, for a positive semidefinite operator.
         """
         if isinstance(self.operator, LayerwiseLinearOperator):
             return restrict(self.operator.inverse(damping), self.layers)
@@ -147,9 +144,6 @@ def restrict(operator: PyTorchLinearOperator, blocks: Sequence[Block]) -> Symmet
     Args:
         operator: Any symmetric operator on all parameters.
         blocks: The layers to keep, from ``operator.blocks`` or ``ParameterSpace.blocks``.
-
-    Returns:
-        The restricted operator. Its ``blocks``, if it has them, count the selected parameters.
 
     Raises:
         ValueError: If there is no layer, or one does not fit the operator.
@@ -251,16 +245,6 @@ class BlockDiagonalLinearOperator(LayerwiseLinearOperator):
         return to_joint(self.operators[layer] @ from_joint([X], blocks), blocks)[0]
 
     def block_to_dense(self, layer: int) -> Float[Tensor, "n n"]:
-        """One layer's block as a matrix on the row-major flattened joint matrix.
-
-        C_l
-
-        Args:
-            layer: Position of the layer in ``blocks``.
-
-        Returns:
-            The block as a matrix, ``n = d_out (d_in + 1)``.
-        """
         operator, selection = self.operators[layer], self.selections[layer]
         if isinstance(operator, SymmetricLinearOperator):
             dense = operator.to_dense()
@@ -279,10 +263,6 @@ class BlockDiagonalLinearOperator(LayerwiseLinearOperator):
 
         Args:
             damping: The damping λ, a finite number >= 0.
-
-        Returns:
-            The inverse. Operators without an inverse of their own are inverted by conjugate
-            gradients.
         """
         inverse = Damped(damping)
         return BlockDiagonalLinearOperator(
@@ -315,9 +295,6 @@ def block_diagonal(
         operators: One per layer: on all parameters, of which the layer's block is taken, or on the
             layer's parameters alone.
         blocks: The layers, which cover each parameter exactly once.
-
-    Returns:
-        The operator, which is inverted layer by layer.
 
     Raises:
         ValueError: If there is not one operator per layer, or one does not fit.

@@ -58,9 +58,6 @@ def diagonalize(
         floor2: λ_2, a lower bound on the second matrix' eigenvalues in exact arithmetic.
         name: What the matrices are, for error messages and the report.
 
-    Returns:
-        The basis and the eigenvalues.
-
     Raises:
         FactorizationError: If M is numerically singular and both floors are zero.
     """

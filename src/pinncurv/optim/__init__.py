@@ -7,82 +7,51 @@ may adapt (``damping.py``); ``attempt.py`` and ``trial.py`` try an update before
 ``first_order.py`` steps optimizers of torch the same way.
 """
 
-from pinncurv.optim.averaging import ExponentialAverage, from_first, from_identity, from_zero
-from pinncurv.optim.damping import (
-    ConstantDamping,
-    DampingRule,
-    LevenbergMarquardt,
-    ShortStepDamping,
+from pinncurv.optim.averaging import (
+    ExponentialAverage as ExponentialAverage,
+    from_first as from_first,
+    from_identity as from_identity,
+    from_zero as from_zero,
 )
-from pinncurv.optim.first_order import FirstOrder
-from pinncurv.optim.momentum import Descent, HeavyBall, Momentum, Spring, WarmStart
-from pinncurv.optim.optimizer import CurvatureOptimizer
-from pinncurv.optim.preconditioner import Intervals, Preconditioner
+from pinncurv.optim.damping import (
+    ConstantDamping as ConstantDamping,
+    DampingRule as DampingRule,
+    LevenbergMarquardt as LevenbergMarquardt,
+    ShortStepDamping as ShortStepDamping,
+)
+from pinncurv.optim.first_order import FirstOrder as FirstOrder
+from pinncurv.optim.momentum import (
+    Descent as Descent,
+    HeavyBall as HeavyBall,
+    Momentum as Momentum,
+    Spring as Spring,
+    WarmStart as WarmStart,
+)
+from pinncurv.optim.optimizer import CurvatureOptimizer as CurvatureOptimizer
+from pinncurv.optim.preconditioner import Intervals as Intervals, Preconditioner as Preconditioner
 from pinncurv.optim.protocols import (
-    Chunked,
-    Curvature,
-    Differentiable,
-    Evaluable,
-    Evaluation,
-    Inverse,
-    IterativeInverse,
-    LeastSquares,
-    LinearizedLoss,
-    Randomized,
-    ResidualInverse,
-    StepRecord,
-    Storable,
-    ThroughJacobian,
+    Chunked as Chunked,
+    Curvature as Curvature,
+    Differentiable as Differentiable,
+    Evaluable as Evaluable,
+    Evaluation as Evaluation,
+    Inverse as Inverse,
+    IterativeInverse as IterativeInverse,
+    LeastSquares as LeastSquares,
+    LinearizedLoss as LinearizedLoss,
+    Randomized as Randomized,
+    ResidualInverse as ResidualInverse,
+    StepRecord as StepRecord,
+    Storable as Storable,
+    ThroughJacobian as ThroughJacobian,
 )
 from pinncurv.optim.step_sizes import (
-    CGBacktracking,
-    FixedStep,
-    GridLineSearch,
-    NormConstrained,
-    Proposal,
-    QuadraticModel,
-    Situation,
-    StepSize,
+    CGBacktracking as CGBacktracking,
+    FixedStep as FixedStep,
+    GridLineSearch as GridLineSearch,
+    NormConstrained as NormConstrained,
+    Proposal as Proposal,
+    QuadraticModel as QuadraticModel,
+    Situation as Situation,
+    StepSize as StepSize,
 )
-
-__all__ = [
-    "CGBacktracking",
-    "Chunked",
-    "ConstantDamping",
-    "Curvature",
-    "CurvatureOptimizer",
-    "DampingRule",
-    "Descent",
-    "Differentiable",
-    "Evaluable",
-    "Evaluation",
-    "ExponentialAverage",
-    "FirstOrder",
-    "FixedStep",
-    "GridLineSearch",
-    "HeavyBall",
-    "Intervals",
-    "Inverse",
-    "IterativeInverse",
-    "LeastSquares",
-    "LevenbergMarquardt",
-    "LinearizedLoss",
-    "Momentum",
-    "NormConstrained",
-    "Preconditioner",
-    "Proposal",
-    "QuadraticModel",
-    "Randomized",
-    "ResidualInverse",
-    "ShortStepDamping",
-    "Situation",
-    "Spring",
-    "StepRecord",
-    "StepSize",
-    "Storable",
-    "ThroughJacobian",
-    "WarmStart",
-    "from_first",
-    "from_identity",
-    "from_zero",
-]

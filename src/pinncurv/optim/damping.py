@@ -45,15 +45,12 @@ class ConstantDamping(DampingRule):
 
     @property
     def needs_ratio(self) -> bool:
-        """No."""
         return False
 
     def accepted(self, damping: float, ratio: float, scale: float = 1.0) -> float:
-        """Return the same damping."""
         return damping
 
     def rejected(self, damping: float) -> float:
-        """Return the same damping."""
         return damping
 
 
@@ -107,11 +104,9 @@ class LevenbergMarquardt(DampingRule):
 
     @property
     def retries(self) -> int:
-        """How often a rejected step is tried again."""
         return self.max_retries
 
     def accepted(self, damping: float, ratio: float, scale: float = 1.0) -> float:
-        """Trust the model more, or less."""
         if ratio > self.good:
             return _bounded(damping / self.shrink, self.minimum, self.maximum)
         if ratio < self.poor:
@@ -119,7 +114,6 @@ class LevenbergMarquardt(DampingRule):
         return damping
 
     def rejected(self, damping: float) -> float:
-        """Trust the model much less."""
         return _bounded(damping * self.reject, self.minimum, self.maximum)
 
 
@@ -161,18 +155,15 @@ class ShortStepDamping(DampingRule):
 
     @property
     def needs_ratio(self) -> bool:
-        """No: the rule looks at how much of an update was taken."""
         return False
 
     def accepted(self, damping: float, ratio: float, scale: float = 1.0) -> float:
-        """Look at how much of the update was taken."""
         if scale < self.short:
             return self.rejected(damping)
         shrinks = scale >= self.long
         return _bounded(damping / self.factor if shrinks else damping, self.minimum, self.maximum)
 
     def rejected(self, damping: float) -> float:
-        """Raise the damping."""
         return _bounded(damping * self.factor, self.minimum, self.maximum)
 
 

@@ -99,7 +99,6 @@ class HeavyBall(Momentum):
         _check(self.momentum)
 
     def direction(self, descent: Descent, previous: Sequence[Tensor] | None) -> list[Tensor]:
-        """Return the direction."""
         step = descent.step()
         if previous is None:
             return step
@@ -132,7 +131,6 @@ class Spring(Momentum):
         _check(self.momentum)
 
     def direction(self, descent: Descent, previous: Sequence[Tensor] | None) -> list[Tensor]:
-        """Return the direction."""
         if previous is None:
             return descent.step()
         kept = [self.momentum * old for old in previous]
@@ -165,7 +163,6 @@ class WarmStart(Momentum):
             raise ValueError(f"The decay of a warm start must be in [0, 1], got {self.decay}.")
 
     def direction(self, descent: Descent, previous: Sequence[Tensor] | None) -> list[Tensor]:
-        """Return the direction."""
         if previous is None or not isinstance(descent.inverse, IterativeInverse):
             return descent.step()
         start = [-self.decay * old for old in previous]

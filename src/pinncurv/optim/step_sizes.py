@@ -82,7 +82,6 @@ class FixedStep(StepSize):
             raise ValueError(f"step_size must be finite and positive, got {self.step_size}.")
 
     def propose(self, situation: Situation) -> Proposal:
-        """Propose the step."""
         return Proposal(self.step_size)
 
 
@@ -112,7 +111,6 @@ class NormConstrained(StepSize):
                 raise ValueError(f"{name} must be finite and positive, got {value}.")
 
     def propose(self, situation: Situation) -> Proposal:
-        """Propose the step."""
         norms = [torch.linalg.vector_norm(part) for part in situation.direction]
         length = float(torch.linalg.vector_norm(torch.stack(norms)))
         return Proposal(min(self.step_size, self.norm / length) if length else self.step_size)
@@ -140,7 +138,6 @@ class GridLineSearch(StepSize):
             raise ValueError(f"first must be at most last, got {self.first} and {self.last}.")
 
     def propose(self, situation: Situation) -> Proposal:
-        """Evaluate the grid; NaN and infinity never win."""
         losses = {
             2.0**k: situation.try_update(situation.direction, 2.0**k)
             for k in range(self.last, self.first - 1, -1)
@@ -212,7 +209,6 @@ class QuadraticModel(StepSize):
     use_momentum: bool = True
 
     def propose(self, situation: Situation) -> Proposal:
-        """Minimize the model over the span of direction and previous update."""
         directions = [situation.direction]
         if self.use_momentum and situation.previous is not None:
             directions.append(situation.previous)
@@ -235,9 +231,6 @@ def minimize_quadratic(M: list[list[float]], b: list[float]) -> tuple[list[float
     Args:
         M: The matrix.
         b: The linear term.
-
-    Returns:
-        The coefficients c and the decrease, -(½ cᵀ M c + bᵀ c) >= 0; NaN if M or b is not finite.
     """
     if not all(math.isfinite(entry) for row in [*M, b] for entry in row):
         return [math.nan] * len(b), math.nan

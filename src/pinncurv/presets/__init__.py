@@ -1,29 +1,16 @@
 """The known methods: a few lines each, as a user would compose them."""
 
 from pinncurv.presets.exact import (
-    engd,
-    engd_diagonal,
-    engd_per_layer,
-    gauss_newton,
-    levenberg_marquardt,
-    subspace_gauss_newton,
+    engd as engd,
+    engd_diagonal as engd_diagonal,
+    engd_per_layer as engd_per_layer,
+    gauss_newton as gauss_newton,
+    levenberg_marquardt as levenberg_marquardt,
+    subspace_gauss_newton as subspace_gauss_newton,
 )
-from pinncurv.presets.iterative import gauss_newton_cg, hessian_free
-from pinncurv.presets.kernel import engd_w, spring
-from pinncurv.presets.kronecker import ekfac, kfac, kfac_star
-
-__all__ = [
-    "ekfac",
-    "engd",
-    "engd_diagonal",
-    "engd_per_layer",
-    "engd_w",
-    "gauss_newton",
-    "gauss_newton_cg",
-    "hessian_free",
-    "kfac",
-    "kfac_star",
-    "levenberg_marquardt",
-    "spring",
-    "subspace_gauss_newton",
-]
+from pinncurv.presets.iterative import (
+    gauss_newton_cg as gauss_newton_cg,
+    hessian_free as hessian_free,
+)
+from pinncurv.presets.kernel import engd_w as engd_w, spring as spring
+from pinncurv.presets.kronecker import ekfac as ekfac, kfac as kfac, kfac_star as kfac_star

@@ -1,64 +1,46 @@
 """PDEs as data: domains and samplers, loss terms, and the equations with known solutions."""
 
-from pinncurv.problems.conditions import dirichlet
-from pinncurv.problems.diffusion_process import DiffusionProcess, FullDiffusion, IsotropicDiffusion
-from pinncurv.problems.domains import Box, Faces, Interior, SpaceTimeBox
+from pinncurv.problems.conditions import dirichlet as dirichlet
+from pinncurv.problems.diffusion_process import (
+    DiffusionProcess as DiffusionProcess,
+    FullDiffusion as FullDiffusion,
+    IsotropicDiffusion as IsotropicDiffusion,
+)
+from pinncurv.problems.domains import (
+    Box as Box,
+    Faces as Faces,
+    Interior as Interior,
+    SpaceTimeBox as SpaceTimeBox,
+)
 from pinncurv.problems.fokker_planck import (
-    anisotropic_fokker_planck,
-    anisotropic_log_fokker_planck,
-    density_equation,
-    fokker_planck,
-    log_density_equation,
-    log_fokker_planck,
-    log_fokker_planck9d,
+    anisotropic_fokker_planck as anisotropic_fokker_planck,
+    anisotropic_log_fokker_planck as anisotropic_log_fokker_planck,
+    density_equation as density_equation,
+    fokker_planck as fokker_planck,
+    log_density_equation as log_density_equation,
+    log_fokker_planck as log_fokker_planck,
+    log_fokker_planck9d as log_fokker_planck9d,
 )
 from pinncurv.problems.gaussian import (
-    gaussian_density,
-    gaussian_log_density,
-    gaussian_preserving,
-    ornstein_uhlenbeck,
-    waves,
+    gaussian_density as gaussian_density,
+    gaussian_log_density as gaussian_log_density,
+    gaussian_preserving as gaussian_preserving,
+    ornstein_uhlenbeck as ornstein_uhlenbeck,
+    waves as waves,
 )
-from pinncurv.problems.heat import heat, heat1d, heat4d
-from pinncurv.problems.loss_term import LossTerm
-from pinncurv.problems.poisson import poisson, poisson2d, poisson5d, poisson10d, poisson100d
-from pinncurv.problems.problem import Errors, Problem
-from pinncurv.problems.samplers import Fixed, Product, Sampler, Union
-
-__all__ = [
-    "Box",
-    "DiffusionProcess",
-    "Errors",
-    "Faces",
-    "Fixed",
-    "FullDiffusion",
-    "Interior",
-    "IsotropicDiffusion",
-    "LossTerm",
-    "Problem",
-    "Product",
-    "Sampler",
-    "SpaceTimeBox",
-    "Union",
-    "anisotropic_fokker_planck",
-    "anisotropic_log_fokker_planck",
-    "density_equation",
-    "dirichlet",
-    "fokker_planck",
-    "gaussian_density",
-    "gaussian_log_density",
-    "gaussian_preserving",
-    "heat",
-    "heat1d",
-    "heat4d",
-    "log_density_equation",
-    "log_fokker_planck",
-    "log_fokker_planck9d",
-    "ornstein_uhlenbeck",
-    "poisson",
-    "poisson2d",
-    "poisson5d",
-    "poisson10d",
-    "poisson100d",
-    "waves",
-]
+from pinncurv.problems.heat import heat as heat, heat1d as heat1d, heat4d as heat4d
+from pinncurv.problems.loss_term import LossTerm as LossTerm
+from pinncurv.problems.poisson import (
+    poisson as poisson,
+    poisson2d as poisson2d,
+    poisson5d as poisson5d,
+    poisson10d as poisson10d,
+    poisson100d as poisson100d,
+)
+from pinncurv.problems.problem import Errors as Errors, Problem as Problem
+from pinncurv.problems.samplers import (
+    Fixed as Fixed,
+    Product as Product,
+    Sampler as Sampler,
+    Union as Union,
+)

@@ -24,9 +24,6 @@ def dirichlet(
         points: Where the condition holds.
         weight: The weight of the term.
         name: The name of the term.
-
-    Returns:
-        The term with residual u - g.
     """
     return LossTerm(
         operators={"u": Value()},

@@ -193,9 +193,6 @@ def divergence(field: Field, x: Float[Tensor, "N D"]) -> Float[Tensor, "N 1"]:
     Args:
         field: The field f, [N, 1 + d] -> [N, d]; it must be vmappable.
         x: The points (t, x).
-
-    Returns:
-        The divergence at each point.
     """
     return _spatial_jacobian(field, x).diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
 
@@ -208,9 +205,6 @@ def row_divergence(matrix: Field, x: Float[Tensor, "N D"]) -> Float[Tensor, "N d
     Args:
         matrix: The field D, [N, 1 + d] -> [N, d, d]; it must be vmappable.
         x: The points (t, x).
-
-    Returns:
-        The divergence of each row at each point.
     """
     return _spatial_jacobian(matrix, x).diagonal(dim1=-2, dim2=-1).sum(-1)
 

@@ -47,9 +47,6 @@ def fokker_planck(
         n_initial: Number of points at the start.
         name: The name of the problem.
 
-    Returns:
-        The problem with the terms 'interior' and 'initial'.
-
     Raises:
         ValueError: If dimensions disagree, or a process comes without initial density.
     """
@@ -92,9 +89,6 @@ def log_fokker_planck(
         n_interior: Number of points in the domain.
         n_initial: Number of points at the start.
         name: The name of the problem.
-
-    Returns:
-        The problem with the terms 'interior' and 'initial'.
 
     Raises:
         ValueError: If dimensions disagree, or a process comes without initial log-density.

@@ -23,9 +23,6 @@ def gaussian_log_density(x: TensorOrJet) -> TensorOrJet:
 
     Args:
         x: The points, [N, 1 + d]: a tensor, or a jet.
-
-    Returns:
-        The values, [N, 1].
     """
     variance, space = _variance(x), x[:, 1:]
     squared_norm = (space**2).sum(dim=-1, keepdim=True)
@@ -40,9 +37,6 @@ def gaussian_density(x: TensorOrJet) -> TensorOrJet:
 
     Args:
         x: The points, [N, 1 + d]: a tensor, or a jet.
-
-    Returns:
-        The values, [N, 1].
     """
     return torch.exp(gaussian_log_density(x))
 
@@ -78,9 +72,6 @@ def gaussian_preserving(
         diffusivity: The diffusivity S, [N, 1 + d] -> [N, d, r], with D = S Sᵀ.
         diffusion_divergence: div D, see `FullDiffusion`.
         diffusion_double_divergence: div div D, see `FullDiffusion`.
-
-    Returns:
-        The process, with the divergence of its drift in closed form.
     """
 
     def carry(x: Tensor) -> Tensor:

@@ -35,9 +35,6 @@ def heat(
             times, half at the start.
         solution: The solution, if it is known.
         name: The name of the problem.
-
-    Returns:
-        The problem with the terms 'interior' (residual u_t - κ Δu) and 'boundary' (u - g).
     """
     interior = LossTerm(
         operators={"u_t": Partial(0), "lap_u": Laplacian(dims=tuple(range(1, domain.dim)))},

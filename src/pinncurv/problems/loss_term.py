@@ -80,9 +80,6 @@ class LossTerm:
 
         Args:
             part: Which of the points.
-
-        Returns:
-            The term, to be evaluated at ``x[part]``.
         """
         operators = {name: operator.at(part) for name, operator in self.operators.items()}
         if not self.data and all(operators[name] is self.operators[name] for name in operators):
@@ -95,9 +92,6 @@ class LossTerm:
 
         Args:
             x: The points, [N, d].
-
-        Returns:
-            The term itself, if nothing has to be converted.
         """
         data = {
             name: tensor.to(x.device, x.dtype if tensor.is_floating_point() else tensor.dtype)
@@ -123,9 +117,6 @@ class LossTerm:
             model: The network u, [N, d] -> [N, d_out].
             x: The points, [N, d].
 
-        Returns:
-            The residual; one column per component.
-
         Raises:
             TypeError: If the residual returns no tensor.
             ValueError: If the shapes of values and data do not fit together, or the residual has
@@ -141,9 +132,6 @@ class LossTerm:
         Args:
             x: The points, [N, d].
             values: The values of the operators by name, as `diffops.evaluate` returns them.
-
-        Returns:
-            The residual; one column per component.
 
         Raises:
             TypeError: If the residual returns no tensor.
@@ -166,10 +154,6 @@ class LossTerm:
 
         Args:
             x: The points, [N, d].
-
-        Returns:
-            One number for all points, or a tensor [N], [1, V] or [N, V] on the points' device in
-            their dtype.
 
         Raises:
             ValueError: If there is not one weight per point, or one is negative or not finite.
@@ -197,9 +181,6 @@ class LossTerm:
         Args:
             model: The network u, [N, d] -> [N, d_out].
             x: The points, [N, d].
-
-        Returns:
-            The scaled residual; one column per component.
         """
         return self.evaluate(model, x) * self.scale(x)
 
@@ -210,9 +191,6 @@ class LossTerm:
 
         Args:
             x: The points, [N, d].
-
-        Returns:
-            One number for all points, or one per point and component: [N, 1], [1, V] or [N, V].
         """
         weights = self.weights(x)
         if isinstance(weights, float):

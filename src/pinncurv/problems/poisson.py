@@ -34,9 +34,6 @@ def poisson(
         n_boundary: Number of points on the faces.
         solution: The solution, if it is known.
         name: The name of the problem.
-
-    Returns:
-        The problem with the terms 'interior' (residual -Δu - f) and 'boundary' (u - g).
     """
     interior = LossTerm(
         operators={"lap_u": Laplacian()},

@@ -87,9 +87,6 @@ class Problem:
             model: The network u, [N, d_in] -> [N, d_out].
             x: The points, [N, d_in], e.g. from `evaluation`.
 
-        Returns:
-            The root mean square error, plain and relative to the solution.
-
         Raises:
             ValueError: If the solution is not known or the network's shape differs from its.
         """

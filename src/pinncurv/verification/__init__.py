@@ -13,25 +13,15 @@ that failed, with the message. Keep the network small, since the right answers c
 ``report.py`` and ``checklist.py`` hold the results, ``instance.py`` makes the copies.
 """
 
-from pinncurv.verification.activation import verify_activation
-from pinncurv.verification.brute_force import gauss_newton, hessian
-from pinncurv.verification.curvature import verify_curvature
-from pinncurv.verification.network import verify_network
-from pinncurv.verification.operator import verify_operator
-from pinncurv.verification.problem import verify
-from pinncurv.verification.report import Check, Report, VerificationError
-from pinncurv.verification.term import verify_term
-
-__all__ = [
-    "Check",
-    "Report",
-    "VerificationError",
-    "gauss_newton",
-    "hessian",
-    "verify",
-    "verify_activation",
-    "verify_curvature",
-    "verify_network",
-    "verify_operator",
-    "verify_term",
-]
+from pinncurv.verification.activation import verify_activation as verify_activation
+from pinncurv.verification.brute_force import gauss_newton as gauss_newton, hessian as hessian
+from pinncurv.verification.curvature import verify_curvature as verify_curvature
+from pinncurv.verification.network import verify_network as verify_network
+from pinncurv.verification.operator import verify_operator as verify_operator
+from pinncurv.verification.problem import verify as verify
+from pinncurv.verification.report import (
+    Check as Check,
+    Report as Report,
+    VerificationError as VerificationError,
+)
+from pinncurv.verification.term import verify_term as verify_term

@@ -45,9 +45,6 @@ def verify_activation(
         high: Where to end; the function must be smooth in between.
         device: Where to compute.
         tolerance: The largest relative error that passes.
-
-    Returns:
-        The report.
     """
     checks = Checklist(getattr(function, "__name__", type(function).__name__))
     steps = (torch.arange(_POINTS, dtype=torch.float64, device=device) + 0.5) / _POINTS

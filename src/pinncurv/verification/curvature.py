@@ -49,9 +49,6 @@ def verify_curvature(
         semidefinite: Whether it should have no negative eigenvalue.
         scale_laws: Whether it should be proportional to the loss.
         max_points: How many points of each term to use.
-
-    Returns:
-        The report.
     """
     checks = Checklist("curvature")
     with checks.guard():

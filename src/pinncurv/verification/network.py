@@ -29,9 +29,6 @@ def verify_network(model: Network, x: Tensor, max_points: int = 3) -> Report:
             calls a function with a rule of its own (``@register_rule``).
         x: Points, ``[N, d]``.
         max_points: How many of the points to use.
-
-    Returns:
-        The report.
     """
     checks = Checklist("network")
     with checks.guard():

@@ -30,9 +30,6 @@ def verify_operator(
         dense: The matrix that it should represent; by default its products with the identity.
         semidefinite: Whether it should have no negative eigenvalue.
         dampings: For which the inverse is checked, relative to the largest eigenvalue.
-
-    Returns:
-        The report.
     """
     checks = Checklist(type(operator).__name__)
     with checks.guard():

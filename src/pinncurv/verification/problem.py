@@ -42,9 +42,6 @@ def verify(
             term; see ``verify_term``.
         semidefinite: Whether the curvature should have no negative eigenvalue.
         max_points: How many points of each term to use.
-
-    Returns:
-        The report: print it, or call ``raise_if_failed()``.
     """
     checks = Checklist("problem")
     if not checks.demand("one tensor of points per term", lambda: _mismatch(terms, points)):

@@ -37,9 +37,6 @@ def verify_term(
             operators need none; of others only the derivatives that they declare can be checked
             without.
         max_points: How many of the points to use.
-
-    Returns:
-        The report.
     """
     checks = Checklist(f"term '{getattr(term, 'name', term)}'")
     with checks.guard():
