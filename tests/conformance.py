@@ -52,7 +52,7 @@ def check_operator(
         check_inverse(operator, dense, damping)
     if dampings:
         for bad in (-1.0, float("nan"), float("inf")):
-            with pytest.raises(ValueError, match="damping must be a finite number >= 0, received"):
+            with pytest.raises(ValueError, match="damping must be a finite number >= 0, got"):
                 operator.inverse(bad)
 
 

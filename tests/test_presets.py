@@ -53,7 +53,7 @@ def composition(optimizer: CurvatureOptimizer) -> tuple:
         optimizer.step_size,
         part.average,
         optimizer.momentum,
-        optimizer.damping,
+        optimizer.damping_rule,
     )
 
 
@@ -150,7 +150,7 @@ GRID = GridLineSearch(-30, 0)
         (presets.gauss_newton, {}, (GaussNewton(), Damped(1e-12), QuadraticModel(), None, None)),
         (
             presets.gauss_newton,
-            {"damping": 1e-3, "use_momentum": False, "rule": RULE},
+            {"damping": 1e-3, "use_momentum": False, "damping_rule": RULE},
             (GaussNewton(), Damped(1e-3), QuadraticModel(use_momentum=False), None, None, RULE),
         ),
         (presets.engd_w, {}, (MATRIX_FREE, Woodbury(1e-10), GRID, None, None)),
@@ -186,7 +186,7 @@ GRID = GridLineSearch(-30, 0)
                 "curvature": KFAC(reduce),
                 "inverse": Damped(1e-2),
                 "max_iterations": 7,
-                "rule": RULE,
+                "damping_rule": RULE,
             },
             (
                 MATRIX_FREE,

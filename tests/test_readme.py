@@ -1,20 +1,23 @@
-"""The README's Python runs as it stands, block after block, as a reader would type it."""
+"""The README: its examples run in their order, and its lists are those of the code."""
 
 import re
+import textwrap
 from pathlib import Path
 
-README = Path(__file__).parents[1] / "README.md"
+from pinncurv.jets import supported
+
+README = Path(__file__).parent.parent / "README.md"
 
 
 def test_the_examples_run_in_order():
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     namespace = {}
     for block in blocks:
         exec(block, namespace)
         record = namespace["record"]
         assert record.accepted
-        assert record.new_loss < record.loss < 1
+        assert record.new_loss < record.loss
     assert 0 < namespace["relative_error"] < 10
     assert namespace["step"].isfinite().all()
     comparison = namespace["comparison"]
@@ -24,3 +27,19 @@ def test_the_examples_run_in_order():
     assert len(namespace["eigenvalues"]) == 129
     assert namespace["report"].passed
     assert 0 < namespace["similarity"] < comparison.cosine.value
+    assert namespace["system"].linearize().gradient()
+
+
+def covered() -> str:
+    """Return the list of functions with a rule, as it stands in the README."""
+    names = sorted({n.removeprefix("nn.functional.") for n in supported() if "__" not in n})
+    plain = [n for n in names if not n.startswith("Tensor.")]
+    return textwrap.fill(", ".join(plain), 100)
+
+
+def test_the_list_of_functions_is_that_of_the_registry():
+    """If this fails, paste what it prints between the two comments."""
+    (listed,) = re.findall(
+        r"<!-- supported -->\n(.*?)<!-- /supported -->", README.read_text(), flags=re.DOTALL
+    )
+    assert listed.strip() == covered(), covered()

@@ -26,6 +26,10 @@ def continued_loss(
     model = copy.deepcopy(objective.model)
     loss = Objective(model, objective.terms, objective.points, objective.chunk_size)
     optimizer = CurvatureOptimizer(
-        model.parameters(), entry.curvature, entry.inverse(damping), QuadraticModel(), damping=rule
+        model.parameters(),
+        entry.curvature,
+        entry.inverse(damping),
+        QuadraticModel(),
+        damping_rule=rule,
     )
     return [optimizer.step(loss).new_loss for _ in range(steps)][-1]

@@ -180,7 +180,7 @@ class CurvatureSettings(ABC):
             step_size=self._step_size(),
             average=ExponentialAverage(self.decay, STARTS[self.start]) if self.decay else None,
             momentum=MOMENTA[self.momentum_kind](self.momentum) if self.momentum else None,
-            damping=self._damping_rule(),
+            damping_rule=self._damping_rule(),
             intervals=Intervals(self.curvature_every, self.inverse_every),
             max_halvings=self.max_halvings,
             lr=self.lr,

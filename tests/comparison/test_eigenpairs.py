@@ -94,12 +94,12 @@ def test_what_does_not_converge_warns(generator):
 def test_errors(generator):
     operator = DenseLinearOperator(psd(6, generator), [(6,)])
     for k in (0, 7):
-        with pytest.raises(ValueError, match=rf"k must be an integer in \[1, 6\], received {k}"):
+        with pytest.raises(ValueError, match=rf"k must be an integer in \[1, 6\], got {k}"):
             largest_eigenpairs(operator, k, generator=generator)
-    with pytest.raises(ValueError, match="max_basis must be an integer >= 6, received 3"):
+    with pytest.raises(ValueError, match="max_basis must be an integer >= 6, got 3"):
         largest_eigenpairs(operator, 1, generator=generator, max_basis=3)
     with pytest.raises(ValueError, match="damping must be a finite number >= 0"):
         smallest_eigenpairs(operator, 1, -1.0, generator=generator)
     negative = DenseLinearOperator(-psd(6, generator), [(6,)])
-    with pytest.raises(ValueError, match="inverse must be positive definite, received DenseLin"):
+    with pytest.raises(ValueError, match="inverse must be positive definite, got DenseLin"):
         smallest_eigenpairs(operator, 1, 1.0, generator=generator, inverse=negative)

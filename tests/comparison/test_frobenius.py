@@ -180,12 +180,12 @@ def test_mass_from_operators_and_from_kernels():
 
 def test_errors(generator):
     A, B = (DenseLinearOperator(psd(n, generator), [(n,)]) for n in (3, 4))
-    with pytest.raises(ValueError, match=r"same space, received DenseLinearOperator \(3, 3\) and"):
+    with pytest.raises(ValueError, match=r"same space, got DenseLinearOperator \(3, 3\) and"):
         frobenius(A, B)
     with pytest.raises(ValueError, match=r"have none\. Pass blocks="):
         frobenius_by_layer(A, A)
     with pytest.raises(
-        ValueError, match=r"Parameter 0 of layer net\.0 must have shape \(1, 1\), received \(3,\)"
+        ValueError, match=r"Parameter 0 of layer net\.0 must have shape \(1, 1\), got \(3,\)"
     ):
         frobenius_by_layer(A, A, layers([1, 1])[0])
     jacobian = JacobianLinearOperator([linearize(TERMS["value"], build("tanh"), points())])
@@ -197,7 +197,7 @@ def test_errors(generator):
         frobenius(broken, broken)
     with pytest.raises(ValueError, match=r"product with SumKroneckerLinearOperator .* finite"):
         estimate_frobenius(broken, broken, vectors=2, generator=generator)
-    with pytest.raises(ValueError, match="vectors must be an integer >= 2, received 1"):
+    with pytest.raises(ValueError, match="vectors must be an integer >= 2, got 1"):
         estimate_frobenius(A, A, vectors=1, generator=generator)
     with pytest.raises(ValueError, match="kernels of one size"):
         squared_block_norms_from_kernels([A.matrix, B.matrix])

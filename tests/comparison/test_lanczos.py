@@ -64,7 +64,7 @@ def test_errors_of_lanczos(generator):
         lanczos(operator, start, 5, preconditioner=indefinite)
     with pytest.raises(ValueError, match="start must not be zero"):
         lanczos(operator, 0 * start, 3)
-    with pytest.raises(ValueError, match="steps must be an integer >= 1, received 0"):
+    with pytest.raises(ValueError, match="steps must be an integer >= 1, got 0"):
         lanczos(operator, start, 0)
     with pytest.raises(ValueError, match=r"product with MatrixFree \(5, 5\) must be finite"):
         lanczos(MatrixFree(operator.matrix * float("inf")), start, 3)
@@ -127,10 +127,10 @@ def test_density_of_an_operator_of_curvlinops_in_float32(generator):
 
 def test_errors_of_the_density(generator):
     operator = MatrixFree(psd(5, generator))
-    with pytest.raises(ValueError, match="vectors must be an integer >= 2, received 1"):
+    with pytest.raises(ValueError, match="vectors must be an integer >= 2, got 1"):
         spectral_density(operator, steps=3, vectors=1, generator=generator)
     density = spectral_density(operator, steps=3, vectors=2, generator=generator)
-    with pytest.raises(ValueError, match="width must be positive, received 0"):
+    with pytest.raises(ValueError, match="width must be positive, got 0"):
         density.smoothed(torch.ones(1), 0.0)
     with pytest.raises(ValueError, match=r"logarithmic axis must be positive.*torch.logspace"):
         density.smoothed_log(torch.zeros(1), 0.1)

@@ -96,10 +96,10 @@ def test_errors(generator):
         spectrum(DenseLinearOperator(asymmetric, [(6,)]))
     with pytest.raises(ValueError, match=r"entries of DenseLinearOperator .* must be finite"):
         spectrum(DenseLinearOperator(torch.full((2, 2), float("nan")), [(2,)]))
-    with pytest.raises(ValueError, match="damping must be a finite number >= 0, received -1"):
+    with pytest.raises(ValueError, match="damping must be a finite number >= 0, got -1"):
         effective_dimension(torch.ones(3), [-1.0])
     operator = DenseLinearOperator(psd(4, generator), [(4,)])
-    with pytest.raises(ValueError, match="vectors must be an integer >= 2, received 1"):
+    with pytest.raises(ValueError, match="vectors must be an integer >= 2, got 1"):
         estimate_effective_dimension(operator, 1.0, vectors=1, generator=generator)
     other = DenseLinearOperator(psd(5, generator), [(5,)])
     with pytest.raises(ValueError, match="must act on the same space"):

@@ -109,9 +109,9 @@ def test_iterations_by_preconditioner(dtype, generator):
 def test_errors(quadratic, generator):
     C, inverse, g = quadratic
     other = DenseLinearOperator(psd(7, generator), [(7,)])
-    with pytest.raises(ValueError, match=r"gradient must have 8 entries .* received 7"):
+    with pytest.raises(ValueError, match=r"gradient must have 8 entries .* got 7"):
         best_decrease(inverse, g[:7])
-    with pytest.raises(ValueError, match="gradient must be finite, received 8 of 8"):
+    with pytest.raises(ValueError, match="gradient must be finite, got 8 of 8"):
         quadratic_decrease(C, DAMPING, g * float("nan"), g)
     with pytest.raises(ValueError, match="direction must have 8 entries"):
         quadratic_decrease(C, DAMPING, g, g[:7])

@@ -325,7 +325,7 @@ def test_factors_must_fit():
         with pytest.raises(ValueError, match=r"factors for each of the . layers and the terms"):
             ChannelKroneckerLinearOperator(factors, blocks, shapes, operator.terms)
     swapped = operator.factors[::-1]
-    with pytest.raises(ValueError, match=r"layer .*, term .* must have shapes .* received"):
+    with pytest.raises(ValueError, match=r"layer .*, term .* must have shapes .* got"):
         ChannelKroneckerLinearOperator(swapped, blocks, shapes, operator.terms)
 
 

@@ -251,5 +251,5 @@ def test_needs_output_gradients(basis):
 def test_is_neither_averaged_nor_damped_by_factors():
     operator = of([TERMS["poisson"]], build("tanh"), [points()])
     assert not isinstance(operator, Averageable)
-    with pytest.raises(TypeError, match="received EKFACLinearOperator"):
+    with pytest.raises(TypeError, match="got EKFACLinearOperator"):
         FactorDamping(1e-3)(operator)

@@ -119,7 +119,7 @@ def test_sum_of_terms_is_the_whole(triple):
     oracles.assert_close(sum(parts), expected)
     oracles.assert_close(operator.term("poisson").to_dense(), parts[1])
     for missing in ("typo", 3, -1):
-        with pytest.raises(KeyError, match=rf"'poisson'.* or a position, received '?{missing}"):
+        with pytest.raises(KeyError, match=rf"'poisson'.* or a position, got '?{missing}"):
             operator.term(missing)
     oracles.assert_close(flat_matrix(linearized[:1]), parts[0])
 

@@ -258,7 +258,7 @@ def test_more_residuals_than_parameters():
 def test_a_damping_is_needed(triple):
     operator = MatrixFreeGaussNewton()(triple[0])
     for invert in (operator.inverse, lambda damping: Woodbury(damping)(operator)):
-        with pytest.raises(FactorizationError, match=r"31 parameters.*17 residuals, received 0"):
+        with pytest.raises(FactorizationError, match=r"31 parameters.*17 residuals, got 0"):
             invert(0.0)
         with pytest.raises(ValueError, match="damping must be a finite number >= 0"):
             invert(-1.0)

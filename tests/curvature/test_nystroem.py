@@ -168,7 +168,7 @@ def test_runs_resume_bit_for_bit():
             Nystroem(1e-2, 6, seed=3),
             FixedStep(0.05),
             momentum=Spring(0.5),
-            damping=LevenbergMarquardt(),
+            damping_rule=LevenbergMarquardt(),
         )
 
     model = network()
@@ -189,12 +189,12 @@ def test_runs_resume_bit_for_bit():
 
 def test_errors():
     operator = problem()[2]
-    with pytest.raises(ValueError, match="rank of a sketch must be at least 1, received 0"):
+    with pytest.raises(ValueError, match="rank of a sketch must be at least 1, got 0"):
         Nystroem(1e-3, 0)
     with pytest.raises(ValueError, match="damping must be a finite number >= 0"):
         Nystroem(-1.0, 3)
     with pytest.raises(FactorizationError, match="damping must be positive"):
         Nystroem(0.0, 3)(operator)
     dense = GaussNewton()(operator.jacobian.linearizations)
-    with pytest.raises(TypeError, match=r"Nystroem needs .* received DenseLinearOperator"):
+    with pytest.raises(TypeError, match=r"Nystroem needs .* got DenseLinearOperator"):
         Nystroem(1e-3, 3)(dense)

@@ -203,7 +203,7 @@ def test_rank_one_can_be_used_like_kfac():
 
 def test_higher_ranks_refuse_what_needs_positive_factors():
     operator = of([TERMS["poisson"]], build("tanh"), [points()], 2)
-    with pytest.raises(TypeError, match="received KroneckerExpansionLinearOperator"):
+    with pytest.raises(TypeError, match="got KroneckerExpansionLinearOperator"):
         FactorDamping(1e-3)(operator)
     with pytest.raises(ValueError, match=r"dimension at most 11, but layer 2 has 12\. Use rank=1"):
         operator.inverse(1e-3, dense_limit=11)

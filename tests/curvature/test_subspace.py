@@ -162,11 +162,11 @@ def test_bad_input():
     made, _ = linearizations()
     with pytest.raises(ValueError, match="sampled points must be at least 1, got 0"):
         SubspaceGaussNewton(0)(made)
-    with pytest.raises(ValueError, match="low rank must be positive, received 0"):
+    with pytest.raises(ValueError, match="low rank must be positive, got 0"):
         SubspaceGaussNewton(3)(made).inverse(0.0)
-    with pytest.raises(ValueError, match="damping must be a finite number >= 0, received -1"):
+    with pytest.raises(ValueError, match="damping must be a finite number >= 0, got -1"):
         InSubspace(-1.0)
-    with pytest.raises(TypeError, match="SubspaceGaussNewtonLinearOperator, received KFAC"):
+    with pytest.raises(TypeError, match="SubspaceGaussNewtonLinearOperator, got KFAC"):
         InSubspace(1.0)(KFAC()(made))
     empirical, _ = linearizations(fisher=Empirical())
     with pytest.raises(ValueError, match="needs the exact output gradients"):

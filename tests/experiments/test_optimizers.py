@@ -130,7 +130,7 @@ def test_the_names_stand_for_the_presets_of_the_library(name: str) -> None:
                 curvature=KFAC(),
                 inverse=FactorDamping(1e-8),
                 step_size=QuadraticModel(use_momentum=False),
-                damping=LevenbergMarquardt(shrink=9.0),
+                damping_rule=LevenbergMarquardt(shrink=9.0),
             ),
         ),
     ],

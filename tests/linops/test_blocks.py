@@ -30,8 +30,8 @@ def test_order_of_positions():
     ("blocks", "message"),
     [
         ([Block("a", 0, None, 3, 2)], r"parameters \[1\] belong to none"),
-        ([Block("a", 0, 1, 2, 3)], r"Parameter 0 of layer a must have shape \(2, 3\), rec"),
-        ([Block("a", 0, 2, 3, 2)], r"layer a must have shape \(3,\), received only 2 param"),
+        ([Block("a", 0, 1, 2, 3)], r"Parameter 0 of layer a must have shape \(2, 3\), got"),
+        ([Block("a", 0, 2, 3, 2)], r"layer a must have shape \(3,\), got only 2 param"),
         ([Block("a", 0, 0, 3, 2)], r"Weight and bias of layer a must be different"),
         (
             [Block("a", 0, 1, 3, 2), Block("b", 0, None, 3, 2)],

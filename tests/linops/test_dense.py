@@ -150,10 +150,10 @@ def test_blocks_of_dense_in_joint_order(generator):
 
 
 def test_shapes_must_fit(generator):
-    with pytest.raises(ValueError, match=r"matrix must have shape \(6, 6\).*received \(5, 5\)"):
+    with pytest.raises(ValueError, match=r"matrix must have shape \(6, 6\).*got \(5, 5\)"):
         DenseLinearOperator(psd(5, generator), [(2, 3)])
     blocks, shapes = layers([2, 3])
-    with pytest.raises(ValueError, match=r"shapes \[\(9, 9\)\], received \[\(6, 6\)\]"):
+    with pytest.raises(ValueError, match=r"shapes \[\(9, 9\)\], got \[\(6, 6\)\]"):
         DenseBlockDiagonalLinearOperator([psd(6, generator)], blocks, shapes)
 
 

@@ -180,14 +180,12 @@ def test_factors_are_not_written_to(generator):
 
 @pytest.mark.parametrize("damping", [-1e-8, float("nan"), float("inf")])
 def test_damping_is_checked(damping):
-    with pytest.raises(ValueError, match="damping must be a finite number >= 0, received"):
+    with pytest.raises(ValueError, match="damping must be a finite number >= 0, got"):
         FactorDamping(damping)
 
 
 def test_operator_without_factors():
-    with pytest.raises(
-        TypeError, match="must be given a SumKroneckerLinearOperator, received Diag"
-    ):
+    with pytest.raises(TypeError, match="must be given a SumKroneckerLinearOperator, got Diag"):
         FactorDamping(1e-3)(DiagonalLinearOperator([torch.ones(3)]))
 
 

@@ -110,7 +110,7 @@ def test_terms(generator):
     assert operator.term("boundary").factors[0][0] is operator.factors[0][1]
     with pytest.raises(KeyError, match="term must be one of"):
         operator.term("interface")
-    with pytest.raises(KeyError, match="or a position, received 3"):
+    with pytest.raises(KeyError, match="or a position, got 3"):
         operator.term(3)
 
 
@@ -121,7 +121,7 @@ def test_nonfinite_factor_is_named(bad, T, generator):
     operator.factors[1][T - 1].A[0, 1] = bad
     term = operator.terms[T - 1]
     with pytest.raises(
-        FactorizationError, match=rf"layer net\.2, term {term}, factor A must be finite, received 1"
+        FactorizationError, match=rf"layer net\.2, term {term}, factor A must be finite, got 1"
     ):
         operator.inverse(1e-3)
 
@@ -145,9 +145,9 @@ def test_factors_must_fit(generator):
     good = KroneckerFactors(psd(3, generator), psd(3, generator))
     with pytest.raises(ValueError, match=r"net\.0, term 0 must have shapes \(3, 3\) and \(3, 3\)"):
         SumKroneckerLinearOperator([[KroneckerFactors(psd(2, generator), good.B)]], blocks, shapes)
-    with pytest.raises(ValueError, match="factors for each of the 1 layers, received 2"):
+    with pytest.raises(ValueError, match="factors for each of the 1 layers, got 2"):
         SumKroneckerLinearOperator([[good], [good]], blocks, shapes)
-    with pytest.raises(ValueError, match=r"factors for the terms \('a', 'b'\), received 1"):
+    with pytest.raises(ValueError, match=r"factors for the terms \('a', 'b'\), got 1"):
         SumKroneckerLinearOperator([[good]], blocks, shapes, ["a", "b"])
 
 

@@ -21,7 +21,7 @@ def test_good_damping(damping):
 
 @pytest.mark.parametrize("damping", [-1e-300, float("nan"), float("inf"), -float("inf")])
 def test_bad_damping(damping):
-    with pytest.raises(ValueError, match=r"damping must be a finite number >= 0, received .*1e-8"):
+    with pytest.raises(ValueError, match=r"damping must be a finite number >= 0, got .*1e-8"):
         check_damping(damping)
 
 

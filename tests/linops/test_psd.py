@@ -66,7 +66,7 @@ def test_symmetrize(dtype, generator):
     torch.testing.assert_close(S, (M.double() + M.double().mT) / 2)
     M[2, 1] = float("inf")
     M[1, 2] = -float("inf")
-    with pytest.raises(FactorizationError, match="entries of M must be finite, received 2 of 16"):
+    with pytest.raises(FactorizationError, match="entries of M must be finite, got 2 of 16"):
         symmetrize(M, "M")
 
 
@@ -93,5 +93,5 @@ def test_simultaneous_diagonalization(generator):
 
 
 def test_simultaneous_diagonalization_of_a_negative_matrix(generator):
-    with pytest.raises(FactorizationError, match="pair must be positive semidefinite, received a"):
+    with pytest.raises(FactorizationError, match="pair must be positive semidefinite, got a"):
         diagonalize(-psd(5, generator), psd(5, generator), 0.0, 0.0, "pair")

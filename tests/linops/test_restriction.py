@@ -208,7 +208,7 @@ def test_errors(generator):
         restrict(operators["kronecker"], [foreign])
     with pytest.raises(ValueError, match=r"belongs to net\.0 and net\.0"):
         restrict(operators["dense"], [blocks[0], blocks[0]])
-    with pytest.raises(ValueError, match=r"one operator for each of the 3 layers, received 1"):
+    with pytest.raises(ValueError, match=r"one operator for each of the 3 layers, got 1"):
         block_diagonal([operators["dense"]], blocks)
     single = DenseLinearOperator(operators["dense"].matrix.float(), shapes)
     with pytest.raises(ValueError, match=r"operator of layer net.4 must act on .*torch.float64"):

@@ -51,7 +51,7 @@ OPTIMIZERS: dict[str, Callable[[Iterable[Any]], CurvatureOptimizer]] = {
     "gauss_newton_cg": lambda p: presets.gauss_newton_cg(p, 1e-2),
     "hessian_free": lambda p: presets.hessian_free(p, 1e-1, curvature=KFAC()),
     "engd_w": lambda p: presets.engd_w(p, 1e-2, SHORT),
-    "adaptive": lambda p: presets.gauss_newton(p, 1e-1, rule=LevenbergMarquardt()),
+    "adaptive": lambda p: presets.gauss_newton(p, 1e-1, damping_rule=LevenbergMarquardt()),
     "kfac_intervals": lambda p: CurvatureOptimizer(
         p,
         KFAC(),
@@ -64,7 +64,7 @@ OPTIMIZERS: dict[str, Callable[[Iterable[Any]], CurvatureOptimizer]] = {
         p,
         GaussNewton(),
         Damped(1e-1),
-        damping=LevenbergMarquardt(),
+        damping_rule=LevenbergMarquardt(),
         intervals=Intervals(curvature=3, inverse=2),
     ),
 }

@@ -26,7 +26,9 @@ def dense(linearizations):
 
 def adaptive(parameters, damping=1e-2, **settings) -> CurvatureOptimizer:
     rule = LevenbergMarquardt(**settings)
-    return CurvatureOptimizer(parameters, dense, Damped(damping), QuadraticModel(), damping=rule)
+    return CurvatureOptimizer(
+        parameters, dense, Damped(damping), QuadraticModel(), damping_rule=rule
+    )
 
 
 @pytest.mark.parametrize(
@@ -132,7 +134,7 @@ def test_no_retries_halve_instead():
 def test_adaptive_damping_of_a_network(chunk_size):
     """Retries need the linearization at the point of before, also if it is recomputed."""
     model = network()
-    optimizer = presets.gauss_newton(model.parameters(), 1e-3, rule=LevenbergMarquardt())
+    optimizer = presets.gauss_newton(model.parameters(), 1e-3, damping_rule=LevenbergMarquardt())
     objective = poisson(model, chunk_size=chunk_size)
     records = [optimizer.step(objective) for _ in range(6)]
     dampings = [record.damping for record in records]
@@ -145,7 +147,7 @@ def test_adaptive_damping_of_a_network(chunk_size):
 def test_damping_of_kronecker_factors_adapts():
     model = network()
     optimizer = CurvatureOptimizer(
-        model.parameters(), KFAC(), FactorDamping(1e-6), damping=LevenbergMarquardt()
+        model.parameters(), KFAC(), FactorDamping(1e-6), damping_rule=LevenbergMarquardt()
     )
     objective = poisson(model)
     dampings = {optimizer.step(objective).damping for _ in range(4)}
@@ -159,7 +161,7 @@ def test_adaptive_damping_with_a_fixed_step():
         GaussNewton(),
         Damped(1.0),
         FixedStep(0.01),
-        damping=LevenbergMarquardt(shrink=2.0),
+        damping_rule=LevenbergMarquardt(shrink=2.0),
     )
     objective = poisson(model)
     assert [optimizer.step(objective).damping for _ in range(3)] == [1.0, 0.5, 0.25]

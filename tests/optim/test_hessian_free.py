@@ -201,7 +201,7 @@ WAYS = {
 def test_adaptive_damping_of_every_inverse(name):
     model = network(2, 8, 1)
     optimizer = CurvatureOptimizer(
-        model.parameters(), *WAYS[name], QuadraticModel(), damping=LevenbergMarquardt()
+        model.parameters(), *WAYS[name], QuadraticModel(), damping_rule=LevenbergMarquardt()
     )
     objective, start = poisson(model), flat(model)
     first = objective.loss().item()
@@ -232,7 +232,7 @@ def test_prediction_is_of_the_update_that_was_taken(step_size, rates):
         for layer, lr in zip((model[0], model[2]), rates, strict=True)
     ]
     optimizer = CurvatureOptimizer(
-        groups, matrix_free, TRUNCATED, step_size, damping=LevenbergMarquardt()
+        groups, matrix_free, TRUNCATED, step_size, damping_rule=LevenbergMarquardt()
     )
     objective = poisson(model)
     for _ in range(3):
@@ -287,7 +287,7 @@ def test_damping_of_short_steps(scale, expected):
 
 def test_short_steps_raise_the_damping():
     model = network()
-    optimizer = presets.gauss_newton(model.parameters(), 1e-6, rule=ShortStepDamping())
+    optimizer = presets.gauss_newton(model.parameters(), 1e-6, damping_rule=ShortStepDamping())
     wall = Obstacle(poisson(model), lambda loss, d: loss if d < 1e-6 else 1e9)
     assert optimizer.step(wall).accepted
     assert optimizer.step(poisson(model)).damping == pytest.approx(1e-5)

@@ -61,7 +61,7 @@ def retry(curvature, inverse, chunk_size=None, failures=3):
     """Take one step that succeeds at the last of some trials."""
     model, counted = network(), Counted(curvature)
     optimizer = CurvatureOptimizer(
-        model.parameters(), counted, inverse, damping=LevenbergMarquardt()
+        model.parameters(), counted, inverse, damping_rule=LevenbergMarquardt()
     )
     objective = Walled(poisson(model, chunk_size=chunk_size), failures)
     record = optimizer.step(objective)
@@ -100,7 +100,7 @@ def test_retries_of_an_objective_of_ones_own():
     fit = linear_fit(1.0, -2.0)
     counted = Counted(gram)
     optimizer = CurvatureOptimizer(
-        fit.parameters, counted, Damped(1.0), damping=LevenbergMarquardt()
+        fit.parameters, counted, Damped(1.0), damping_rule=LevenbergMarquardt()
     )
     objective = Walled(fit, 2)
     assert optimizer.step(objective).accepted
@@ -159,7 +159,7 @@ def test_the_last_retry_holds_nothing(retries):
         model.parameters(),
         matrix_free,
         Woodbury(1e-2),
-        damping=LevenbergMarquardt(max_retries=retries),
+        damping_rule=LevenbergMarquardt(max_retries=retries),
     )
     objective = Watched(Obstacle(poisson(model), lambda loss, distance: 1e9))
     optimizer.max_halvings = 0
@@ -177,7 +177,7 @@ def test_nothing_is_held_between_steps():
         return operator
 
     optimizer = CurvatureOptimizer(
-        model.parameters(), watched, Damped(1e-2), damping=LevenbergMarquardt()
+        model.parameters(), watched, Damped(1e-2), damping_rule=LevenbergMarquardt()
     )
     optimizer.step(poisson(model))
     assert made[0]() is None
@@ -198,7 +198,7 @@ def test_the_model_is_evaluated_only_for_rules_that_look_at_it(rule, products, m
     )
     model = network()
     optimizer = CurvatureOptimizer(
-        model.parameters(), GaussNewton(), Damped(1e-2), GridLineSearch(-4), damping=rule
+        model.parameters(), GaussNewton(), Damped(1e-2), GridLineSearch(-4), damping_rule=rule
     )
     assert optimizer.step(poisson(model)).accepted
     assert len(calls) == products

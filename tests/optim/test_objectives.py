@@ -120,7 +120,7 @@ def test_a_curve_is_fitted(step_size, damping, momentum):
     """A curvlinops operator without an inverse of its own is inverted by conjugate gradients."""
     fit = curve_fit()
     optimizer = CurvatureOptimizer(
-        fit.parameters, gram, Damped(1e-6), step_size, momentum=momentum, damping=damping
+        fit.parameters, gram, Damped(1e-6), step_size, momentum=momentum, damping_rule=damping
     )
     for _ in range(15):
         record = optimizer.step(fit)
@@ -199,14 +199,14 @@ def test_an_inverse_whose_damping_cannot_be_set():
 
     fit = linear_fit(1.0, -2.0)
     with pytest.raises(TypeError, match="dataclass"):
-        CurvatureOptimizer(fit.parameters, gram, Fixed(), damping=LevenbergMarquardt())
+        CurvatureOptimizer(fit.parameters, gram, Fixed(), damping_rule=LevenbergMarquardt())
 
 
 @pytest.mark.parametrize("damping", [-1.0, math.nan, math.inf])
 def test_damping_must_be_valid(damping):
     for build in (presets.kfac, presets.kfac_star, presets.engd, presets.gauss_newton):
         with pytest.raises(ValueError, match="damping must be a finite number >= 0"):
-            build(network().parameters(), damping=damping)
+            build(network().parameters(), damping_rule=damping)
 
 
 @pytest.mark.parametrize("momentum", [1.0, -0.1, math.nan, math.inf])

@@ -287,7 +287,7 @@ def test_the_record_is_complete():
     model = network()
     objective = poisson(model)
     optimizer = CurvatureOptimizer(
-        model.parameters(), KFAC(), FactorDamping(1e-2), damping=LevenbergMarquardt()
+        model.parameters(), KFAC(), FactorDamping(1e-2), damping_rule=LevenbergMarquardt()
     )
     losses = {name: loss.item() for name, loss in objective.term_losses().items()}
     record = optimizer.step(objective)

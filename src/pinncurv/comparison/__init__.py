@@ -12,7 +12,6 @@ or frozen dataclasses. What is exact has a plain name; ``estimate_...`` has stan
 - ``lanczos``: the Lanczos process with full reorthogonalization, plain and preconditioned.
 """
 
-from pinncurv.comparison.compare import Comparison as Comparison, compare as compare
 from pinncurv.comparison.density import (
     SpectralDensity as SpectralDensity,
     spectral_density as spectral_density,
@@ -51,6 +50,7 @@ from pinncurv.comparison.mass import (
     squared_block_norms as squared_block_norms,
     squared_block_norms_from_kernels as squared_block_norms_from_kernels,
 )
+from pinncurv.comparison.pair import Comparison as Comparison, compare as compare
 from pinncurv.comparison.spectra import (
     effective_dimension as effective_dimension,
     estimate_effective_dimension as estimate_effective_dimension,

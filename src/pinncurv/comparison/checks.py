@@ -21,7 +21,7 @@ def check_square(operator: PyTorchLinearOperator) -> int:
     rows, D = operator.shape
     if rows != D:
         raise ValueError(
-            f"The operator must be square, received {describe(operator)}. "
+            f"The operator must be square, got {describe(operator)}. "
             "Pass a matrix on the parameters, such as JᵀJ instead of J."
         )
     return int(D)
@@ -36,12 +36,12 @@ def check_same_space(first: PyTorchLinearOperator, second: PyTorchLinearOperator
     D = check_square(first)
     if check_square(second) != D:
         raise ValueError(
-            f"The operators must act on the same space, received {describe(first)} and "
+            f"The operators must act on the same space, got {describe(first)} and "
             f"{describe(second)}. Build both for the same parameters."
         )
     if first.device != second.device:
         raise ValueError(
-            f"The operators must be on the same device, received {describe(first)} on "
+            f"The operators must be on the same device, got {describe(first)} on "
             f"{first.device} and {describe(second)} on {second.device}."
         )
     return D
@@ -61,7 +61,7 @@ def check_count(name: str, value: int, smallest: int, largest: int | None = None
     """
     if value < smallest or (largest is not None and value > largest):
         bound = f">= {smallest}" if largest is None else f"in [{smallest}, {largest}]"
-        raise ValueError(f"{name} must be an integer {bound}, received {value}.")
+        raise ValueError(f"{name} must be an integer {bound}, got {value}.")
     return value
 
 
@@ -73,7 +73,7 @@ def check_finite(tensor: Tensor, name: str) -> Tensor:
     """
     if not bool(torch.isfinite(tensor).all()):
         raise ValueError(
-            f"{name} must be finite, received {int((~tensor.isfinite()).sum())} of "
+            f"{name} must be finite, got {int((~tensor.isfinite()).sum())} of "
             f"{tensor.numel()} entries that are not. "
             "Look for a diverged loss, an overflow in the model, or too little damping."
         )

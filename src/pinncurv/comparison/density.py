@@ -61,7 +61,7 @@ class SpectralDensity:
         """
         if not bool((grid > 0).all()):
             raise ValueError(
-                f"A logarithmic axis must be positive, received {grid.min().item():.1e}. "
+                f"A logarithmic axis must be positive, got {grid.min().item():.1e}. "
                 "Use torch.logspace for the grid."
             )
         positive = self.nodes > 0
@@ -103,7 +103,7 @@ class SpectralDensity:
 def _smooth(nodes: Tensor, weights: Tensor, grid: Tensor, width: float) -> Tensor:
     """Sum of Gaussians of one width."""
     if not width > 0:
-        raise ValueError(f"width must be positive, received {width}.")
+        raise ValueError(f"width must be positive, got {width}.")
     keep = weights > 0
     distance = (grid.to(nodes).unsqueeze(1) - nodes[keep]) / width
     return torch.exp(-distance.square() / 2) @ weights[keep] / (sqrt(2 * pi) * width)

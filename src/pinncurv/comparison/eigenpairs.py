@@ -167,7 +167,7 @@ def smallest_eigenpairs(
     )
     if not bool((pairs.values > 0).all()):
         raise ValueError(
-            f"The inverse must be positive definite, received {describe(inverse)} with an "
+            f"The inverse must be positive definite, got {describe(inverse)} with an "
             f"eigenvalue {pairs.values.min().item():.1e}. Raise the damping."
         )
     values = 1 / pairs.values - damping

@@ -96,7 +96,7 @@ def lanczos(
     alphas: list[float] = []
     betas = [_extend_(V, U, 0, start.to(V), preconditioner)]
     if betas[0] == 0:
-        raise ValueError("start must not be zero, received a vector of zeros.")
+        raise ValueError("start must not be zero, got a vector of zeros.")
     rounding = 10 * sqrt(D) * torch.finfo(operator.dtype).eps
     for j in range(steps):
         w = apply(operator, U[:, j], damping)

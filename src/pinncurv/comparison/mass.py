@@ -50,7 +50,7 @@ def squared_block_norms_from_kernels(
     sizes = [tuple(kernel.shape) for kernel in kernels]
     if len(set(sizes)) != 1:
         raise ValueError(
-            f"There must be one or more kernels of one size [R, R], received sizes {sizes}. "
+            f"There must be one or more kernels of one size [R, R], got sizes {sizes}. "
             "Pass J_l J_lᵀ of each layer, for the residuals of all terms."
         )
     names = [f"Kernel {i}" for i in range(len(kernels))]
@@ -75,7 +75,7 @@ def mass(squared_norms: Float[Tensor, "L L"]) -> Float[Tensor, "L L"]:
     total = check_finite(squared_norms, "squared_norms").sum()
     if bool((squared_norms < 0).any()) or not bool(total > 0):
         raise ValueError(
-            "squared_norms must be >= 0 and not all zero, received entries in "
+            "squared_norms must be >= 0 and not all zero, got entries in "
             f"[{squared_norms.min().item():.1e}, {squared_norms.max().item():.1e}]. "
             "Look for an operator that is zero."
         )

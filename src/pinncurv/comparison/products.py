@@ -101,7 +101,7 @@ def _symmetric(matrix: Tensor, name: str) -> Tensor:
     asymmetry = torch.linalg.matrix_norm(matrix - symmetric)
     if bool(asymmetry > _ASYMMETRY * torch.linalg.matrix_norm(symmetric)):
         raise ValueError(
-            f"{name} must be symmetric, received an antisymmetric part of norm "
+            f"{name} must be symmetric, got an antisymmetric part of norm "
             f"{asymmetry.item():.1e}. For a product P⁻¹C of two operators use "
             "generalized_spectrum(C, P⁻¹)."
         )
@@ -126,6 +126,6 @@ def flat_vector(
     if len(flat) != operator.shape[1]:
         raise ValueError(
             f"{name} must have {operator.shape[1]} entries to be multiplied by "
-            f"{describe(operator)}, received {len(flat)}."
+            f"{describe(operator)}, got {len(flat)}."
         )
     return check_finite(flat.to(operator.device, torch.float64), name)

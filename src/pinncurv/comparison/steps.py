@@ -39,7 +39,7 @@ def step_cosine(
     norms = (s.norm() * t.norm()).item()
     if norms == 0:
         raise ValueError(
-            "The steps must not be zero to have an angle, received steps of norms "
+            "The steps must not be zero to have an angle, got steps of norms "
             f"{s.norm().item():.1e} and {t.norm().item():.1e}. Pass a nonzero gradient."
         )
     return max(-1.0, min(1.0, torch.dot(s, t).item() / norms))
@@ -97,7 +97,7 @@ def quadratic_decrease(
     if not curvature > 0:
         raise ValueError(
             "The curvature along the direction must be positive for the model to have a minimum, "
-            f"received vᵀ(C + λI)v = {curvature:.1e} for a v of norm {v.norm().item():.1e}. "
+            f"got vᵀ(C + λI)v = {curvature:.1e} for a v of norm {v.norm().item():.1e}. "
             "Pass a nonzero direction or raise the damping."
         )
     return QuadraticDecrease(torch.dot(g, v).item(), curvature)
@@ -146,7 +146,7 @@ def decrease_fraction(
     best = best_decrease(inverse, gradient)
     if not best > 0:
         raise ValueError(
-            f"The best decrease must be positive, received 1/2 gᵀ(C + λI)⁻¹g = {best:.1e}. "
+            f"The best decrease must be positive, got 1/2 gᵀ(C + λI)⁻¹g = {best:.1e}. "
             "Pass a nonzero gradient and a positive definite inverse."
         )
     return quadratic_decrease(operator, damping, gradient, direction).decrease / best
@@ -192,7 +192,7 @@ def compare_steps(
     model, best = (quadratic_decrease(operator, damping, gradient, v) for v in (s, t))
     if not best.decrease > 0:
         raise ValueError(
-            f"The decrease along the exact step must be positive, received {best.decrease:.1e}. "
+            f"The decrease along the exact step must be positive, got {best.decrease:.1e}. "
             "Pass a nonzero gradient and exact_step = −(C + λI)⁻¹g."
         )
     return StepComparison(
@@ -220,7 +220,7 @@ def subspace_overlap(U: Float[Tensor, "D K"], V: Float[Tensor, "D K"]) -> Float[
         deviation = (X.mT @ X - torch.eye(X.shape[1]).to(X)).abs().max().item()
         if not deviation < torch.finfo(X.dtype).eps ** 0.5:
             raise ValueError(
-                f"{name} must have orthonormal columns, received a deviation of {deviation:.1e}. "
+                f"{name} must have orthonormal columns, got a deviation of {deviation:.1e}. "
                 "Orthogonalize them with torch.linalg.qr."
             )
     squares = (U.double().mT @ V.double()).square()

@@ -4,7 +4,7 @@ Exact: ``jacobian.py``, ``gauss_newton.py`` (inverted by ``woodbury.py`` or ``it
 ``kernel.py``, ``hessian.py``. Approximations: ``kfac.py``, ``channel_kronecker.py``, ``ekfac.py``,
 ``optimal_kronecker.py``, ``subspace.py``, ``nystroem.py``. Each file has its operator and the
 recipe that an optimizer takes;
-``objective.py`` is the loss on one batch, and ``coverage.py`` reports on every parameter.
+``objective.py`` is the loss on one batch, and ``treatment.py`` reports on every parameter.
 Costs are multiplications and numbers held, for N points, S channels, V residual components, layers
 of d_in inputs (and bias) and d_out outputs, D parameters in all and R = Σ_t N_t V_t residuals; sums
 over layers and terms are left out. To them the linearizations add a forward and V backward passes
@@ -16,11 +16,6 @@ from pinncurv.curvature.channel_kronecker import (
     ChannelFactors as ChannelFactors,
     ChannelKronecker as ChannelKronecker,
     ChannelKroneckerLinearOperator as ChannelKroneckerLinearOperator,
-)
-from pinncurv.curvature.coverage import (
-    Coverage as Coverage,
-    ParameterCoverage as ParameterCoverage,
-    coverage as coverage,
 )
 from pinncurv.curvature.ekfac import (
     EKFAC as EKFAC,
@@ -84,6 +79,11 @@ from pinncurv.curvature.subspace import (
     SubspaceGaussNewtonLinearOperator as SubspaceGaussNewtonLinearOperator,
     SubspaceInverseLinearOperator as SubspaceInverseLinearOperator,
     SubspaceSolverLinearOperator as SubspaceSolverLinearOperator,
+)
+from pinncurv.curvature.treatment import (
+    Coverage as Coverage,
+    ParameterCoverage as ParameterCoverage,
+    coverage as coverage,
 )
 from pinncurv.curvature.woodbury import (
     KernelInverseLinearOperator as KernelInverseLinearOperator,

@@ -99,7 +99,7 @@ class ChannelKroneckerLinearOperator(LayerwiseLinearOperator):
         if len(self.factors) != len(self.blocks) or counts != {len(self.terms)}:
             raise ValueError(
                 f"There must be factors for each of the {len(self.blocks)} layers and the terms "
-                f"{self.terms}, received {len(self.factors)} layers with {sorted(counts)} terms. "
+                f"{self.terms}, got {len(self.factors)} layers with {sorted(counts)} terms. "
                 "Pass factors[layer][term]."
             )
         for block, layer in zip(self.blocks, self.factors, strict=True):
@@ -110,7 +110,7 @@ class ChannelKroneckerLinearOperator(LayerwiseLinearOperator):
                 if (tuple(f.A.shape), tuple(f.B.shape)) != expected:
                     raise ValueError(
                         f"The factors of layer {block.name}, term {term} must have shapes "
-                        f"{expected[0]} and {expected[1]}, received {tuple(f.A.shape)} and "
+                        f"{expected[0]} and {expected[1]}, got {tuple(f.A.shape)} and "
                         f"{tuple(f.B.shape)}. A acts on the inputs (and bias), B on the outputs."
                     )
 

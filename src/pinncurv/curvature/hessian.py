@@ -63,7 +63,7 @@ class SecondDerivativeLinearOperator(SymmetricLinearOperator, ABC):
         """
         names = tuple(linearization.term.name for linearization in self.linearizations)
         if term not in names and term not in range(len(names)):
-            raise KeyError(f"term must be one of {names} or a position, received {term!r}.")
+            raise KeyError(f"term must be one of {names} or a position, got {term!r}.")
         position = names.index(term) if isinstance(term, str) else term
         return type(self)([self.linearizations[position]], self.space)
 
@@ -129,7 +129,7 @@ class SecondDerivativeLinearOperator(SymmetricLinearOperator, ABC):
         if self.shape[0] > dense_limit:
             raise NotImplementedError(
                 f"{type(self).__name__} is indefinite and inverted as a dense matrix of at most "
-                f"{dense_limit} parameters, received {self.shape[0]}. Raise dense_limit; or solve "
+                f"{dense_limit} parameters, got {self.shape[0]}. Raise dense_limit; or solve "
                 "one system by scipy.sparse.linalg.minres(operator.to_scipy(), b, "
                 f"shift={-damping!r}); or, if the damping makes it positive definite, use "
                 "pinncurv.linops.CGInverseLinearOperator."
@@ -137,7 +137,7 @@ class SecondDerivativeLinearOperator(SymmetricLinearOperator, ABC):
         h, V, report = self.eigh.eigenvalues, self.eigh.eigenvectors, self.eigh.report
         if is_singular((h + damping).abs()):
             raise FactorizationError(
-                f"{report.name} plus damping must be nonsingular, received eigenvalues in "
+                f"{report.name} plus damping must be nonsingular, got eigenvalues in "
                 f"[{h[0].item():.1e}, {h[-1].item():.1e}] and one at the negative of the damping "
                 f"{damping:.1e} up to rounding. Pass another damping."
             )

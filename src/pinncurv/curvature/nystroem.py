@@ -88,7 +88,7 @@ def _products(operator: PyTorchLinearOperator, omega: Tensor) -> Tensor:
 
 def _check_rank(rank: int) -> int:
     if rank < 1:
-        raise ValueError(f"The rank of a sketch must be at least 1, received {rank}.")
+        raise ValueError(f"The rank of a sketch must be at least 1, got {rank}.")
     return rank
 
 

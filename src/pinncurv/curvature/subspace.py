@@ -161,7 +161,7 @@ def _whitening(K: Float[Tensor, "m m"], eps: float) -> Float[Tensor, "m k"]:
 def _positive(damping: float) -> float:
     if not check_damping(damping) > 0:
         raise ValueError(
-            "The damping of a matrix of low rank must be positive, received 0. Pass damping > 0."
+            "The damping of a matrix of low rank must be positive, got 0. Pass damping > 0."
         )
     return damping
 
@@ -292,7 +292,7 @@ class InSubspace:
         """
         if not isinstance(operator, SubspaceGaussNewtonLinearOperator):
             raise TypeError(
-                "InSubspace must be given a SubspaceGaussNewtonLinearOperator, received "
+                "InSubspace must be given a SubspaceGaussNewtonLinearOperator, got "
                 f"{type(operator).__name__}. Use Damped(damping), or "
                 "curvature=SubspaceGaussNewton()."
             )

@@ -133,7 +133,7 @@ def check_positive(damping: float, jacobian: JacobianLinearOperator) -> float:
         R, D = jacobian.shape
         raise FactorizationError(
             f"The damping must be positive to invert JᵀJ, with {D} parameters, through the kernel "
-            f"of its {R} residuals, received 0. Pass damping > 0, or with at least as many "
+            f"of its {R} residuals, got 0. Pass damping > 0, or with at least as many "
             "residuals as parameters invert GaussNewton(), which is dense."
         )
     return float(damping)
@@ -161,7 +161,7 @@ def kernel_of(operator: PyTorchLinearOperator, inverse: Any) -> KernelLinearOper
     if not isinstance(kernel, KernelLinearOperator):
         raise TypeError(
             f"{type(inverse).__name__} needs an operator that knows its Jacobian, a "
-            f"GaussNewtonLinearOperator, received {type(operator).__name__}. Pass "
+            f"GaussNewtonLinearOperator, got {type(operator).__name__}. Pass "
             "curvature=MatrixFreeGaussNewton(), or inverse="
             f"Damped({inverse.damping:g}) for this operator."
         )

@@ -15,7 +15,7 @@ from torch.nn import Module
 from pinncurv.diffops.coordinates import as_dim, as_dims, standard_basis
 from pinncurv.diffops.operator import DifferentialOperator
 from pinncurv.jets import Derivative
-from pinncurv.jets.derivative import HIGHEST_ORDER, Coefficient, Multiset
+from pinncurv.jets.requests import HIGHEST_ORDER, Coefficient, Multiset
 
 PointFunction = Callable[[Tensor], Tensor]
 

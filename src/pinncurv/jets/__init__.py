@@ -1,7 +1,7 @@
 """Taylor-mode automatic differentiation through unmodified ``nn.Module``s.
 
 ``jet.py`` is the type and the registry of rules, ``layout.py`` says what its channels mean,
-``derivative.py`` how they are asked for, and ``recording.py`` keeps what trainable tensors do. The
+``requests.py`` how they are asked for, and ``recording.py`` keeps what trainable tensors do. The
 rules stand in ``linear.py``, ``elementwise.py`` (the functions themselves in ``functions.py``),
 ``bilinear.py`` and ``structural.py``, by their algebraic kind, and what is composed of them in
 ``composite.py``; ``nested.py`` differentiates inside
@@ -15,7 +15,6 @@ from pinncurv.jets import (
     linear as linear,
     structural as structural,
 )
-from pinncurv.jets.derivative import Derivative as Derivative
 from pinncurv.jets.elementwise import register_elementwise as register_elementwise
 from pinncurv.jets.jet import (
     Jet as Jet,
@@ -33,3 +32,4 @@ from pinncurv.jets.recording import (
     for_every_point as for_every_point,
     record as record,
 )
+from pinncurv.jets.requests import Derivative as Derivative

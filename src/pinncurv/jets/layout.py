@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pinncurv.jets.derivative import (
+from pinncurv.jets.requests import (
     Coefficient,
     Derivative,
     Multiset,

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pinncurv.jets.derivative import HIGHEST_ORDER
 from pinncurv.jets.jet import Jet, seed
 from pinncurv.jets.layout import Layout
 from pinncurv.jets.location import calling_module
+from pinncurv.jets.requests import HIGHEST_ORDER
 
 
 def derivative(network: Callable[[Any], Any], x: Jet | Tensor, dim: int) -> Any:

@@ -120,8 +120,8 @@ class Tape:
 
 
 def active_tape() -> Tape | None:
-    """Return the tape that records now, if any."""
-    return _ACTIVE.get()
+    """Return the tape that records now, if any; nothing is recorded under ``torch.no_grad``."""
+    return _ACTIVE.get() if torch.is_grad_enabled() else None
 
 
 def for_every_point(constant: Any, jet: Jet, ndim: int | None = None) -> Any:
@@ -135,7 +135,7 @@ def for_every_point(constant: Any, jet: Jet, ndim: int | None = None) -> Any:
         jet: What it meets.
         ndim: How many axes both are broadcast to; by default those of the one that has more.
     """
-    tape = _ACTIVE.get()
+    tape = active_tape()
     if tape is None or not isinstance(constant, Tensor) or not constant.requires_grad:
         return constant
     return tape.copies(
@@ -155,7 +155,7 @@ class PlainLinearMaps(TorchFunctionMode):
     ) -> Any:
         """Record a linear map; let everything else pass."""
         given = dict(kwargs or {})
-        tape = _ACTIVE.get()
+        tape = active_tape()
         if func is not functional.linear or tape is None or not _is_plain(args, given):
             return func(*args, **given)
         input, weight, bias = _linear_arguments(*args, **given)

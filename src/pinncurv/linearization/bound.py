@@ -77,7 +77,15 @@ class BoundTerm:
         if self._structure is None:
             check_differentiable(self.term.name)
             few = self.whole.at(slice(0, 2))
-            self._structure = find_structure(few, self.model, self.parameters, self.as_jets)
+            found = find_structure(few, self.model, self.parameters, self.as_jets)
+            scale = self.whole.scale
+            if isinstance(scale, Tensor) and scale.shape[1] not in (1, found.components):
+                raise ValueError(
+                    f"Term '{self.term.name}': there must be one weight per component of the "
+                    f"residual, V = {found.components}, got {scale.shape[1]}. Pass one number for "
+                    "all, or one for each component."
+                )
+            self._structure = found
         return self._structure
 
     def state(self) -> tuple[object, ...]:

@@ -93,7 +93,7 @@ def check_blocks(blocks: Sequence[Block], shapes: Sequence[Sequence[int]]) -> No
         if block.bias == block.weight:
             raise ValueError(
                 f"Weight and bias of layer {block.name} must be different parameters, "
-                f"received position {block.weight} for both. Pass bias=None without bias."
+                f"got position {block.weight} for both. Pass bias=None without bias."
             )
         for position, shape in zip(
             block.positions, (block.weight_shape, (block.d_out,)), strict=False
@@ -104,14 +104,14 @@ def check_blocks(blocks: Sequence[Block], shapes: Sequence[Sequence[int]]) -> No
                     f"{owner[position]} and {block.name}. Join the layers that share it."
                 )
             if not 0 <= position < len(shapes) or tuple(shapes[position]) != shape:
-                received = (
+                got = (
                     tuple(shapes[position])
                     if 0 <= position < len(shapes)
                     else f"only {len(shapes)} parameters"
                 )
                 raise ValueError(
                     f"Parameter {position} of layer {block.name} must have shape {shape}, "
-                    f"received {received}. Check the block's positions and widths."
+                    f"got {got}. Check the block's positions and widths."
                 )
             owner[position] = block.name
     missing = [position for position in range(len(shapes)) if position not in owner]

@@ -71,7 +71,7 @@ class DenseLinearOperator(SymmetricLinearOperator):
         if matrix.shape != self.shape:
             raise ValueError(
                 f"The matrix must have shape {self.shape} to act on the shapes "
-                f"{[tuple(shape) for shape in self._in_shape]}, received {tuple(matrix.shape)}. "
+                f"{[tuple(shape) for shape in self._in_shape]}, got {tuple(matrix.shape)}. "
                 "Pass the matrix on the concatenation of all parameters."
             )
         self.matrix = matrix
@@ -152,11 +152,11 @@ class DenseBlockDiagonalLinearOperator(LayerwiseLinearOperator):
         super().__init__(blocks, shapes, matrices[0].device, matrices[0].dtype)
         self.matrices = tuple(matrices)
         self._eigh: dict[int, EigenFactorization] = {}
-        received = [tuple(matrix.shape) for matrix in self.matrices]
+        got = [tuple(matrix.shape) for matrix in self.matrices]
         expected = [(block.numel, block.numel) for block in self.blocks]
-        if received != expected:
+        if got != expected:
             raise ValueError(
-                f"The matrices must have shapes {expected}, received {received}. "
+                f"The matrices must have shapes {expected}, got {got}. "
                 "Pass one matrix per layer, on its weight and bias together."
             )
 
@@ -262,7 +262,7 @@ class DiagonalLinearOperator(SymmetricLinearOperator):
         if not bool(c.isfinite().all()) or (damping == 0 and not c.min().item() > 0):
             raise FactorizationError(
                 "The diagonal must be finite, and positive to be inverted without damping, "
-                f"received entries in [{c.min().item():.1e}, {c.max().item():.1e}]. "
+                f"got entries in [{c.min().item():.1e}, {c.max().item():.1e}]. "
                 "Pass damping > 0, or look for a diverged loss."
             )
         return DiagonalLinearOperator([1 / (d.clamp(min=0) + damping) for d in self.diagonals])

@@ -125,7 +125,7 @@ class KroneckerEigenLinearOperator(KroneckerCongruenceLinearOperator):
                 smallest, largest = S.min().item(), S.max().item()
                 raise FactorizationError(
                     f"The block of layer {block.name} must be nonsingular to be inverted without "
-                    f"damping, received eigenvalues in [{smallest:.1e}, {largest:.1e}]. "
+                    f"damping, got eigenvalues in [{smallest:.1e}, {largest:.1e}]. "
                     "Pass damping > 0."
                 )
 

@@ -113,7 +113,7 @@ class FactorDamping:
         """
         if not isinstance(operator, SumKroneckerLinearOperator):
             raise TypeError(
-                "Factor damping must be given a SumKroneckerLinearOperator, received "
+                "Factor damping must be given a SumKroneckerLinearOperator, got "
                 f"{type(operator).__name__}. Use Damped(damping) for other operators."
             )
         return factor_damped_inverse(operator, self.damping, self.heuristic, self.groups)
@@ -172,7 +172,7 @@ def _check_groups(groups: Sequence[Sequence[int]] | None, T: int) -> list[list[i
     if len(positions) not in (1, 2) or covered != list(range(T)) or [] in positions:
         raise ValueError(
             f"groups must be one or two nonempty groups that contain each of the {T} terms once, "
-            f"received {groups}. Pass for example [[0], {list(range(1, T))}]."
+            f"got {groups}. Pass for example [[0], {list(range(1, T))}]."
         )
     return positions
 
@@ -260,6 +260,6 @@ def _check_nonsingular(eigenvalues: Tensor, name: str) -> None:
         smallest, largest = eigenvalues.min().item(), eigenvalues.max().item()
         raise FactorizationError(
             f"The Kronecker products of {name} must have a nonsingular sum to be inverted without "
-            f"damping, received eigenvalues in [{smallest:.1e}, {largest:.1e}] up to scale. "
+            f"damping, got eigenvalues in [{smallest:.1e}, {largest:.1e}] up to scale. "
             "Pass damping > 0."
         )

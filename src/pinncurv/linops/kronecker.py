@@ -56,20 +56,20 @@ class SumKroneckerLinearOperator(LayerwiseLinearOperator):
         if len(self.factors) != len(self.blocks):
             raise ValueError(
                 f"There must be factors for each of the {len(self.blocks)} layers, "
-                f"received {len(self.factors)}. Pass factors[layer][term]."
+                f"got {len(self.factors)}. Pass factors[layer][term]."
             )
         for block, layer in zip(self.blocks, self.factors, strict=True):
             if len(layer) != len(self.terms):
                 raise ValueError(
                     f"Layer {block.name} must have factors for the terms {self.terms}, "
-                    f"received {len(layer)} pairs. Pass factors[layer][term]."
+                    f"got {len(layer)} pairs. Pass factors[layer][term]."
                 )
             d_out, d_joint = block.shape
             for term, pair in zip(self.terms, layer, strict=True):
                 if pair.A.shape != (d_joint, d_joint) or pair.B.shape != (d_out, d_out):
                     raise ValueError(
                         f"The factors of layer {block.name}, term {term} must have shapes "
-                        f"{(d_joint, d_joint)} and {(d_out, d_out)}, received "
+                        f"{(d_joint, d_joint)} and {(d_out, d_out)}, got "
                         f"{tuple(pair.A.shape)} and {tuple(pair.B.shape)}. "
                         "A acts on the inputs (and bias), B on the outputs."
                     )

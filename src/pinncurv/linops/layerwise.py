@@ -24,7 +24,7 @@ def term_position(terms: Sequence[str], term: int | str) -> int:
         KeyError: If there is no such term.
     """
     if term not in terms and term not in range(len(terms)):
-        raise KeyError(f"term must be one of {terms} or a position, received {term!r}.")
+        raise KeyError(f"term must be one of {terms} or a position, got {term!r}.")
     return terms.index(term) if isinstance(term, str) else term
 
 

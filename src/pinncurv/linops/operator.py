@@ -26,7 +26,7 @@ def check_damping(damping: float) -> float:
     """
     if not isinstance(damping, Real) or not isfinite(damping) or damping < 0:
         raise ValueError(
-            f"damping must be a finite number >= 0, received {damping!r}. "
+            f"damping must be a finite number >= 0, got {damping!r}. "
             "Pass a Python float such as 1e-8."
         )
     return float(damping)

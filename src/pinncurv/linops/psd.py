@@ -159,7 +159,7 @@ def symmetrize(
     if not isfinite(M.sum().item()) and not bool(M.isfinite().all()):
         count = int((~M.isfinite()).sum())
         raise FactorizationError(
-            f"The entries of {name} must be finite, received {count} of {M.numel()} that are not. "
+            f"The entries of {name} must be finite, got {count} of {M.numel()} that are not. "
             "Look for a diverged loss (smaller steps, more damping) or an overflow in the model."
         )
     half = 0.5 * M
@@ -276,6 +276,6 @@ def check_nonsingular(factorization: EigenFactorization) -> None:
     if is_singular(m):
         smallest, largest = m[0].item(), m[-1].item()
         raise FactorizationError(
-            f"{report.name} must be nonsingular to be inverted without damping, received "
+            f"{report.name} must be nonsingular to be inverted without damping, got "
             f"eigenvalues in [{smallest:.1e}, {largest:.1e}]. Pass damping > 0."
         )

@@ -58,7 +58,7 @@ class Selection:
         if not used or positions[0] < 0 or positions[-1] >= len(shapes):
             raise ValueError(
                 f"The layers must be one or more of those of the operator's {len(shapes)} "
-                f"parameters, received {list(blocks)}. Take them from operator.blocks or from "
+                f"parameters, got {list(blocks)}. Take them from operator.blocks or from "
                 "ParameterSpace.blocks."
             )
         local = {position: i for i, position in enumerate(positions)}
@@ -157,7 +157,7 @@ def _indices(operator: LayerwiseLinearOperator, blocks: Sequence[Block]) -> list
     if unknown:
         raise ValueError(
             f"The layers must be among {[block.name for block in operator.blocks]} of the "
-            f"operator, received {unknown}. Take them from operator.blocks."
+            f"operator, got {unknown}. Take them from operator.blocks."
         )
     return [operator.blocks.index(block) for block in blocks]
 
@@ -231,11 +231,11 @@ class BlockDiagonalLinearOperator(LayerwiseLinearOperator):
         self.selections = tuple(Selection.of([block], shapes) for block in self.blocks)
         for block, selection, operator in zip(blocks, self.selections, operators, strict=True):
             expected = (list(selection.shapes), first.device, first.dtype)
-            received = (operator._in_shape, operator.device, operator.dtype)
-            if received != expected:
+            got = (operator._in_shape, operator.device, operator.dtype)
+            if got != expected:
                 raise ValueError(
                     f"The operator of layer {block.name} must act on (shapes, device, dtype) "
-                    f"{expected}, received {received}. Use restrict(operator, [block])."
+                    f"{expected}, got {got}. Use restrict(operator, [block])."
                 )
 
     def _apply(
@@ -301,7 +301,7 @@ def block_diagonal(
     """
     if not blocks or len(operators) != len(blocks):
         raise ValueError(
-            f"There must be one operator for each of the {len(blocks)} layers, received "
+            f"There must be one operator for each of the {len(blocks)} layers, got "
             f"{len(operators)}. Repeat an operator that is meant for several layers."
         )
     shapes = _shapes(blocks)

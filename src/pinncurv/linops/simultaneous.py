@@ -84,7 +84,7 @@ def _mean_eigenvalue(P: Tensor, name: str) -> float:
     trace = P.trace().item()
     if trace < 0:
         raise FactorizationError(
-            f"The matrices in {name} must be positive semidefinite, received a trace of "
+            f"The matrices in {name} must be positive semidefinite, got a trace of "
             f"{trace:.1e}. Check the signs of the sums that define the factors."
         )
     return trace / len(P) or 1.0

@@ -77,11 +77,11 @@ def fitted(saved: Sequence[Tensor], operator: Storable) -> list[Tensor]:
         ValueError: If their shapes differ.
     """
     tensors = operator.tensors()
-    received, expected = ([list(tensor.shape) for tensor in part] for part in (saved, tensors))
-    if received != expected:
+    got, expected = ([list(tensor.shape) for tensor in part] for part in (saved, tensors))
+    if got != expected:
         raise ValueError(
             f"The curvature that was saved or averaged must have the shapes {expected} of the "
-            f"present one, got {received}. It belongs to another network, curvature or choice of "
+            f"present one, got {got}. It belongs to another network, curvature or choice of "
             "frozen layers: build a new optimizer."
         )
     return [old.to(tensor) for old, tensor in zip(saved, tensors, strict=True)]

@@ -52,8 +52,8 @@ class CurvatureOptimizer(Optimizer):
         step_size: How far to go.
         average: Exponential moving average of the operator's tensors, or None.
         momentum: Momentum on the direction, or None. The quadratic model brings its own.
-        damping: How λ changes from step to step; it starts at the inverse's own and is constant
-            by default.
+        damping_rule: How λ changes from step to step; it starts at the inverse's own and is
+            constant by default.
         intervals: How often curvature and inverse are refreshed.
         max_halvings: How often an update that raises the loss is halved before it is rejected.
         lr: Default for the groups' ``lr``.
@@ -71,14 +71,14 @@ class CurvatureOptimizer(Optimizer):
         step_size: StepSize | None = None,
         average: ExponentialAverage | None = None,
         momentum: Momentum | None = None,
-        damping: DampingRule | None = None,
+        damping_rule: DampingRule | None = None,
         intervals: Intervals | None = None,
         max_halvings: int = 30,
         lr: float = 1.0,
     ) -> None:
         if max_halvings < 0:
             raise ValueError(f"max_halvings must be at least 0, got {max_halvings}.")
-        adapts = not isinstance(damping, ConstantDamping | None)
+        adapts = not isinstance(damping_rule, ConstantDamping | None)
         if adapts and not is_dataclass(inverse):
             raise TypeError(
                 "With a damping that adapts, the inverse must be a dataclass with a field damping, "
@@ -90,7 +90,7 @@ class CurvatureOptimizer(Optimizer):
         )
         self.step_size = QuadraticModel() if step_size is None else step_size
         self.momentum = momentum
-        self.damping = ConstantDamping() if damping is None else damping
+        self.damping_rule = ConstantDamping() if damping_rule is None else damping_rule
         self.max_halvings = max_halvings
         self._landing: Landing | None = None
         self.state[_SHARED] = self.preconditioner.state  # type: ignore[index]
@@ -123,7 +123,7 @@ class CurvatureOptimizer(Optimizer):
             self.preconditioner.refresh(linearized)
             gradient = linearized.gradient()
             finite_loss(linearized.term_losses)
-            for left in reversed(range(self.damping.retries + 1)):
+            for left in reversed(range(self.damping_rule.retries + 1)):
                 attempt = self._propose(linearized, gradient, trial)
                 outlives = bool(left) and self._outlives_trial(linearized)
                 if not outlives:
@@ -133,7 +133,7 @@ class CurvatureOptimizer(Optimizer):
                 record = attempt.make(trial, self._scales(attempt.proposal))
                 if record.accepted:
                     break
-                self.preconditioner.damping = self.damping.rejected(record.damping)
+                self.preconditioner.damping = self.damping_rule.rejected(record.damping)
                 if left and not outlives:
                     linearized = _linearize(objective)
                     self.preconditioner.relinearize(linearized)
@@ -215,7 +215,7 @@ class CurvatureOptimizer(Optimizer):
     ) -> Parabola:
         """Return the damped quadratic model along an update, where there is one."""
         promised, gradient = proposal.predicted_decrease, situation.gradient
-        if math.isnan(promised) and not self.damping.needs_ratio:
+        if math.isnan(promised) and not self.damping_rule.needs_ratio:
             return Parabola()
         if math.isfinite(promised) and all(group["lr"] == 1 for group in self.param_groups):
             return Parabola.promising(promised, gradient, update)
@@ -250,7 +250,7 @@ class CurvatureOptimizer(Optimizer):
 
     def _scales(self, proposal: Proposal) -> Iterator[float]:
         """Yield which multiples of an update to try, from what worked last to the shortest."""
-        halvings = 0 if self.damping.retries else self.max_halvings
+        halvings = 0 if self.damping_rule.retries else self.max_halvings
         searched = math.isfinite(proposal.new_loss)
         first = 0 if searched else min(self.preconditioner.state["halvings"], halvings)
         yield from (0.5**halving for halving in range(first, halvings + 1))
@@ -266,7 +266,7 @@ class CurvatureOptimizer(Optimizer):
         if record.accepted:
             predicted = record.predicted_decrease
             ratio = (record.loss - record.new_loss) / predicted if predicted else math.nan
-            damping = self.damping.accepted(record.damping, ratio, record.scale)
+            damping = self.damping_rule.accepted(record.damping, ratio, record.scale)
             self.preconditioner.damping = damping
         self._remember_halvings(record)
         self.preconditioner.state["step"] += 1
@@ -337,7 +337,7 @@ class CurvatureOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy needs: torch's attributes and those of this class."""
-        names = ("preconditioner", "step_size", "momentum", "damping", "max_halvings")
+        names = ("preconditioner", "step_size", "momentum", "damping_rule", "max_halvings")
         mine = {name: getattr(self, name) for name in names}
         return {**super().__getstate__(), **mine, "_landing": None}
 

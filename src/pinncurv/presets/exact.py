@@ -95,22 +95,22 @@ def gauss_newton(
     params: Iterable[Any],
     damping: float | None = None,
     use_momentum: bool = True,
-    rule: DampingRule | None = None,
+    damping_rule: DampingRule | None = None,
     curvature: Curvature | None = None,
 ) -> CurvatureOptimizer:
     """Return the exact Gauss-Newton method with the quadratic model.
 
     The default damping does little more than keep the matrix invertible; what keeps the steps
     short is that an update is halved until the loss decreases. On small networks that converges
-    much faster than damping adapted by ``LevenbergMarquardt``, which ``rule`` selects. Where the
-    records say that steps are shortened by many powers of two, it is the other way round: take
-    more damping, or the rule from ``damping=1e-3`` on.
+    much faster than damping adapted by ``damping_rule=LevenbergMarquardt()``. Where the records say
+    that steps are shortened by many powers of two, it is the other way round: take more damping, or
+    that rule from ``damping=1e-3`` on.
 
     Args:
         params: Parameters or parameter groups.
         damping: λ, of the first step if it adapts; by default 1e-12 in float64, else 1e-4.
         use_momentum: Whether the quadratic model may take part of the previous update.
-        rule: How λ adapts; constant by default.
+        damping_rule: How λ adapts; constant by default.
         curvature: The form of the exact matrix: dense by default. For networks with more parameters
             than residuals, ``MatrixFreeGaussNewton()`` inverts by the kernel.
 
@@ -124,7 +124,7 @@ def gauss_newton(
         curvature=GaussNewton() if curvature is None else curvature,
         inverse=Damped(damping),
         step_size=QuadraticModel(use_momentum),
-        damping=rule,
+        damping_rule=damping_rule,
     )
 
 
@@ -154,7 +154,7 @@ def subspace_gauss_newton(
     points: int = 200,
     damping: float | None = None,
     seed: int = 0,
-    rule: DampingRule | None = None,
+    damping_rule: DampingRule | None = None,
 ) -> CurvatureOptimizer:
     """Return the exact Gauss-Newton method on the gradients at a few random points.
 
@@ -167,7 +167,7 @@ def subspace_gauss_newton(
         points: How many points are drawn in every step.
         damping: λ of the first step; by default 1e-8 in float64, else 1e-4.
         seed: Which points are drawn.
-        rule: How λ adapts; by default it is raised while steps have to be shortened.
+        damping_rule: How λ adapts; by default it is raised while steps have to be shortened.
     """
     groups = groups_of(params)
     return CurvatureOptimizer(
@@ -175,5 +175,7 @@ def subspace_gauss_newton(
         curvature=SubspaceGaussNewton(points, seed),
         inverse=InSubspace(default_damping(groups, 1e-8) if damping is None else damping),
         step_size=QuadraticModel(),
-        damping=ShortStepDamping(short=2.0**-4, long=0.5, minimum=1e-10) if rule is None else rule,
+        damping_rule=ShortStepDamping(short=2.0**-4, long=0.5, minimum=1e-10)
+        if damping_rule is None
+        else damping_rule,
     )

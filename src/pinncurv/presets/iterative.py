@@ -32,7 +32,7 @@ def gauss_newton_cg(
     curvature: Recipe | None = _KFAC,
     inverse: InverseRecipe | None = None,
     max_iterations: int = 50,
-    rule: DampingRule | None = None,
+    damping_rule: DampingRule | None = None,
 ) -> CurvatureOptimizer:
     """Return the exact Gauss-Newton method by conjugate gradients, preconditioned by KFAC.
 
@@ -46,7 +46,7 @@ def gauss_newton_cg(
         curvature: What preconditions, KFAC by default; None for nothing.
         inverse: Its inverse; by default factor damping ``trace_norm`` with the default damping.
         max_iterations: Most products with JᵀJ per step.
-        rule: How λ adapts; constant by default.
+        damping_rule: How λ adapts; constant by default.
     """
     groups = groups_of(params)
     default = default_damping(groups, 1e-8)
@@ -60,7 +60,7 @@ def gauss_newton_cg(
             max_iterations=max_iterations,
         ),
         step_size=QuadraticModel(),
-        damping=rule,
+        damping_rule=damping_rule,
     )
 
 
@@ -102,5 +102,5 @@ def hessian_free(
         ),
         step_size=CGBacktracking(),
         momentum=WarmStart(decay),
-        damping=LevenbergMarquardt(shrink=1.5, grow=1.5, reject=1.5, minimum=1e-12),
+        damping_rule=LevenbergMarquardt(shrink=1.5, grow=1.5, reject=1.5, minimum=1e-12),
     )

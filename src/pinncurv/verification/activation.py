@@ -144,8 +144,8 @@ def _changed(function: Callable[[Any], Any], x: Tensor, shape: list[int]) -> str
     basis = torch.ones(1, 1, dtype=value.dtype, device=value.device)
     layout = Layout(basis, (Contraction((0,)),))
     output = function(Jet(torch.stack([value] * layout.S), layout))
-    received = (list(output.shape), output.dtype, output.device)
+    got = (list(output.shape), output.dtype, output.device)
     expected = (list(value.shape), value.dtype, value.device)
-    if received == expected and output.data.shape[0] == layout.S:
+    if got == expected and output.data.shape[0] == layout.S:
         return ""
-    return f"returns {received} with {output.data.shape[0]} channels for {expected} with {layout.S}"
+    return f"returns {got} with {output.data.shape[0]} channels for {expected} with {layout.S}"

@@ -37,17 +37,17 @@ class Checklist:
     def compare(
         self,
         name: str,
-        received: Callable[[], Tensor],
+        got: Callable[[], Tensor],
         expected: Callable[[], Tensor],
         tolerance: float = TOLERANCE,
     ) -> bool:
         """Check that two tensors agree.
 
-        max |received - expected| <= tolerance · max |expected|
+        max |got - expected| <= tolerance · max |expected|
 
         Args:
             name: What is checked.
-            received: Computes what is checked.
+            got: Computes what is checked.
             expected: Computes what is right.
             tolerance: The largest relative error that passes.
 
@@ -60,7 +60,7 @@ class Checklist:
         except Exception as error:
             return self._add(replace(check, message=f"brute force raised {describe(error)}"))
         try:
-            tensor = received().detach()
+            tensor = got().detach()
         except Exception as error:
             return self._add(replace(check, message=f"raised {describe(error)}"))
         return self._add(_compared(check, tensor, right, tolerance))
@@ -123,32 +123,32 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _compared(check: Check, received: Tensor, expected: Tensor, tolerance: float) -> Check:
+def _compared(check: Check, got: Tensor, expected: Tensor, tolerance: float) -> Check:
     """Fill in error, outcome and explanation."""
-    if received.shape != expected.shape:
-        return replace(check, message=f"shape {list(received.shape)}, not {list(expected.shape)}")
+    if got.shape != expected.shape:
+        return replace(check, message=f"shape {list(got.shape)}, not {list(expected.shape)}")
     if not expected.numel():
         return replace(check, passed=True, error=0.0)
     right = expected.double()
-    difference = received.to(right) - right
+    difference = got.to(right) - right
     scale = max(right.abs().max().item(), _SMALLEST_SCALE)
     error = difference.abs().max().item() / scale
     if error <= tolerance:  # not if it is NaN
         return replace(check, passed=True, error=error)
-    return replace(check, error=error, message=_explain(received.to(right), right, difference))
+    return replace(check, error=error, message=_explain(got.to(right), right, difference))
 
 
-def _explain(received: Tensor, expected: Tensor, difference: Tensor) -> str:
+def _explain(got: Tensor, expected: Tensor, difference: Tensor) -> str:
     """Say how two tensors disagree: by a constant factor, or where most."""
-    if not bool(received.isfinite().all()):
-        return f"{int((~received.isfinite()).sum())} of {received.numel()} entries are not finite"
+    if not bool(got.isfinite().all()):
+        return f"{int((~got.isfinite()).sum())} of {got.numel()} entries are not finite"
     norm = torch.linalg.vector_norm(expected).item()
     if norm > 0:
-        factor = float((received * expected).sum()) / norm**2
-        rest = torch.linalg.vector_norm(received - factor * expected).item()
+        factor = float((got * expected).sum()) / norm**2
+        rest = torch.linalg.vector_norm(got - factor * expected).item()
         if rest <= 1e-6 * norm:
             return f"it is {factor:.6g} times what is right"
     worst = int(difference.abs().argmax())
     index = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), expected.shape))
-    values = f"{received.flatten()[worst].item():.6g}, not {expected.flatten()[worst].item():.6g}"
+    values = f"{got.flatten()[worst].item():.6g}, not {expected.flatten()[worst].item():.6g}"
     return f"entry {index} is {values}" if index else f"it is {values}"

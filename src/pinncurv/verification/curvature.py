@@ -90,8 +90,8 @@ class _Instance:
         """Say on which shapes the operator acts if not on those of the parameters."""
         terms = [term for term, _ in self.pairs]
         expected = [list(p.shape) for p in trained_tensors(self.model, *terms).values()]
-        received = [list(shape) for shape in operator._in_shape]
-        return "" if received == expected else f"acts on {received}, the parameters are {expected}"
+        got = [list(shape) for shape in operator._in_shape]
+        return "" if got == expected else f"acts on {got}, the parameters are {expected}"
 
 
 def _check_scale(checks: Checklist, instance: _Instance) -> None:

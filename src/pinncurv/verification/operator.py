@@ -131,8 +131,8 @@ def _check_formats(
     if isinstance(operator, SymmetricLinearOperator):
         formats["product from the left"] = (lambda: X.mT @ operator, lambda: X.mT @ matrix)
     formats["product once more"] = (lambda: operator @ X, lambda: Y)
-    for name, (received, expected) in formats.items():
-        checks.compare(name, received, expected, tolerance)
+    for name, (got, expected) in formats.items():
+        checks.compare(name, got, expected, tolerance)
     checks.compare("arguments are not written to", lambda: X, lambda: before, 0.0)
 
 
