@@ -274,6 +274,7 @@ def test_the_default_damping_of_a_precision(name, double):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["engd", "engd_per_layer", "gauss_newton"])
 def test_exact_methods_train_in_single_precision(name):
     model = network(2, 12, 12, 1, dtype=torch.float32)

@@ -114,6 +114,7 @@ def test_what_cannot_be_compared_is_refused(case):
         compare_steps(operator, DAMPING, g, g[:3], g)
 
 
+@pytest.mark.slow
 def test_every_option_matters(case):
     C, P, g = case
     left, right = MatrixFree(P, SHAPES), MatrixFree(C, SHAPES)

@@ -56,6 +56,7 @@ def test_solution_against_a_dense_solve(name):
     assert record.residual_norm <= 1e-12
 
 
+@pytest.mark.slow
 def test_conformance():
     solver = PreconditionedCG(1e-2, **EXACT)(operator(linearized(2, 3, 1)))
     dense = operator(linearized(2, 3, 1)).to_dense()
@@ -84,6 +85,7 @@ def test_the_preconditioner_follows_the_damping_upwards(damping, expected):
         assert torch.equal(P @ b, inverse(expected)(curvature(of.linearizations)) @ b)
 
 
+@pytest.mark.slow
 def test_kronecker_factors_speed_up_the_solve():
     """Half of the iterations of none or of the diagonal to 99 % of the decrease."""
     of = linearized(2, 24, 24, 1)

@@ -272,6 +272,7 @@ def test_without_matrices_estimates_agree_within_their_errors(tmp_path: Path) ->
         assert float(free["condition"]) <= float(dense["condition"]) * (1 + 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [["exact"], ["cg-5"], ["cg-5", "cg-5-kfac"]])
 def test_pictures_need_no_two_matrices(tmp_path: Path, names: list[str]) -> None:
     options = ["--operators", *names, "--dampings", "1e-3", "--continued-steps", "1"]

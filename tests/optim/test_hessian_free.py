@@ -309,6 +309,7 @@ def test_bad_settings(settings, message):
 # --- the methods ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("curvature", [None, KFAC()])
 def test_hessian_free_trains(curvature):
     model = network(2, 12, 1)
@@ -327,6 +328,7 @@ def test_hessian_free_trains(curvature):
     assert records[-1].accepted
 
 
+@pytest.mark.slow
 def test_gauss_newton_cg_trains():
     model = network(2, 12, 1, seed=3)
     objective, optimizer = poisson(model, n=6), presets.gauss_newton_cg(model.parameters())

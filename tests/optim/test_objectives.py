@@ -206,7 +206,7 @@ def test_an_inverse_whose_damping_cannot_be_set():
 def test_damping_must_be_valid(damping):
     for build in (presets.kfac, presets.kfac_star, presets.engd, presets.gauss_newton):
         with pytest.raises(ValueError, match="damping must be a finite number >= 0"):
-            build(network().parameters(), damping_rule=damping)
+            build(network().parameters(), damping=damping)
 
 
 @pytest.mark.parametrize("momentum", [1.0, -0.1, math.nan, math.inf])
