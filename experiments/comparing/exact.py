@@ -23,7 +23,7 @@ from pinncurv.curvature import (
     Objective,
 )
 from pinncurv.linops import Block, Damped, DenseLinearOperator
-from pinncurv.optim import ResidualInverse
+from pinncurv.optim import offers
 
 # Most entries of the Jacobian that are held as a matrix, 1 GiB in float64.
 _MOST_ROWS = 1 << 27
@@ -138,6 +138,6 @@ class Exact:
 
     def direction(self, inverse: PyTorchLinearOperator) -> Float[Tensor, " D"]:
         """Return the step of an inverse, as the optimizer computes it."""
-        if isinstance(inverse, ResidualInverse):
+        if offers(inverse, "solve_residual"):
             return -flat(inverse.solve_residual(self.linearized.residual))
         return -(inverse @ self.gradient)

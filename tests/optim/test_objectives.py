@@ -12,7 +12,6 @@ from pinncurv.curvature import MatrixFreeGaussNewton, Objective
 from pinncurv.linops import CGInverseLinearOperator, Damped
 from pinncurv.optim import (
     CurvatureOptimizer,
-    Evaluable,
     FixedStep,
     GridLineSearch,
     HeavyBall,
@@ -20,6 +19,7 @@ from pinncurv.optim import (
     LevenbergMarquardt,
     LinearizedLoss,
     QuadraticModel,
+    offers,
 )
 from tests.networks import points
 from tests.optim.cases import (
@@ -110,7 +110,7 @@ def test_the_protocols_are_all_that_is_asked():
     fit = curve_fit()
     assert isinstance(fit, LeastSquares)
     assert isinstance(fit.linearize(), LinearizedLoss)
-    assert not isinstance(fit, Evaluable)
+    assert not offers(fit, "evaluate")
 
 
 @pytest.mark.parametrize("step_size", [QuadraticModel(), GridLineSearch(-5)])
@@ -162,7 +162,7 @@ class Evaluated(LeastSquaresFit):
 
 def test_an_evaluation_may_keep_its_graph():
     fit, plain = Evaluated(curve_fit().parameters, curve), curve_fit()
-    assert isinstance(fit, Evaluable)
+    assert offers(fit, "evaluate")
     optimizers = [CurvatureOptimizer(f.parameters, gram, Damped(1e-3)) for f in (fit, plain)]
     for _ in range(4):
         record, expected = optimizers[0].step(fit), optimizers[1].step(plain)

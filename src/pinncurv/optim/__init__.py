@@ -30,20 +30,12 @@ from pinncurv.optim.momentum import (
 from pinncurv.optim.optimizer import CurvatureOptimizer as CurvatureOptimizer
 from pinncurv.optim.preconditioner import Intervals as Intervals, Preconditioner as Preconditioner
 from pinncurv.optim.protocols import (
-    Chunked as Chunked,
     Curvature as Curvature,
-    Differentiable as Differentiable,
-    Evaluable as Evaluable,
-    Evaluation as Evaluation,
     Inverse as Inverse,
-    IterativeInverse as IterativeInverse,
     LeastSquares as LeastSquares,
     LinearizedLoss as LinearizedLoss,
-    Randomized as Randomized,
-    ResidualInverse as ResidualInverse,
     StepRecord as StepRecord,
-    Storable as Storable,
-    ThroughJacobian as ThroughJacobian,
+    offers as offers,
 )
 from pinncurv.optim.step_sizes import (
     CGBacktracking as CGBacktracking,

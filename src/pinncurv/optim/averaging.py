@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pinncurv.linops import Averageable
-from pinncurv.optim.protocols import Storable
 
 Start = Callable[[Averageable], list[Tensor]]
 
@@ -70,7 +70,7 @@ class ExponentialAverage:
         ]
 
 
-def fitted(saved: Sequence[Tensor], operator: Storable) -> list[Tensor]:
+def fitted(saved: Sequence[Tensor], operator: Any) -> list[Tensor]:
     """Return saved tensors in dtype and on the device of those that define an operator.
 
     Raises:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from pinncurv.optim.protocols import Differentiable, StepRecord, finite_loss
+from pinncurv.optim.protocols import StepRecord, finite_loss, offers
 
 
 class FirstOrder:
@@ -20,7 +20,7 @@ class FirstOrder:
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
 
-    def step(self, objective: Differentiable) -> StepRecord:
+    def step(self, objective: Any) -> StepRecord:
         """Take one step on one batch.
 
         Args:
@@ -31,7 +31,13 @@ class FirstOrder:
 
         Raises:
             FloatingPointError: If the loss is not finite; names the terms.
+            TypeError: If the objective has no ``backward``.
         """
+        if not offers(objective, "backward"):
+            raise TypeError(
+                "A step must be given an objective with the method backward, such as "
+                f"pinncurv.Objective, got {type(objective).__name__}."
+            )
         evaluations: list[dict[str, float]] = []
 
         def closure() -> float:

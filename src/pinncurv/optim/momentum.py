@@ -6,12 +6,11 @@ import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeGuard
+from typing import Any
 
-from curvlinops._torch_base import PyTorchLinearOperator
 from torch import Tensor
 
-from pinncurv.optim.protocols import IterativeInverse, LinearizedLoss, ResidualInverse
+from pinncurv.optim.protocols import LinearizedLoss, offers
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +25,7 @@ class Descent:
 
     linearized: LinearizedLoss
     gradient: Sequence[Tensor]
-    inverse: PyTorchLinearOperator
+    inverse: Any
 
     def step(self, offset: Sequence[Tensor] | None = None) -> list[Tensor]:
         """Return the step from the parameters, or from θ + v with the offset v.
@@ -47,9 +46,9 @@ class Descent:
             solution = self.inverse @ _sum(self.gradient, change)
         return [-part for part in solution]
 
-    def _knows_residual(self, inverse: PyTorchLinearOperator) -> TypeGuard[ResidualInverse]:
+    def _knows_residual(self, inverse: Any) -> bool:
         """Whether the inverse's Jacobian is that of this loss: of this step, whole, in order."""
-        if not isinstance(inverse, ResidualInverse):
+        if not offers(inverse, "solve_residual", "linearizations"):
             return False
         mine, theirs = self.linearized.linearizations, inverse.linearizations
         return len(mine) == len(theirs) and all(map(operator.is_, mine, theirs))
@@ -163,7 +162,7 @@ class WarmStart(Momentum):
             raise ValueError(f"The decay of a warm start must be in [0, 1], got {self.decay}.")
 
     def direction(self, descent: Descent, previous: Sequence[Tensor] | None) -> list[Tensor]:
-        if previous is None or not isinstance(descent.inverse, IterativeInverse):
+        if previous is None or not offers(descent.inverse, "solve_from"):
             return descent.step()
         start = [-self.decay * old for old in previous]
         return [-part for part in descent.inverse.solve_from(descent.gradient, start)]

@@ -19,9 +19,7 @@ from pinncurv.optim.damping import ConstantDamping, DampingRule
 from pinncurv.optim.momentum import Descent, Momentum
 from pinncurv.optim.preconditioner import Intervals, Preconditioner
 from pinncurv.optim.protocols import (
-    Chunked,
     Curvature,
-    Evaluation,
     Inverse,
     LeastSquares,
     LinearizedLoss,
@@ -342,7 +340,7 @@ class CurvatureOptimizer(Optimizer):
         return {**super().__getstate__(), **mine, "_landing": None}
 
 
-def _linearize(source: LeastSquares | Evaluation) -> LinearizedLoss:
+def _linearize(source: Any) -> LinearizedLoss:
     """Linearize, with a graph for those who need one."""
     with torch.enable_grad():
         return source.linearize()
@@ -351,7 +349,7 @@ def _linearize(source: LeastSquares | Evaluation) -> LinearizedLoss:
 def _is_kept(linearized: LinearizedLoss) -> bool:
     """Whether nothing is recomputed, which it can't be once the parameters were moved."""
     made = linearized.linearizations
-    return all(isinstance(part, Chunked) and part.chunk_size is None for part in made)
+    return all(getattr(part, "chunk_size", 0) is None for part in made)
 
 
 def _solver_report(inverse: Any) -> dict[str, Any]:

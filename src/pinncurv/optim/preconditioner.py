@@ -10,23 +10,22 @@ from typing import Any
 from curvlinops._torch_base import PyTorchLinearOperator
 from torch import Tensor
 
-from pinncurv.linops import Averageable
 from pinncurv.optim.averaging import ExponentialAverage, fitted
 from pinncurv.optim.protocols import (
     Curvature,
     Inverse,
     LinearizedLoss,
-    Randomized,
-    Storable,
-    ThroughJacobian,
+    offers,
 )
+
+STORED = ("tensors", "with_tensors")  # what an operator offers that can be kept over steps
 
 
 @dataclass(frozen=True)
 class Intervals:
     """How many steps pass between two refreshments.
 
-    Intervals above one need an operator with tensors of its own (``Storable``), which KFAC and the
+    Intervals above one need an operator with tensors of its own (``tensors``), which KFAC and the
     dense, per-layer and diagonal Gauss-Newton matrices are.
 
     Args:
@@ -131,14 +130,14 @@ class Preconditioner:
 
     def relinearize(self, linearized: LinearizedLoss) -> None:
         """Build a matrix-free operator again, on a linearization that replaces this step's."""
-        if not isinstance(self._operator, Storable):
+        if not offers(self._operator, *STORED):
             self._operator = self._build(linearized)
             self._choose(self._operator)
 
     @property
     def is_kept(self) -> bool:
         """Whether the operator stays valid, as J does, when parameters are moved and restored."""
-        return isinstance(self._operator, Storable | ThroughJacobian)
+        return offers(self._operator, *STORED) or offers(self._operator, "jacobian")
 
     def release(self) -> None:
         """Drop the operators if the next step builds them anew, to free their memory."""
@@ -159,10 +158,11 @@ class Preconditioner:
         return self._inverse
 
     def _build(self, linearized: LinearizedLoss) -> PyTorchLinearOperator:
-        curvature = self.curvature
-        if isinstance(curvature, Randomized):
+        curvature: Any = self.curvature
+        if offers(curvature, "at_step"):
             curvature = curvature.at_step(self.state["step"])
-        return curvature(linearized.linearizations)
+        operator: PyTorchLinearOperator = curvature(linearized.linearizations)
+        return operator
 
     def _estimate(self, linearized: LinearizedLoss, due: bool) -> Any:
         """Return the operator: a new estimate if due, else the one that was saved."""
@@ -186,7 +186,7 @@ class Preconditioner:
 
 
 def _check_averageable(operator: Any) -> None:
-    if not isinstance(operator, Averageable):
+    if not offers(operator, *STORED, "identity"):
         raise TypeError(
             "An average needs an operator with the methods tensors, with_tensors and "
             f"identity, got {type(operator).__name__}. Pass average=None."
@@ -194,7 +194,7 @@ def _check_averageable(operator: Any) -> None:
 
 
 def _check_storable(operator: Any, intervals: Intervals) -> None:
-    if not isinstance(operator, Storable):
+    if not offers(operator, *STORED):
         raise TypeError(
             "An interval above 1 needs an operator with tensors of its own, that is with the "
             "methods tensors and with_tensors, or neither a checkpoint nor a chunked objective "
@@ -203,7 +203,7 @@ def _check_storable(operator: Any, intervals: Intervals) -> None:
         )
 
 
-def _rebuilt(operator: Storable, tensors: Sequence[Tensor]) -> Any:
+def _rebuilt(operator: Any, tensors: Sequence[Tensor]) -> Any:
     """Return an operator with saved tensors."""
     return operator.with_tensors(fitted(tensors, operator))
 

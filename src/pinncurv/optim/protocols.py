@@ -10,8 +10,6 @@ from typing import Any, Protocol, runtime_checkable
 from curvlinops._torch_base import PyTorchLinearOperator
 from torch import Tensor
 
-from pinncurv.linops import CGResult
-
 
 @runtime_checkable
 class LinearizedLoss(Protocol):
@@ -52,7 +50,11 @@ class LinearizedLoss(Protocol):
 
 @runtime_checkable
 class LeastSquares(Protocol):
-    """A loss on one frozen batch."""
+    """A loss on one frozen batch.
+
+    It may offer ``evaluate``, which keeps what the next linearization needs, and ``backward``,
+    which adds the gradient to ``.grad`` and returns the terms of the loss by name.
+    """
 
     def loss(self) -> Tensor:
         """Return L."""
@@ -63,99 +65,25 @@ class LeastSquares(Protocol):
         ...
 
 
-@runtime_checkable
-class Evaluation(Protocol):
-    """A loss that was evaluated together with what its linearization needs."""
-
-    @property
-    def loss(self) -> float:
-        """L."""
-        ...
-
-    @property
-    def linearize(self) -> Callable[[], LinearizedLoss]:
-        """Linearize where it was evaluated, at little or no further cost."""
-        ...
-
-    def is_current(self) -> bool:
-        """Whether all that the evaluation depends on is as it was then."""
-        ...
-
-
-@runtime_checkable
-class Evaluable(Protocol):
-    """A loss that can keep what it evaluates. Optional: it saves a forward pass per step."""
-
-    def evaluate(self) -> Evaluation:
-        """Evaluate L and keep what its linearization needs."""
-        ...
-
-
-@runtime_checkable
-class Differentiable(Protocol):
-    """A loss on one frozen batch with a plain gradient."""
-
-    def backward(self) -> Mapping[str, Tensor]:
-        """Add the gradient to ``.grad``; return the terms of the loss by name."""
-        ...
-
-
+# From linearizations to an operator. A curvature may offer ``at_step``, which returns the one that
+# draws the random numbers of a step. Operators may offer ``tensors`` and ``with_tensors``, which
+# intervals above one need, ``identity``, which averages start from, and ``jacobian``, if they see
+# the network through it alone.
 Curvature = Callable[[Sequence[Any]], PyTorchLinearOperator]
 
 
-@runtime_checkable
-class Chunked(Protocol):
-    """A linearization that may be recomputed chunk by chunk. Optional, as all that may save work.
-
-    One without a chunk size is kept, and is not made again when a step is retried.
-    """
-
-    @property
-    def chunk_size(self) -> int | None:
-        """How many points are recomputed at a time; None if nothing is."""
-        ...
-
-
-@runtime_checkable
-class Storable(Protocol):
-    """An operator that is defined by tensors of its own. Optional: intervals above one need it.
-
-    C = C(T₁, T₂, …)
-
-    A ``pinncurv.linops.Averageable`` is one that can be averaged, too.
-    """
-
-    def tensors(self) -> list[Tensor]:
-        """Return the tensors that define the operator."""
-        ...
-
-    def with_tensors(self, tensors: list[Tensor]) -> Any:
-        """Return the operator of the same structure that other tensors define."""
-        ...
-
-
-@runtime_checkable
-class ThroughJacobian(Protocol):
-    """An operator that sees the network through its Jacobian alone. Optional: see ``Chunked``."""
-
-    @property
-    def jacobian(self) -> PyTorchLinearOperator:
-        """J."""
-        ...
-
-
-@runtime_checkable
-class Randomized(Protocol):
-    """A curvature that draws random numbers. Optional: others in every step, resumed or not."""
-
-    def at_step(self, step: int) -> Curvature:
-        """Return the curvature that draws the numbers of one step."""
-        ...
+def offers(part: Any, *capabilities: str) -> bool:
+    """Whether an object has what is optional, such as ``evaluate`` of an objective."""
+    return all(getattr(part, capability, None) is not None for capability in capabilities)
 
 
 @runtime_checkable
 class Inverse(Protocol):
-    """A damped inverse, as a function of the operator."""
+    """A damped inverse, as a function of the operator.
+
+    What it returns may offer ``solve_residual`` and ``linearizations``, which save digits where λ
+    is small, and ``solve_from`` and ``last_results``, if it iterates.
+    """
 
     @property
     def damping(self) -> float:
@@ -164,37 +92,6 @@ class Inverse(Protocol):
 
     def __call__(self, operator: Any) -> PyTorchLinearOperator:
         """Return the inverse of an operator."""
-        ...
-
-
-@runtime_checkable
-class ResidualInverse(Protocol):
-    """An inverse that knows the Jacobian. Optional: it saves digits where λ is small."""
-
-    @property
-    def linearizations(self) -> Sequence[Any]:
-        """What the Jacobian was built from."""
-        ...
-
-    def solve_residual(self, residual: Sequence[Tensor]) -> list[Tensor]:
-        """Return (JᵀJ + λI)⁻¹ Jᵀ u for u in the form of the residual."""
-        ...
-
-
-@runtime_checkable
-class IterativeInverse(Protocol):
-    """An inverse that iterates towards the solution. Optional: for starts and stops of one's own.
-
-    ``pinncurv.linops.CGInverseLinearOperator`` is one.
-    """
-
-    @property
-    def last_results(self) -> Sequence[CGResult]:
-        """The results of the last product, one per column."""
-        ...
-
-    def solve_from(self, b: Sequence[Tensor], start: Sequence[Tensor]) -> list[Tensor]:
-        """Return (C + λI)⁻¹ b, iterated from a start."""
         ...
 
 

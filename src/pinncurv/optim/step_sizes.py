@@ -6,12 +6,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from curvlinops._torch_base import PyTorchLinearOperator
 from torch import Tensor
 
-from pinncurv.optim.protocols import IterativeInverse, LinearizedLoss
+from pinncurv.optim.protocols import LinearizedLoss, offers
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,8 +169,8 @@ class CGBacktracking(StepSize):
         Raises:
             TypeError: If the inverse has no iterates.
         """
-        inverse = situation.inverse
-        if not isinstance(inverse, IterativeInverse) or len(inverse.last_results) != 1:
+        inverse: Any = situation.inverse
+        if not offers(inverse, "last_results") or len(inverse.last_results) != 1:
             raise TypeError(
                 "CGBacktracking needs an inverse that iterates, such as "
                 f"pinncurv.linops.CGInverseLinearOperator, got {type(inverse).__name__}. "

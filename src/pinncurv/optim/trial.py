@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pinncurv.optim.protocols import Evaluable, Evaluation, LeastSquares
+from pinncurv.optim.protocols import LeastSquares, offers
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +27,7 @@ class Landing:
     objective: LeastSquares
     parameters: Sequence[Tensor]
     values: Sequence[Tensor]
-    evaluation: Evaluation
+    evaluation: Any
 
     def is_at(self, objective: LeastSquares, parameters: Sequence[Tensor]) -> bool:
         """Whether the next step starts here, on the same objective and parameters."""
@@ -80,17 +81,18 @@ class Trial:
         self._place(update, scale)
         if not all(bool(parameter.sum().isfinite()) for parameter in self.parameters):
             return math.nan  # a saturated network would hide it from the loss
-        if not isinstance(self.objective, Evaluable):
+        objective: Any = self.objective
+        if not offers(objective, "evaluate"):
             return float(self.objective.loss())
         if limit is not None:
             loss = float(self.objective.loss())
             if not loss <= limit:
                 return loss
         with torch.enable_grad():
-            evaluation = self.objective.evaluate()
+            evaluation = objective.evaluate()
         placed = [parameter.clone() for parameter in self.parameters]
         self.landing = Landing(self.objective, self.parameters, placed, evaluation)
-        return evaluation.loss
+        return float(evaluation.loss)
 
     @property
     def moved(self) -> bool:
