@@ -22,7 +22,7 @@ from pinncurv.curvature import (
 )
 from pinncurv.diffops import Bilaplacian, Laplacian, Partial, Plan, Value
 from pinncurv.linearization import UncapturedParameterError, linearize
-from pinncurv.linops import Damped, flat_positions
+from pinncurv.linops import Damped, FactorDamping, flat_positions, trace_norm
 from pinncurv.optim import CurvatureOptimizer, FixedStep
 from pinncurv.problems import Fixed, LossTerm
 from tests import oracles
@@ -121,6 +121,14 @@ def test_kfac_is_exact_where_there_are_no_factors(kind):
         if not block.kronecker:
             index = position[:, None], position
             oracles.assert_close(kfac[index], G[index])
+    inverse = FactorDamping(1e-2, trace_norm)(KFAC()(linearized)).to_dense()
+    for block, position in zip(
+        space.blocks, flat_positions(space.blocks, space.shapes), strict=True
+    ):
+        if not block.kronecker:
+            index = position[:, None], position
+            damped = G[index] + 1e-2 * torch.eye(block.numel, dtype=torch.float64)
+            oracles.assert_close(inverse[index], torch.linalg.inv(damped))
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from pinncurv.linops.psd import (
     FactorizationReport,
     check_nonsingular,
     eigh,
+    factorize,
     is_singular,
     symmetrize,
 )
@@ -83,7 +84,8 @@ class FactorDamping:
 
     C ↦ [diag_l Σ_t (B_lt + λ_B I) ⊗ (A_lt + λ_A I)]⁻¹
 
-    Not the same as ``Damped``, which is (C + λ I)⁻¹.
+    Not the same as ``Damped``, which is (C + λ I)⁻¹. A block that has no factors, of a parameter
+    that is no weight of a linear layer, is inverted as it is, (C_l + λ I)⁻¹.
 
     Cost: O(d_in³ + d_out³) to build, 2 d_in d_out (d_in + d_out) per product, d_in² + d_out² +
     d_in d_out numbers in float64, whatever the number of terms.
@@ -152,7 +154,9 @@ def factor_damped_inverse(
     invert = _invert_one if len(positions) == 1 else _invert_two
     inverses = [
         invert([_damped_pair(operator, i, group, damping, heuristic) for group in positions])
-        for i in range(len(operator.blocks))
+        if block.kronecker
+        else _invert_dense(operator, i, damping)
+        for i, block in enumerate(operator.blocks)
     ]
     return KroneckerCongruenceLinearOperator(
         [inverse.basis for inverse in inverses],
@@ -179,16 +183,17 @@ def _check_groups(groups: Sequence[Sequence[int]] | None, T: int) -> list[list[i
 
 @dataclass(frozen=True)
 class _DampedPair:
-    """Damped factors of one layer and one group of terms, in float64.
-
-    The floor is a lower bound on the eigenvalues of B ⊗ A.
-    """
+    """Damped factors of one layer and one group of terms, in float64."""
 
     A: Float[Tensor, "d_joint d_joint"]
     B: Float[Tensor, "d_out d_out"]
     dampings: FactorDampings
     name: str
-    floor: float
+
+    @property
+    def floor(self) -> float:
+        """A lower bound on the eigenvalues of B ⊗ A."""
+        return self.dampings.A * self.dampings.B
 
 
 @dataclass(frozen=True)
@@ -216,17 +221,30 @@ def _damped_pair(
         for t in group
     ]
     merged = merge(pairs)
-    kronecker = operator.blocks[layer].kronecker
-    # a block without factors is damped as it is: (A + λI) ⊗ 1
-    dampings = heuristic(merged, damping) if kronecker else FactorDampings(damping, 0.0)
+    dampings = heuristic(merged, damping)
     # the factors are fresh tensors of symmetrize or merge, so in-place is safe
     merged.A.diagonal().add_(dampings.A)
     merged.B.diagonal().add_(dampings.B)
     name = f"layer {operator.blocks[layer].name}, term " + "+".join(
         operator.terms[t] for t in group
     )
-    floor = dampings.A * (dampings.B if kronecker else len(group))
-    return _DampedPair(merged.A, merged.B, dampings, name, floor)
+    return _DampedPair(merged.A, merged.B, dampings, name)
+
+
+def _invert_dense(
+    operator: SumKroneckerLinearOperator, layer: int, damping: float
+) -> _LayerInverse:
+    """Invert C_l + λI for a block without factors, where B_t is a number: M⁻¹ = R⁻ᵀ R⁻¹."""
+    name = f"{operator.blocks[layer].name}, damped block"
+    pairs = operator.factors[layer]
+    matrix = symmetrize(sum(((p.B * p.A) for p in pairs[1:]), pairs[0].B * pairs[0].A), name)
+    matrix.diagonal().add_(damping)
+    factorization = factorize(matrix, name, damping)
+    one = torch.ones_like(matrix[:1, :1])
+    R = factorization.whiten_adjoint(torch.eye(len(matrix)).to(matrix))
+    return _LayerInverse(
+        KroneckerBasis(R, one), torch.ones_like(matrix[:1]), (factorization.report,)
+    )
 
 
 def _invert_one(pairs: Sequence[_DampedPair]) -> _LayerInverse:
