@@ -250,7 +250,7 @@ class Objective:
 
     def linearize(self) -> LinearizedObjective:
         """Linearize all terms at the current parameters."""
-        space = self.space
+        space = self.space  # follows what has changed
         return LinearizedObjective([Linearization(bound) for bound in self._bound], space)
 
     def evaluate(self) -> Evaluation:

@@ -39,7 +39,6 @@ class Linearization:
     def __init__(
         self, bound: BoundTerm, fisher: Fisher | None = None, kept: list[Chunk] | None = None
     ) -> None:
-        bound.follow()
         self.bound = bound
         self.fisher = Type2() if fisher is None else fisher
         self.parameters = bound.parameters
