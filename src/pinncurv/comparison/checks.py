@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from curvlinops._torch_base import PyTorchLinearOperator
 from torch import Tensor
+
+from pinncurv.linops import PyTorchLinearOperator
 
 
 def describe(operator: PyTorchLinearOperator) -> str:

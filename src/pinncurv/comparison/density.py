@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from math import pi, sqrt
 
 import torch
-from curvlinops._torch_base import PyTorchLinearOperator
 from jaxtyping import Float
 from torch import Generator, Tensor
 
 from pinncurv.comparison.checks import check_count, check_square
 from pinncurv.comparison.estimates import Estimate, rademacher
 from pinncurv.comparison.lanczos import lanczos
+from pinncurv.linops import PyTorchLinearOperator
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from curvlinops._torch_base import PyTorchLinearOperator
 from jaxtyping import Float
 from torch import Generator, Tensor
 
 from pinncurv.comparison.checks import check_count, check_same_space, check_square, describe
 from pinncurv.comparison.products import apply
-from pinncurv.linops import Damped, check_damping
+from pinncurv.linops import Damped, PyTorchLinearOperator, check_damping
 
 # A few vectors more than eigenpairs: what converges is then separated from what is cut off.
 _OVERSAMPLING = 5

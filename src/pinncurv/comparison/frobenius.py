@@ -6,13 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from curvlinops._torch_base import PyTorchLinearOperator
 from jaxtyping import Float
 from torch import Tensor
 
 from pinncurv.comparison.checks import check_finite, check_same_space, describe
 from pinncurv.comparison.products import COLUMNS, columns, share_layers
-from pinncurv.linops import Block, LayerwiseLinearOperator, check_blocks, flat_positions
+from pinncurv.linops import (
+    Block,
+    LayerwiseLinearOperator,
+    PyTorchLinearOperator,
+    check_blocks,
+    flat_positions,
+)
 
 
 @dataclass(frozen=True)

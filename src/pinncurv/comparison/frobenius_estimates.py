@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from curvlinops._torch_base import PyTorchLinearOperator
 from jaxtyping import Float
 from torch import Generator, Tensor
 
@@ -19,7 +18,7 @@ from pinncurv.comparison.frobenius import (
     layers_of,
 )
 from pinncurv.comparison.products import apply
-from pinncurv.linops import Block
+from pinncurv.linops import Block, PyTorchLinearOperator
 
 
 @dataclass(frozen=True)

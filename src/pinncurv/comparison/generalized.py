@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from math import inf
 
 import torch
-from curvlinops._torch_base import PyTorchLinearOperator
 from jaxtyping import Float
 from torch import Generator, Tensor
 
@@ -14,7 +13,7 @@ from pinncurv.comparison.checks import check_same_space, describe
 from pinncurv.comparison.estimates import rademacher
 from pinncurv.comparison.lanczos import lanczos
 from pinncurv.comparison.products import symmetric_blocks
-from pinncurv.linops import check_damping, eigh
+from pinncurv.linops import PyTorchLinearOperator, check_damping, eigh
 
 # Negative eigenvalues, relative to the largest, that rounding doesn't explain.
 _INDEFINITE = 1e-6

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from math import sqrt
 
 import torch
-from curvlinops._torch_base import PyTorchLinearOperator
 from jaxtyping import Float
 from torch import Tensor
 
 from pinncurv.comparison.checks import check_count, check_same_space, check_square, describe
 from pinncurv.comparison.products import apply
-from pinncurv.linops import check_damping
+from pinncurv.linops import PyTorchLinearOperator, check_damping
 
 
 @dataclass(frozen=True)

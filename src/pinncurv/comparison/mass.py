@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from curvlinops._torch_base import PyTorchLinearOperator
 from jaxtyping import Float
 from torch import Tensor
 
 from pinncurv.comparison.checks import check_finite
 from pinncurv.comparison.frobenius import frobenius_by_layer_pair
-from pinncurv.linops import Block
+from pinncurv.linops import Block, PyTorchLinearOperator
 
 
 def squared_block_norms(

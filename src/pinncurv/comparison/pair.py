@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from curvlinops._torch_base import PyTorchLinearOperator
 from torch import Generator, Tensor
 
 from pinncurv.comparison.checks import check_same_space
@@ -16,7 +15,13 @@ from pinncurv.comparison.frobenius_estimates import estimate_frobenius
 from pinncurv.comparison.generalized import condition_number
 from pinncurv.comparison.products import apply, flat_vector, to_dense
 from pinncurv.comparison.steps import StepComparison, cg_records, compare_steps
-from pinncurv.linops import CGInverseLinearOperator, CGRecord, Damped, DenseLinearOperator
+from pinncurv.linops import (
+    CGInverseLinearOperator,
+    CGRecord,
+    Damped,
+    DenseLinearOperator,
+    PyTorchLinearOperator,
+)
 
 
 @dataclass(frozen=True)

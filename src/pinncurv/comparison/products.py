@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from curvlinops._torch_base import PyTorchLinearOperator
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from pinncurv.comparison.checks import check_finite, describe
-from pinncurv.linops import DenseLinearOperator, LayerwiseLinearOperator, symmetrize
+from pinncurv.linops import (
+    DenseLinearOperator,
+    LayerwiseLinearOperator,
+    PyTorchLinearOperator,
+    symmetrize,
+)
 
 # How many columns are multiplied at a time: enough for matrix products, few enough for memory.
 COLUMNS = 128

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from curvlinops._torch_base import PyTorchLinearOperator
 from jaxtyping import Float
 from torch import Generator, Tensor
 
 from pinncurv.comparison.checks import check_count, check_finite, check_same_space, check_square
 from pinncurv.comparison.estimates import Estimate, rademacher
 from pinncurv.comparison.products import apply, symmetric_blocks
-from pinncurv.linops import Damped, check_damping
+from pinncurv.linops import Damped, PyTorchLinearOperator, check_damping
 
 
 def spectrum(operator: PyTorchLinearOperator) -> Float[Tensor, " D"]:

@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from curvlinops._torch_base import PyTorchLinearOperator
 from jaxtyping import Float
 from torch import Tensor
 
 from pinncurv.comparison.checks import check_same_space, check_square
 from pinncurv.comparison.products import apply, flat_vector
-from pinncurv.linops import CGRecord, check_damping, conjugate_gradients
+from pinncurv.linops import CGRecord, PyTorchLinearOperator, check_damping, conjugate_gradients
 
 
 def step_cosine(

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from curvlinops._torch_base import PyTorchLinearOperator
 from jaxtyping import Float
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from pinncurv.linops import (
     DenseBlockDiagonalLinearOperator,
     DenseLinearOperator,
     DiagonalLinearOperator,
+    PyTorchLinearOperator,
     SymmetricLinearOperator,
     from_joint,
     term_position,

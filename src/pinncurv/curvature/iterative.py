@@ -6,14 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
-from curvlinops._torch_base import PyTorchLinearOperator
-
 from pinncurv.curvature.gauss_newton import GaussNewtonLinearOperator
 from pinncurv.curvature.kfac import KFAC
 from pinncurv.linearization import Linearization
 from pinncurv.linops import (
     CGInverseLinearOperator,
     FactorDamping,
+    PyTorchLinearOperator,
     RelativeProgress,
     StoppingRule,
     check_damping,

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from curvlinops._torch_base import PyTorchLinearOperator
 from jaxtyping import Float
 from torch import Tensor
 
 from pinncurv.curvature.parameters import ParameterSpace
 from pinncurv.linearization import Chunk, JacobianBlock, Linearization, Type2, run
+from pinncurv.linops import PyTorchLinearOperator
 
 
 def check_exact(linearizations: Sequence[Linearization]) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from curvlinops._torch_base import PyTorchLinearOperator
 from jaxtyping import Float
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from pinncurv.curvature.woodbury import check_positive, from_data, kernel_of, to
 from pinncurv.linearization import Linearization
 from pinncurv.linops import (
     FactorizationReport,
+    PyTorchLinearOperator,
     SymmetricLinearOperator,
     check_damping,
     factorize,

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from curvlinops._torch_base import PyTorchLinearOperator
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -15,7 +14,12 @@ from pinncurv.curvature.kernel import Blocks, add_kernel_, point_ranges
 from pinncurv.curvature.parameters import ParameterSpace
 from pinncurv.curvature.woodbury import from_data, to_data
 from pinncurv.linearization import Chunk, Linearization, run
-from pinncurv.linops import SymmetricLinearOperator, check_damping, symmetrize
+from pinncurv.linops import (
+    PyTorchLinearOperator,
+    SymmetricLinearOperator,
+    check_damping,
+    symmetrize,
+)
 
 
 class SubspaceGaussNewtonLinearOperator(SymmetricLinearOperator):

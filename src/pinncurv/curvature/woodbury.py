@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from curvlinops._torch_base import PyTorchLinearOperator
 from jaxtyping import Float
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from pinncurv.linearization import Linearization
 from pinncurv.linops import (
     Factorization,
     FactorizationError,
+    PyTorchLinearOperator,
     SymmetricLinearOperator,
     check_damping,
 )

@@ -72,7 +72,7 @@ from pinncurv.linops.layerwise import (
     term_position as term_position,
 )
 from pinncurv.linops.operator import (
-    Averageable as Averageable,
+    PyTorchLinearOperator as PyTorchLinearOperator,
     SymmetricLinearOperator as SymmetricLinearOperator,
     check_damping as check_damping,
 )

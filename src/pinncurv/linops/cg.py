@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from curvlinops._torch_base import PyTorchLinearOperator
 from jaxtyping import Float
 from torch import Tensor
+
+from pinncurv.linops.operator import PyTorchLinearOperator
 
 # Whether to stop, given φ(x_0), …, φ(x_k) with φ(x) = ½ xᵀ(C + λ I)x − bᵀx.
 StoppingRule = Callable[[Sequence[float]], bool]

@@ -6,12 +6,11 @@ import warnings
 from collections.abc import Sequence
 
 import torch
-from curvlinops._torch_base import PyTorchLinearOperator
 from jaxtyping import Float
 from torch import Tensor
 
 from pinncurv.linops.cg import CGRecord, CGResult, StoppingRule, conjugate_gradients
-from pinncurv.linops.operator import SymmetricLinearOperator, check_damping
+from pinncurv.linops.operator import PyTorchLinearOperator, SymmetricLinearOperator, check_damping
 
 
 class CGNotConverged(UserWarning):

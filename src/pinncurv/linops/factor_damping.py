@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from math import sqrt
 
 import torch
-from curvlinops._torch_base import PyTorchLinearOperator
 from jaxtyping import Float
 from torch import Tensor
 
 from pinncurv.linops.eigenform import KroneckerBasis, KroneckerCongruenceLinearOperator
 from pinncurv.linops.factors import KroneckerFactors, merge
 from pinncurv.linops.kronecker import SumKroneckerLinearOperator
-from pinncurv.linops.operator import check_damping
+from pinncurv.linops.operator import PyTorchLinearOperator, check_damping
 from pinncurv.linops.psd import (
     FactorizationError,
     FactorizationReport,

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from curvlinops._torch_base import PyTorchLinearOperator
 from jaxtyping import Float
 from torch import Tensor
 
 from pinncurv.linops.blocks import Block
 from pinncurv.linops.cg_inverse import CGInverseLinearOperator
 from pinncurv.linops.layerwise import LayerwiseLinearOperator
-from pinncurv.linops.operator import SymmetricLinearOperator, check_damping
+from pinncurv.linops.operator import PyTorchLinearOperator, SymmetricLinearOperator, check_damping
 from pinncurv.linops.psd import Factorization, FactorizationReport, factorize, symmetrize
 
 

@@ -12,6 +12,8 @@ from curvlinops._torch_base import PyTorchLinearOperator
 from jaxtyping import Float
 from torch import Size, Tensor
 
+__all__ = ["PyTorchLinearOperator", "SymmetricLinearOperator", "check_damping"]
+
 
 def check_damping(damping: float) -> float:
     """Return the damping as a float after checking that it is one.

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from functools import singledispatch
 
 import torch
-from curvlinops._torch_base import PyTorchLinearOperator
 from jaxtyping import Float
 from torch import Size, Tensor
 
@@ -25,7 +24,7 @@ from pinncurv.linops.eigenform import (
 from pinncurv.linops.inverses import Damped
 from pinncurv.linops.kronecker import SumKroneckerLinearOperator
 from pinncurv.linops.layerwise import LayerwiseLinearOperator
-from pinncurv.linops.operator import SymmetricLinearOperator
+from pinncurv.linops.operator import PyTorchLinearOperator, SymmetricLinearOperator
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from curvlinops._torch_base import PyTorchLinearOperator
 from torch import Tensor
 
+from pinncurv.linops import PyTorchLinearOperator
 from pinncurv.optim.averaging import ExponentialAverage, fitted
 from pinncurv.optim.protocols import (
     Curvature,

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-from curvlinops._torch_base import PyTorchLinearOperator
 from torch import Tensor
+
+from pinncurv.linops import PyTorchLinearOperator
 
 
 @runtime_checkable

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from curvlinops._torch_base import PyTorchLinearOperator
 from torch import Tensor
 
+from pinncurv.linops import PyTorchLinearOperator
 from pinncurv.optim.protocols import LinearizedLoss, offers
 
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from curvlinops._torch_base import PyTorchLinearOperator
 from torch import Tensor
 from torch.nn import Module
 
 from pinncurv.linearization import linearize, trained_tensors
+from pinncurv.linops import PyTorchLinearOperator
 from pinncurv.problems import LossTerm
 from pinncurv.verification.checklist import TOLERANCE, Checklist
 from pinncurv.verification.instance import first_points, in_double

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from curvlinops._torch_base import PyTorchLinearOperator
 from torch import Tensor
 
-from pinncurv.linops import SymmetricLinearOperator
+from pinncurv.linops import PyTorchLinearOperator, SymmetricLinearOperator
 from pinncurv.verification.checklist import TOLERANCE, Checklist, describe
 from pinncurv.verification.report import Report
 
