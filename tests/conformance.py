@@ -15,7 +15,7 @@ def to_list(flat: Tensor, operator: SymmetricLinearOperator) -> list[Tensor]:
     """Split ``[D]`` or ``[D, K]`` to the list format ``[*shape]`` or ``[*shape, K]``."""
     sizes = [shape.numel() for shape in operator.shapes]
     pieces = zip(flat.split(sizes), operator.shapes, strict=True)
-    return [piece.reshape(*shape, *flat.shape[1:]) for piece, shape in pieces]
+    return [piece.reshape((*shape, *flat.shape[1:])) for piece, shape in pieces]
 
 
 def check_operator(

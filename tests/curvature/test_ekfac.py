@@ -16,7 +16,7 @@ from pinncurv.curvature import (
 from pinncurv.curvature.ekfac import EKFAC, EKFACLinearOperator, KFACFactors, PartialTraces
 from pinncurv.diffops import Value
 from pinncurv.linearization import Empirical, ForwardOnly, Type2, blocks, linearize
-from pinncurv.linops import Averageable, FactorDamping, merge
+from pinncurv.linops import FactorDamping, merge
 from pinncurv.problems import Fixed, LossTerm, fokker_planck, heat1d, log_fokker_planck, poisson2d
 from tests import oracles
 from tests.conformance import check_operator
@@ -250,6 +250,6 @@ def test_needs_output_gradients(basis):
 
 def test_is_neither_averaged_nor_damped_by_factors():
     operator = of([TERMS["poisson"]], build("tanh"), [points()])
-    assert not isinstance(operator, Averageable)
+    assert operator.tensors is None
     with pytest.raises(TypeError, match="got EKFACLinearOperator"):
         FactorDamping(1e-3)(operator)

@@ -188,7 +188,7 @@ def test_conformance(rank, per_term, monkeypatch):
     check_operator(operator, matrix, dampings=(), tolerance=1e-10)
     m, V = torch.linalg.eigh(matrix)
     assert m.min() < -1e-6 * m.max(), "the case is there to be tested"
-    monkeypatch.setattr("pinncurv.linops.dense._LARGEST_EIGH", 0)
+    monkeypatch.setattr("pinncurv.linops.policy.LARGEST_EIGH", 0)
     for damping in DAMPINGS:
         check_inverse(operator, (V * m.clamp(min=0)) @ V.T, damping)
 
@@ -201,12 +201,13 @@ def test_rank_one_can_be_used_like_kfac():
     torch.testing.assert_close(again.to_dense(), operator.to_dense())
 
 
-def test_higher_ranks_refuse_what_needs_positive_factors():
+def test_higher_ranks_refuse_what_needs_positive_factors(monkeypatch):
     operator = of([TERMS["poisson"]], build("tanh"), [points()], 2)
     with pytest.raises(TypeError, match="got KroneckerExpansionLinearOperator"):
         FactorDamping(1e-3)(operator)
+    monkeypatch.setattr("pinncurv.linops.policy.LARGEST_DENSE", 11)
     with pytest.raises(ValueError, match=r"dimension at most 11, but layer 2 has 12\. Use rank=1"):
-        operator.inverse(1e-3, dense_limit=11)
+        operator.inverse(1e-3)
 
 
 # --- scale ----------------------------------------------------------------------------------------

@@ -30,6 +30,36 @@ def layers(
     return blocks, shapes
 
 
+def mixed_parameters() -> tuple[list[Block], list[tuple[int, ...]]]:
+    """A layer, a transposed one, a number and a tensor, in an order of their own."""
+    shapes: list[tuple[int, ...]] = [(), (3,), (2, 3, 2), (3, 2), (2, 4), (4,)]
+    blocks = [
+        Block("net.0", 3, 1, 3, 2),
+        Block("transposed", 4, 5, 4, 2, stored=(2, 4)),
+        Block.dense("slope", 0, ()),
+        Block.dense("tensor", 2, (2, 3, 2)),
+    ]
+    return blocks, shapes
+
+
+def mixed_kronecker(
+    T: int, generator: Generator, dtype: torch.dtype = torch.float64
+) -> SumKroneckerLinearOperator:
+    """A sum of Kronecker products, and exact blocks where there are no layers."""
+    blocks, shapes = mixed_parameters()
+    factors = [
+        [
+            KroneckerFactors(
+                psd(block.shape[1], generator).to(dtype),
+                (psd(block.d_out, generator) if block.kronecker else torch.ones(1, 1)).to(dtype),
+            )
+            for _ in range(T)
+        ]
+        for block in blocks
+    ]
+    return SumKroneckerLinearOperator(factors, blocks, shapes)
+
+
 def kronecker(
     widths: Sequence[int],
     T: int,
@@ -69,13 +99,19 @@ def kronecker_oracle(operator: SumKroneckerLinearOperator) -> Tensor:
         images = [torch.zeros_like(parameter) for parameter in parameters]
         for block, factors in zip(operator.blocks, operator.factors, strict=True):
             X = parameters[block.weight]
+            stored = X.shape
+            if not block.kronecker:
+                X = X.flatten()[None]
+            elif block.stored is not None:
+                X = X.T
             if block.bias is not None:
                 X = torch.hstack([X, parameters[block.bias][:, None]])
             Y = sum(
                 torch.einsum("ij,jk,kl->il", pair.B.double(), X, pair.A.double())
                 for pair in factors
             )
-            images[block.weight] = Y[:, : block.d_in]
+            W = Y[:, : block.d_in]
+            images[block.weight] = (W if W.shape == stored else W.T).reshape(stored)
             if block.bias is not None:
                 images[block.bias] = Y[:, -1]
         columns.append(torch.hstack([image.flatten() for image in images]))

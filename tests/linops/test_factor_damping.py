@@ -207,3 +207,15 @@ def test_reports_say_what_was_done(generator):
     operator = SumKroneckerLinearOperator([[half, half]], blocks, shapes)
     names = [report.name for report in FactorDamping(1e-15)(operator).reports]
     assert any("layer net.0, term 0 and" in name and "factors A" in name for name in names)
+
+
+def test_dense_form_where_one_factor_falls_back_to_an_eigendecomposition():
+    """Cholesky leaves a row-major basis, eigh a column-major one; torch.kron takes no such pair."""
+    identity = torch.eye(3, dtype=torch.float64)
+    v = torch.tensor([[1.0], [2.0], [3.0]], dtype=torch.float64)
+    good, singular = identity + 0.1, v @ v.T * 1e12
+    blocks, shapes = layers([2, 3])
+    pairs = [KroneckerFactors(good, singular), KroneckerFactors(good + identity, singular)]
+    inverse = FactorDamping(1e-12)(SumKroneckerLinearOperator([pairs], blocks, shapes))
+    assert {"cholesky", "eigh"} <= {report.method for report in inverse.reports}
+    check_operator(inverse, dampings=())

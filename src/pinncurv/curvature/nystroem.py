@@ -80,7 +80,7 @@ def nystroem_sketch(operator: PyTorchLinearOperator, rank: int, seed: int) -> Ny
 
 def _products(operator: PyTorchLinearOperator, omega: Tensor) -> Tensor:
     """Return K Ω in float64, a few columns at a time."""
-    jacobian = getattr(operator, "jacobian", operator)
+    jacobian = getattr(operator, "jacobian", None) or operator
     step = max(1, _COLUMN_ELEMENTS // max(jacobian.shape))
     columns = omega.to(operator.dtype).split(step, 1)
     return torch.cat([operator @ block for block in columns], 1).to(omega.dtype)

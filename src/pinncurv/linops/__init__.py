@@ -6,7 +6,9 @@ left product, ``to_dense``, ``diagonal``, ``trace`` and ``inverse(damping)``.
 Costs are multiplications and numbers held, for layers of d_in inputs (and bias) and d_out outputs,
 so blocks of n = d_in d_out, and D parameters in all; sums over layers are left out.
 
-- ``operator``: the base class, the protocol of operators that can be averaged, damping's check.
+- ``operator``: the base class, damping's check.
+- ``combination``: sums, differences and multiples of operators.
+- ``policy``: where dense linear algebra ends.
 - ``blocks``, ``layerwise``: layers as blocks of the parameter space, block-diagonal operators.
 - ``factors``, ``kronecker``: Kronecker factors, and operators that are sums of Kronecker products.
 - ``kronecker_expansion``: the same where the factors need not be positive semidefinite.
@@ -38,6 +40,11 @@ from pinncurv.linops.cg_inverse import (
     CGInverseLinearOperator as CGInverseLinearOperator,
     CGNotConverged as CGNotConverged,
 )
+from pinncurv.linops.combination import (
+    LayerwiseCombination as LayerwiseCombination,
+    LinearCombination as LinearCombination,
+    combine as combine,
+)
 from pinncurv.linops.dense import (
     DenseBlockDiagonalLinearOperator as DenseBlockDiagonalLinearOperator,
     DenseLinearOperator as DenseLinearOperator,
@@ -60,6 +67,7 @@ from pinncurv.linops.inverses import (
     BlockFactorizedInverseLinearOperator as BlockFactorizedInverseLinearOperator,
     Damped as Damped,
     FactorizedInverseLinearOperator as FactorizedInverseLinearOperator,
+    factorize_damped as factorize_damped,
     factorize_damped_blocks as factorize_damped_blocks,
 )
 from pinncurv.linops.kronecker import SumKroneckerLinearOperator as SumKroneckerLinearOperator

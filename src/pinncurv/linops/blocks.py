@@ -81,10 +81,6 @@ def check_blocks(blocks: Sequence[Block], shapes: Sequence[Sequence[int]]) -> No
 
     ⨄_l {weight_l, bias_l} = {0, …, P − 1}
 
-    Args:
-        blocks: The blocks.
-        shapes: The shapes of all P parameters.
-
     Raises:
         ValueError: If a parameter is missing, covered twice, or of another shape.
     """
@@ -127,13 +123,8 @@ def to_joint(tensors: Sequence[Tensor], blocks: Sequence[Block]) -> list[Shaped[
 
     X_l = [W_l, b_l]
 
-    Args:
-        tensors: Tensors ``[*shape]`` (vector) or ``[*shape, K]`` (matrix) in parameter order.
-        blocks: The blocks.
-
-    Returns:
-        One tensor per block, ``[d_out, d_in + 1]`` for a vector and ``[K, d_out, d_in + 1]`` for a
-        matrix (``d_in`` instead of ``d_in + 1`` without bias).
+    Tensors ``[*shape]`` (vector) become ``[d_out, d_in + 1]``, and ``[*shape, K]`` (matrix)
+    ``[K, d_out, d_in + 1]`` (``d_in`` instead of ``d_in + 1`` without bias).
     """
     joints = []
     for block in blocks:
@@ -152,14 +143,7 @@ def from_joint(joints: Sequence[Shaped[Tensor, "*K _ _"]], blocks: Sequence[Bloc
 
     W_l, b_l = X_l[:, :d_in], X_l[:, d_in]
 
-    Args:
-        joints: One tensor per block, ``[d_out, d_in + 1]`` for a vector and
-            ``[K, d_out, d_in + 1]`` for a matrix.
-        blocks: The blocks.
-
-    Returns:
-        Tensors ``[*shape]`` (vector) or ``[*shape, K]`` (matrix) in parameter order. They are views
-        of the joint matrices.
+    The inverse of ``to_joint``; the tensors are views of the joint matrices.
     """
     tensors: dict[int, Tensor] = {}
     for X, block in zip(joints, blocks, strict=True):
@@ -178,13 +162,6 @@ def flat_positions(
     """Find each block's entries in the concatenation of all parameters.
 
     θ[position_l] = vec(X_l), row-major
-
-    Args:
-        blocks: The blocks.
-        shapes: The shapes of all parameters.
-
-    Returns:
-        One index tensor ``[d_out (d_in + 1)]`` per block.
     """
     sizes = [torch.Size(shape).numel() for shape in shapes]
     flat = torch.arange(sum(sizes)).split(sizes)

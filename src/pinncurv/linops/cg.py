@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pinncurv.linops import policy
 from pinncurv.linops.operator import PyTorchLinearOperator
 
 # Whether to stop, given φ(x_0), …, φ(x_k) with φ(x) = ½ xᵀ(C + λ I)x − bᵀx.
@@ -38,7 +39,6 @@ class RelativeProgress:
     fraction: float = 0.1
 
     def __post_init__(self) -> None:
-        """Check the settings."""
         if not (0 < self.epsilon < math.inf and self.lag >= 1 and 0 <= self.fraction < 1):
             raise ValueError(
                 "Must hold: 0 < epsilon < inf, lag >= 1 and 0 <= fraction < 1, got "
@@ -46,7 +46,6 @@ class RelativeProgress:
             )
 
     def __call__(self, values: Sequence[float]) -> bool:
-        """Return whether to stop."""
         last = len(values) - 1
         k = max(self.lag, math.ceil(self.fraction * last))
         if last <= k or not values[-1] < 0:
@@ -110,7 +109,7 @@ def conjugate_gradients(
     *,
     damping: float = 0.0,
     preconditioner: PyTorchLinearOperator | None = None,
-    tolerance: float = 1e-10,
+    tolerance: float = policy.TOLERANCE,
     max_iterations: int | None = None,
     stop: StoppingRule | None = None,
     start: Float[Tensor, " D"] | None = None,

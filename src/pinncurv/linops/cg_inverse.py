@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pinncurv.linops import policy
 from pinncurv.linops.cg import CGRecord, CGResult, StoppingRule, conjugate_gradients
 from pinncurv.linops.operator import PyTorchLinearOperator, SymmetricLinearOperator, check_damping
 
@@ -28,6 +29,19 @@ class CGInverseLinearOperator(SymmetricLinearOperator):
 
     Cost: nothing to build; per column and iteration one product with C, one with the
     preconditioner and some vectors of D numbers.
+
+    Args:
+        operator: The symmetric positive semidefinite operator C.
+        damping: The damping λ, a finite number >= 0.
+        preconditioner: A symmetric positive definite approximation of (C + λ I)⁻¹.
+        tolerance: Relative norm of the residual to reach.
+        max_iterations: Most iterations per column, by default ``10 D``.
+        dtype: Data type of the vectors, by default that of the operator, in which the
+            iteration is done in any case.
+        stop: A rule that may end the iteration before the tolerance is met.
+        spacing: Which iterates to keep, see ``conjugate_gradients``.
+        truncated: Whether it is no warning that the tolerance was missed, only a record. The
+            product is then a nonlinear function of the right-hand side.
     """
 
     def __init__(
@@ -35,7 +49,7 @@ class CGInverseLinearOperator(SymmetricLinearOperator):
         operator: PyTorchLinearOperator,
         damping: float = 0.0,
         preconditioner: PyTorchLinearOperator | None = None,
-        tolerance: float = 1e-10,
+        tolerance: float = policy.TOLERANCE,
         max_iterations: int | None = None,
         dtype: torch.dtype | None = None,
         *,
@@ -43,21 +57,6 @@ class CGInverseLinearOperator(SymmetricLinearOperator):
         spacing: float | None = None,
         truncated: bool = False,
     ) -> None:
-        """Store the operator and how to solve.
-
-        Args:
-            operator: The symmetric positive semidefinite operator C.
-            damping: The damping λ, a finite number >= 0.
-            preconditioner: A symmetric positive definite approximation of (C + λ I)⁻¹.
-            tolerance: Relative norm of the residual to reach.
-            max_iterations: Most iterations per column, by default ``10 D``.
-            dtype: Data type of the vectors, by default that of the operator, in which the
-                iteration is done in any case.
-            stop: A rule that may end the iteration before the tolerance is met.
-            spacing: Which iterates to keep, see ``conjugate_gradients``.
-            truncated: Whether it is no warning that the tolerance was missed, only a record. The
-                product is then a nonlinear function of the right-hand side.
-        """
         super().__init__(operator._in_shape, operator.device, dtype or operator.dtype)
         self.operator = operator
         self.damping = check_damping(damping)
@@ -75,14 +74,7 @@ class CGInverseLinearOperator(SymmetricLinearOperator):
         return tuple(result.record for result in self.last_results)
 
     def solve(self, b: Float[Tensor, " D"], start: Float[Tensor, " D"] | None = None) -> CGResult:
-        """Solve for one right-hand side.
-
-        (C + λ I) x = b
-
-        Args:
-            b: The right-hand side.
-            start: Where to start from; zero by default.
-        """
+        """Solve (C + λ I) x = b for one right-hand side, from zero unless a start is given."""
         return conjugate_gradients(
             self.operator,
             b,
@@ -98,9 +90,7 @@ class CGInverseLinearOperator(SymmetricLinearOperator):
     def solve_from(self, b: Sequence[Tensor], start: Sequence[Tensor]) -> list[Tensor]:
         """Solve for one right-hand side from a start, as a product does from zero.
 
-        Args:
-            b: The right-hand side, one tensor per parameter.
-            start: The start, one tensor per parameter.
+        Both have one tensor per parameter.
         """
         columns = [torch.cat([part.flatten() for part in parts])[:, None] for parts in (b, start)]
         (solution,) = self._solve_columns(*columns).unbind(-1)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pinncurv.linops import policy
 from pinncurv.linops.blocks import Block
 from pinncurv.linops.inverses import (
     BlockFactorizedInverseLinearOperator,
@@ -25,10 +26,6 @@ from pinncurv.linops.psd import (
     symmetrize,
 )
 
-# An eigendecomposition serves all dampings and knows which eigenvalues are negative by rounding
-# only. It takes some thirty times longer than a Cholesky factorization, which grows into minutes.
-_LARGEST_EIGH = 1024
-
 _NAME = "the dense matrix"
 
 
@@ -39,7 +36,7 @@ def _damped(
     decompose: Callable[[], EigenFactorization],
 ) -> Factorization:
     """Factorize C + λI, by the eigendecomposition of C unless that takes too long."""
-    if damping > 0 and len(matrix) > _LARGEST_EIGH:
+    if damping > 0 and len(matrix) > policy.LARGEST_EIGH:
         shifted = symmetrize(matrix, name)
         shifted.diagonal().add_(damping)
         factorization = cholesky(shifted, name, damping)
@@ -54,19 +51,14 @@ class DenseLinearOperator(SymmetricLinearOperator):
     C ∈ ℝᴰˣᴰ
 
     Cost: D² numbers and D² per product; the inverse takes O(D³) once for all dampings, D² numbers
-    more, and 2 D² per product. Above D = 1024 it takes D³ / 3 for each damping and D² per product.
+    more, and 2 D² per product. Above ``policy.LARGEST_EIGH`` it takes D³ / 3 for each damping and
+    D² per product.
+
+    Raises:
+        ValueError: If the matrix does not fit the shapes of the parameters.
     """
 
     def __init__(self, matrix: Float[Tensor, "D D"], shapes: Sequence[Sequence[int]]) -> None:
-        """Store the matrix.
-
-        Args:
-            matrix: The symmetric matrix.
-            shapes: The shapes of all parameters.
-
-        Raises:
-            ValueError: If the matrix does not fit the shapes.
-        """
         super().__init__(shapes, matrix.device, matrix.dtype)
         if matrix.shape != self.shape:
             raise ValueError(
@@ -96,11 +88,8 @@ class DenseLinearOperator(SymmetricLinearOperator):
 
         (C + λ I)⁻¹ = V diag(1 / (max(m, 0) + λ)) Vᵀ
 
-        Above D = 1024 it is (C + λ I)⁻¹ by a Cholesky factorization, the same for semidefinite C,
-        where that succeeds.
-
-        Args:
-            damping: The damping λ, a finite number >= 0.
+        Of large matrices it is (C + λ I)⁻¹ by a Cholesky factorization, the same for semidefinite
+        C, where that succeeds.
 
         Raises:
             FactorizationError: If the damping is zero and the matrix is numerically singular.
@@ -109,16 +98,13 @@ class DenseLinearOperator(SymmetricLinearOperator):
         return FactorizedInverseLinearOperator(damped, self._in_shape, self.dtype)
 
     def tensors(self) -> list[Tensor]:
-        """The matrix."""
         return [self.matrix]
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> DenseLinearOperator:
-        """The operator of another matrix."""
         (matrix,) = tensors
         return type(self)(matrix, self._in_shape)
 
     def identity(self) -> DenseLinearOperator:
-        """The identity."""
         return self.with_tensors([torch.eye(len(self.matrix)).to(self.matrix)])
 
 
@@ -128,8 +114,16 @@ class DenseBlockDiagonalLinearOperator(LayerwiseLinearOperator):
     C = diag(C_1, …, C_L)
 
     Cost: n² numbers and n² per product; the inverse takes O(n³) once for all dampings, n² numbers
-    more, and 2 n² per product. Blocks above n = 1024 take n³ / 3 for each damping and n² per
-    product.
+    more, and 2 n² per product. Blocks above ``policy.LARGEST_EIGH`` take n³ / 3 for each damping
+    and n² per product.
+
+    Args:
+        matrices: One symmetric matrix per layer on the row-major flattened joint matrix.
+        blocks: The layers, which cover each parameter exactly once.
+        shapes: The shapes of all parameters.
+
+    Raises:
+        ValueError: If the matrices do not fit the layers.
     """
 
     def __init__(
@@ -138,17 +132,6 @@ class DenseBlockDiagonalLinearOperator(LayerwiseLinearOperator):
         blocks: Sequence[Block],
         shapes: Sequence[Sequence[int]],
     ) -> None:
-        """Store the matrices.
-
-        Args:
-            matrices: One symmetric matrix per layer on the row-major flattened joint matrix,
-                ``n = d_out (d_in + 1)``.
-            blocks: The layers, which cover each parameter exactly once.
-            shapes: The shapes of all parameters.
-
-        Raises:
-            ValueError: If the matrices do not fit the layers.
-        """
         super().__init__(blocks, shapes, matrices[0].device, matrices[0].dtype)
         self.matrices = tuple(matrices)
         self._eigh: dict[int, EigenFactorization] = {}
@@ -175,11 +158,7 @@ class DenseBlockDiagonalLinearOperator(LayerwiseLinearOperator):
         return f"layer {self.blocks[layer].name}, dense block"
 
     def eigh(self, layer: int) -> EigenFactorization:
-        """The eigendecomposition of one layer's block, computed once, in float64.
-
-        Args:
-            layer: Position of the layer in ``blocks``.
-        """
+        """The eigendecomposition of one layer's block, computed once, in float64."""
         if layer not in self._eigh:
             name = self._name(layer)
             self._eigh[layer] = eigh(symmetrize(self.matrices[layer], name), name)
@@ -190,11 +169,8 @@ class DenseBlockDiagonalLinearOperator(LayerwiseLinearOperator):
 
         (C_l + λ I)⁻¹ = V_l diag(1 / (max(m_l, 0) + λ)) V_lᵀ
 
-        Blocks above n = 1024 by Cholesky factorizations of C_l + λ I, the same for semidefinite
-        C_l, where these succeed.
-
-        Args:
-            damping: The damping λ, a finite number >= 0.
+        Large blocks by Cholesky factorizations of C_l + λ I, the same for semidefinite C_l, where
+        these succeed.
 
         Raises:
             FactorizationError: If the damping is zero and a block is numerically singular.
@@ -207,20 +183,17 @@ class DenseBlockDiagonalLinearOperator(LayerwiseLinearOperator):
         return BlockFactorizedInverseLinearOperator(damped, self.blocks, self._in_shape, self.dtype)
 
     def tensors(self) -> list[Tensor]:
-        """The matrices of all layers."""
         return list(self.matrices)
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> DenseBlockDiagonalLinearOperator:
-        """The operator of other matrices."""
         return type(self)(tensors, self.blocks, self._in_shape)
 
     def identity(self) -> DenseBlockDiagonalLinearOperator:
-        """The identity."""
         return self.with_tensors([torch.eye(len(M)).to(M) for M in self.matrices])
 
 
 class DiagonalLinearOperator(SymmetricLinearOperator):
-    """A diagonal matrix.
+    """A diagonal matrix, given as one tensor per parameter of the parameter's shape.
 
     C = diag(c)
 
@@ -228,11 +201,6 @@ class DiagonalLinearOperator(SymmetricLinearOperator):
     """
 
     def __init__(self, diagonals: Sequence[Tensor]) -> None:
-        """Store the diagonal.
-
-        Args:
-            diagonals: The diagonal, as one tensor per parameter of the parameter's shape.
-        """
         first = diagonals[0]
         super().__init__([d.shape for d in diagonals], first.device, first.dtype)
         self.diagonals = tuple(diagonals)
@@ -247,12 +215,7 @@ class DiagonalLinearOperator(SymmetricLinearOperator):
         return torch.cat([d.flatten() for d in self.diagonals])
 
     def inverse(self, damping: float) -> DiagonalLinearOperator:
-        """Return the damped inverse.
-
-        diag(1 / (max(c, 0) + λ))
-
-        Args:
-            damping: The damping λ, a finite number >= 0.
+        """Return diag(1 / (max(c, 0) + λ)).
 
         Raises:
             FactorizationError: If an entry is not finite, or zero and the damping is zero.
@@ -268,13 +231,10 @@ class DiagonalLinearOperator(SymmetricLinearOperator):
         return DiagonalLinearOperator([1 / (d.clamp(min=0) + damping) for d in self.diagonals])
 
     def tensors(self) -> list[Tensor]:
-        """The diagonal, one tensor per parameter."""
         return list(self.diagonals)
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> DiagonalLinearOperator:
-        """The operator of another diagonal."""
         return type(self)(tensors)
 
     def identity(self) -> DiagonalLinearOperator:
-        """The identity."""
         return self.with_tensors([torch.ones_like(d) for d in self.diagonals])

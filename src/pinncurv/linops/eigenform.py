@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pinncurv.linops.blocks import Block
+from pinncurv.linops.factors import KroneckerFactors
 from pinncurv.linops.layerwise import LayerwiseLinearOperator
 from pinncurv.linops.operator import check_damping
 from pinncurv.linops.psd import FactorizationError, FactorizationReport, is_singular
@@ -39,6 +40,14 @@ class KroneckerCongruenceLinearOperator(LayerwiseLinearOperator):
     computed in that precision and cast to the operator's data type.
 
     Cost: d_in² + d_out² + d_in d_out numbers; 2 d_in d_out (d_in + d_out) per product.
+
+    Args:
+        bases: One basis per layer.
+        scales: One matrix S ``[d_out, d_in + 1]`` per layer.
+        blocks: The layers, which cover each parameter exactly once.
+        shapes: The shapes of all parameters.
+        dtype: Data type of the vectors, by default that of the scales.
+        reports: What was done to compute the bases.
     """
 
     def __init__(
@@ -50,16 +59,6 @@ class KroneckerCongruenceLinearOperator(LayerwiseLinearOperator):
         dtype: torch.dtype | None = None,
         reports: Sequence[FactorizationReport] = (),
     ) -> None:
-        """Store bases and scales.
-
-        Args:
-            bases: One basis per layer.
-            scales: One matrix S ``[d_out, d_in + 1]`` per layer.
-            blocks: The layers, which cover each parameter exactly once.
-            shapes: The shapes of all parameters.
-            dtype: Data type of the vectors, by default that of the scales.
-            reports: What was done to compute the bases.
-        """
         super().__init__(blocks, shapes, scales[0].device, dtype or scales[0].dtype)
         self.bases = tuple(bases)
         self.scales = tuple(scales)
@@ -73,7 +72,7 @@ class KroneckerCongruenceLinearOperator(LayerwiseLinearOperator):
         return basis.B @ Y @ basis.A.mT
 
     def block_to_dense(self, layer: int) -> Float[Tensor, "n n"]:
-        E = torch.kron(self.bases[layer].B, self.bases[layer].A)
+        E = KroneckerFactors(self.bases[layer].A, self.bases[layer].B).to_dense()
         return (E * self.scales[layer].flatten()) @ E.mT
 
     def _block_diagonal(self, layer: int) -> Float[Tensor, "d_out d_joint"]:
@@ -104,9 +103,6 @@ class KroneckerEigenLinearOperator(KroneckerCongruenceLinearOperator):
         """Return the damped inverse.
 
         (C + λ I)⁻¹ = (U_B ⊗ U_A) diag(1 / (max(S, 0) + λ)) (U_B ⊗ U_A)ᵀ
-
-        Args:
-            damping: The damping λ, a finite number >= 0.
 
         Raises:
             FactorizationError: If the damping is zero and a block is numerically singular.

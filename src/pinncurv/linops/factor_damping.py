@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pinncurv.linops.eigenform import KroneckerBasis, KroneckerCongruenceLinearOperator
 from pinncurv.linops.factors import KroneckerFactors, merge
+from pinncurv.linops.inverses import factorize_damped
 from pinncurv.linops.kronecker import SumKroneckerLinearOperator
 from pinncurv.linops.operator import PyTorchLinearOperator, check_damping
 from pinncurv.linops.psd import (
@@ -19,7 +20,6 @@ from pinncurv.linops.psd import (
     FactorizationReport,
     check_nonsingular,
     eigh,
-    factorize,
     is_singular,
     symmetrize,
 )
@@ -49,10 +49,6 @@ def same(factors: KroneckerFactors, damping: float) -> FactorDampings:
 
     λ_A = λ_B = λ
 
-    Args:
-        factors: The factors.
-        damping: The damping λ.
-
     From Dangel, Müller, Zeinhofer 2024.
     """
     return FactorDampings(damping, damping)
@@ -64,10 +60,6 @@ def trace_norm(factors: KroneckerFactors, damping: float) -> FactorDampings:
     λ_A = π √λ, λ_B = √λ / π, π² = (tr A / dim A) / (tr B / dim B)
 
     π = 1 if either trace is zero.
-
-    Args:
-        factors: The factors.
-        damping: The damping λ.
 
     From Martens and Grosse 2015, section 6.3.
     """
@@ -100,14 +92,10 @@ class FactorDamping:
     groups: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
-        """Check the damping."""
         check_damping(self.damping)
 
     def __call__(self, operator: PyTorchLinearOperator) -> KroneckerCongruenceLinearOperator:
         """Return the factor-damped inverse of an operator.
-
-        Args:
-            operator: A sum of Kronecker products.
 
         Raises:
             TypeError: If the operator has no Kronecker factors.
@@ -235,15 +223,12 @@ def _invert_dense(
 ) -> _LayerInverse:
     """Invert C_l + λI for a block without factors, where B_t is a number: M⁻¹ = R⁻ᵀ R⁻¹."""
     name = f"{operator.blocks[layer].name}, damped block"
-    pairs = operator.factors[layer]
-    matrix = symmetrize(sum(((p.B * p.A) for p in pairs[1:]), pairs[0].B * pairs[0].A), name)
-    matrix.diagonal().add_(damping)
-    factorization = factorize(matrix, name, damping)
-    one = torch.ones_like(matrix[:1, :1])
-    R = factorization.whiten_adjoint(torch.eye(len(matrix)).to(matrix))
-    return _LayerInverse(
-        KroneckerBasis(R, one), torch.ones_like(matrix[:1]), (factorization.report,)
+    factorization = factorize_damped(operator.block_to_dense(layer), name, damping)
+    identity = torch.eye(len(factorization.root)).to(factorization.root)
+    basis = KroneckerBasis(
+        factorization.whiten_adjoint(identity), torch.ones_like(identity[:1, :1])
     )
+    return _LayerInverse(basis, torch.ones_like(identity[:1]), (factorization.report,))
 
 
 def _invert_one(pairs: Sequence[_DampedPair]) -> _LayerInverse:

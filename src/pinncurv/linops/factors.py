@@ -1,4 +1,4 @@
-"""Kronecker factors of one layer, and how several pairs are merged into one."""
+"""Kronecker factors of one layer, and how several pairs are added or merged into one."""
 
 from __future__ import annotations
 
@@ -24,16 +24,31 @@ class KroneckerFactors:
     A: Float[Tensor, "d_joint d_joint"]
     B: Float[Tensor, "d_out d_out"]
 
+    def to_dense(self) -> Float[Tensor, "n n"]:
+        """Return the matrix B ⊗ A."""
+        # torch.kron refuses matrices of which one is row-major and the other is column-major
+        return torch.kron(self.B.contiguous(), self.A.contiguous())
+
+
+def add_dense(pairs: Sequence[KroneckerFactors]) -> Float[Tensor, "n n"]:
+    """Return the matrix Σ_i B_i ⊗ A_i."""
+    dense = pairs[0].to_dense()
+    for pair in pairs[1:]:
+        dense += pair.to_dense()
+    return dense
+
+
+def add_diagonals(pairs: Sequence[KroneckerFactors]) -> Float[Tensor, "d_out d_joint"]:
+    """Return the diagonal of Σ_i B_i ⊗ A_i as a joint matrix."""
+    return torch.stack([torch.outer(p.B.diagonal(), p.A.diagonal()) for p in pairs]).sum(0)
+
 
 def merge(pairs: Sequence[KroneckerFactors]) -> KroneckerFactors:
-    """Approximate a sum of Kronecker products by one.
+    """Approximate a sum of positive semidefinite Kronecker products by one.
 
     Σ_t B_t ⊗ A_t ≈ (Σ_t B_t) ⊗ (Σ_t tr(B_t) A_t / Σ_t tr(B_t))
 
     The trace is preserved, and the result is exact if all A_t agree.
-
-    Args:
-        pairs: The positive semidefinite factors to merge.
     """
     if len(pairs) == 1:
         return pairs[0]

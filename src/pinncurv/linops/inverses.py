@@ -12,19 +12,22 @@ from torch import Tensor
 from pinncurv.linops.blocks import Block
 from pinncurv.linops.cg_inverse import CGInverseLinearOperator
 from pinncurv.linops.layerwise import LayerwiseLinearOperator
-from pinncurv.linops.operator import PyTorchLinearOperator, SymmetricLinearOperator, check_damping
-from pinncurv.linops.psd import Factorization, FactorizationReport, factorize, symmetrize
+from pinncurv.linops.operator import (
+    PyTorchLinearOperator,
+    SymmetricLinearOperator,
+    check_damping,
+)
+from pinncurv.linops.psd import Factorization, FactorizationError, cholesky, factorize, symmetrize
 
 
 @dataclass(frozen=True)
 class Damped:
-    """The damped inverse as a function of the operator.
+    """The damped inverse as a function of any symmetric positive semidefinite operator.
 
     C ↦ (C + λ I)⁻¹
 
-    Not the same as ``FactorDamping``, which adds λ to every Kronecker factor.
-
-    Cost: that of the operator's own inverse.
+    Not the same as ``FactorDamping``, which adds λ to every Kronecker factor. It is the operator's
+    own ``inverse``, at its cost, or conjugate gradients where there is none.
 
     Attributes:
         damping: The damping λ, a finite number >= 0.
@@ -33,15 +36,10 @@ class Damped:
     damping: float
 
     def __post_init__(self) -> None:
-        """Check the damping."""
         check_damping(self.damping)
 
     def __call__(self, operator: PyTorchLinearOperator) -> PyTorchLinearOperator:
-        """Return the damped inverse of an operator.
-
-        Args:
-            operator: Any symmetric positive semidefinite operator.
-        """
+        """Return the damped inverse of an operator."""
         inverse = getattr(type(operator), "inverse", None)
         if inverse is None or inverse is SymmetricLinearOperator.inverse:
             return CGInverseLinearOperator(operator, self.damping)
@@ -49,7 +47,7 @@ class Damped:
 
 
 class FactorizedInverseLinearOperator(SymmetricLinearOperator):
-    """The inverse of a factorized matrix.
+    """The inverse of a factorized matrix on the concatenated parameters.
 
     M⁻¹ = R⁻ᵀ R⁻¹
 
@@ -59,13 +57,6 @@ class FactorizedInverseLinearOperator(SymmetricLinearOperator):
     def __init__(
         self, factorization: Factorization, shapes: Sequence[Sequence[int]], dtype: torch.dtype
     ) -> None:
-        """Store the factorization.
-
-        Args:
-            factorization: The factorization of M on the concatenated parameters.
-            shapes: The shapes of all parameters.
-            dtype: Data type of the vectors.
-        """
         super().__init__(shapes, factorization.device, dtype)
         self.factorization = factorization
         self.reports = (factorization.report,)
@@ -79,7 +70,7 @@ class FactorizedInverseLinearOperator(SymmetricLinearOperator):
 class BlockFactorizedInverseLinearOperator(LayerwiseLinearOperator):
     """The inverse of an operator with one factorized matrix per layer.
 
-    diag(M_1⁻¹, …, M_L⁻¹)
+    diag(M_1⁻¹, …, M_L⁻¹), each on row-major flattened joint matrices
 
     Cost: per product, n² by a Cholesky and 2 n² by an eigendecomposition, which have n² numbers.
     """
@@ -91,17 +82,9 @@ class BlockFactorizedInverseLinearOperator(LayerwiseLinearOperator):
         shapes: Sequence[Sequence[int]],
         dtype: torch.dtype,
     ) -> None:
-        """Store the factorizations.
-
-        Args:
-            factorizations: One per layer, on row-major flattened joint matrices.
-            blocks: The layers, which cover each parameter exactly once.
-            shapes: The shapes of all parameters.
-            dtype: Data type of the vectors.
-        """
         super().__init__(blocks, shapes, factorizations[0].device, dtype)
         self.factorizations = tuple(factorizations)
-        self.reports: tuple[FactorizationReport, ...] = tuple(f.report for f in factorizations)
+        self.reports = tuple(f.report for f in factorizations)
 
     def _apply(
         self, layer: int, X: Float[Tensor, "*K d_out d_joint"]
@@ -113,8 +96,39 @@ class BlockFactorizedInverseLinearOperator(LayerwiseLinearOperator):
     def block_to_dense(self, layer: int) -> Float[Tensor, "n n"]:
         return self.factorizations[layer].inverse()
 
-    def _block_diagonal(self, layer: int) -> Float[Tensor, "d_out d_joint"]:
-        return self.block_to_dense(layer).diagonal().reshape(self.blocks[layer].shape)
+
+def factorize_damped(
+    matrix: Float[Tensor, "n n"],
+    name: str,
+    damping: float,
+    semidefinite: bool = True,
+    *,
+    checked: bool = False,
+) -> Factorization:
+    """Factorize C + λI, by Cholesky where it is definite enough.
+
+    Args:
+        matrix: C, symmetric.
+        name: What C is, for error messages and the report.
+        damping: λ, a finite number >= 0.
+        semidefinite: Whether C is positive semidefinite, up to rounding.
+        checked: Whether C is known to be finite, symmetric, in float64 and free to be written to,
+            which saves a pass over it.
+
+    Raises:
+        FactorizationError: If C is not finite, or C + λI not positive definite.
+    """
+    damped = matrix if checked else symmetrize(matrix, name)
+    damped.diagonal().add_(check_damping(damping))
+    if semidefinite:
+        return factorize(damped, name, damping)
+    factorization = cholesky(damped, name)
+    if factorization is None:
+        raise FactorizationError(
+            f"{name} may be indefinite and must be positive definite with the damping, got one "
+            f"that is not with {damping:.1e}. Pass more damping."
+        )
+    return factorization
 
 
 def factorize_damped_blocks(
@@ -122,31 +136,28 @@ def factorize_damped_blocks(
     damping: float,
     dtype: torch.dtype | None = None,
     *,
+    semidefinite: bool = True,
     checked: bool = False,
 ) -> BlockFactorizedInverseLinearOperator:
-    """Invert each layer's block as a dense matrix, by Cholesky where it is definite enough.
+    """Invert each layer's block as a dense matrix, see ``factorize_damped``.
 
-    diag_l (C_l + λ I)⁻¹
+    diag_l (C_l + λ I)⁻¹, for vectors of a data type, by default the operator's
 
     Cost: n³ / 3 and n² numbers in float64 per layer, n = d_out (d_in + 1).
-
-    Args:
-        operator: Block diagonal over layers, positive semidefinite.
-        damping: λ, a finite number >= 0.
-        dtype: Data type of the vectors, by default the operator's.
-        checked: Whether the blocks are known to be finite, symmetric and in float64, which saves a
-            pass over each of them.
 
     Raises:
         FactorizationError: If a block is not finite, or numerically singular without damping.
     """
-    factorizations = []
-    for i, block in enumerate(operator.blocks):
-        name = f"layer {block.name}, damped block"
-        dense = operator.block_to_dense(i)
-        matrix = dense if checked else symmetrize(dense, name)
-        matrix.diagonal().add_(check_damping(damping))
-        factorizations.append(factorize(matrix, name, damping))
+    factorizations = [
+        factorize_damped(
+            operator.block_to_dense(i),
+            f"layer {block.name}, damped block",
+            damping,
+            semidefinite,
+            checked=checked,
+        )
+        for i, block in enumerate(operator.blocks)
+    ]
     return BlockFactorizedInverseLinearOperator(
         factorizations, operator.blocks, operator.shapes, operator.dtype if dtype is None else dtype
     )

@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pinncurv.linops import policy
 from pinncurv.linops.blocks import Block
 from pinncurv.linops.eigenform import KroneckerBasis, KroneckerEigenLinearOperator
-from pinncurv.linops.factors import KroneckerFactors
+from pinncurv.linops.factors import KroneckerFactors, add_dense, add_diagonals
 from pinncurv.linops.kronecker_inverse import cg_inverse, dense_inverse
 from pinncurv.linops.layerwise import LayerwiseLinearOperator, term_position
 from pinncurv.linops.operator import SymmetricLinearOperator, check_damping
@@ -26,6 +27,15 @@ class SumKroneckerLinearOperator(LayerwiseLinearOperator):
     KFAC for a loss with T terms has this form (Dangel, Müller, Zeinhofer 2024, section 3.3).
 
     Cost: d_in² + d_out² numbers and d_in d_out (d_in + d_out) per product, for each term.
+
+    Args:
+        factors: ``factors[l][t]`` are the factors of layer l and term t.
+        blocks: The layers, which cover each parameter exactly once.
+        shapes: The shapes of all parameters.
+        terms: Names of the terms, by default ``"0"``, ``"1"``, ….
+
+    Raises:
+        ValueError: If the factors do not fit the layers and terms.
     """
 
     def __init__(
@@ -35,17 +45,6 @@ class SumKroneckerLinearOperator(LayerwiseLinearOperator):
         shapes: Sequence[Sequence[int]],
         terms: Sequence[str] | None = None,
     ) -> None:
-        """Store the factors.
-
-        Args:
-            factors: ``factors[l][t]`` are the factors of layer l and term t.
-            blocks: The layers, which cover each parameter exactly once.
-            shapes: The shapes of all parameters.
-            terms: Names of the terms, by default ``"0"``, ``"1"``, ….
-
-        Raises:
-            ValueError: If the factors do not fit the layers and terms.
-        """
         first = factors[0][0].A
         super().__init__(blocks, shapes, first.device, first.dtype)
         self.factors = tuple(tuple(layer) for layer in factors)
@@ -75,22 +74,13 @@ class SumKroneckerLinearOperator(LayerwiseLinearOperator):
                     )
 
     def factor_name(self, layer: int, term: int, factor: str) -> str:
-        """Name one factor for error messages and reports.
-
-        Args:
-            layer: Position of the layer.
-            term: Position of the term.
-            factor: ``"A"`` or ``"B"``.
-        """
+        """Name factor ``"A"`` or ``"B"`` of a layer and term for error messages and reports."""
         return f"layer {self.blocks[layer].name}, term {self.terms[term]}, factor {factor}"
 
     def term(self, term: int | str) -> SumKroneckerLinearOperator:
-        """Return the operator of one term alone.
+        """Return the operator of one term, given by position or name, alone.
 
         diag_l(B_lt ⊗ A_lt)
-
-        Args:
-            term: Position or name of the term.
 
         Raises:
             KeyError: If there is no such term.
@@ -110,14 +100,10 @@ class SumKroneckerLinearOperator(LayerwiseLinearOperator):
         return Y
 
     def block_to_dense(self, layer: int) -> Float[Tensor, "n n"]:
-        dense = torch.kron(self.factors[layer][0].B, self.factors[layer][0].A)
-        for pair in self.factors[layer][1:]:
-            dense += torch.kron(pair.B, pair.A)
-        return dense
+        return add_dense(self.factors[layer])
 
     def _block_diagonal(self, layer: int) -> Float[Tensor, "d_out d_joint"]:
-        diagonals = [(pair.B.diagonal(), pair.A.diagonal()) for pair in self.factors[layer]]
-        return torch.stack([torch.outer(b, a) for b, a in diagonals]).sum(0)
+        return add_diagonals(self.factors[layer])
 
     def trace(self) -> Float[Tensor, ""]:
         pairs = [pair for layer in self.factors for pair in layer]
@@ -128,14 +114,12 @@ class SumKroneckerLinearOperator(LayerwiseLinearOperator):
         return [M for layer in self.factors for pair in layer for M in (pair.A, pair.B)]
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> SumKroneckerLinearOperator:
-        """The operator with other factors, in the order of ``tensors``."""
         pairs = [KroneckerFactors(*pair) for pair in zip(tensors[::2], tensors[1::2], strict=True)]
         T = len(self.terms)
         factors = [pairs[i : i + T] for i in range(0, len(pairs), T)]
         return type(self)(factors, self.blocks, self._in_shape, self.terms)
 
     def identity(self) -> SumKroneckerLinearOperator:
-        """The operator whose factors are all the identity, KFAC's start value of averages."""
         return self.with_tensors([torch.eye(len(M)).to(M) for M in self.tensors()])
 
     @cached_property
@@ -153,31 +137,20 @@ class SumKroneckerLinearOperator(LayerwiseLinearOperator):
         name = self.factor_name(layer, 0, factor)
         return eigh(symmetrize(matrix, name), name)
 
-    def inverse(
-        self, damping: float, dense_limit: int = 1024, tolerance: float = 1e-10
-    ) -> SymmetricLinearOperator:
-        """Return the damped inverse.
-
-        (C + λ I)⁻¹
+    def inverse(self, damping: float) -> SymmetricLinearOperator:
+        """Return the damped inverse (C + λ I)⁻¹.
 
         With one term this is exact from the eigendecompositions of the factors,
         X ↦ U_B [(U_Bᵀ X U_A) / (b aᵀ + λ)] U_Aᵀ. With more terms there is no closed form: blocks
-        are factorized as dense matrices if none is larger than ``dense_limit``, otherwise each
-        product solves with preconditioned conjugate gradients to the relative ``tolerance``.
-
-        Args:
-            damping: The damping λ, a finite number >= 0.
-            dense_limit: Largest dimension n = d_out (d_in + 1) of a block that is factorized as a
-                dense matrix, at a cost of n³ / 3 and n² numbers in float64. Only for two or more
-                terms.
-            tolerance: Relative residual of conjugate gradients.
+        are factorized as dense matrices if none is larger than ``policy.LARGEST_BLOCK``, otherwise
+        each product solves with preconditioned conjugate gradients (see ``cg_inverse``).
         """
         damping = check_damping(damping)
         if len(self.terms) == 1:
             return self._eigenform().inverse(damping)
-        if max(block.numel for block in self.blocks) <= dense_limit:
+        if max(block.numel for block in self.blocks) <= policy.LARGEST_BLOCK:
             return dense_inverse(self, damping)
-        return cg_inverse(self, damping, tolerance)
+        return cg_inverse(self, damping)
 
     def _eigenform(self) -> KroneckerEigenLinearOperator:
         """A one-term operator in the eigenbases of its factors."""

@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pinncurv.linops import policy
 from pinncurv.linops.blocks import Block
 from pinncurv.linops.dense import DenseBlockDiagonalLinearOperator
-from pinncurv.linops.factors import KroneckerFactors
+from pinncurv.linops.factors import KroneckerFactors, add_dense, add_diagonals
 from pinncurv.linops.inverses import BlockFactorizedInverseLinearOperator
 from pinncurv.linops.layerwise import LayerwiseLinearOperator
 from pinncurv.linops.operator import check_damping
@@ -49,6 +50,12 @@ class KroneckerExpansionLinearOperator(LayerwiseLinearOperator):
 
     Cost: d_in² + d_out² numbers and d_in d_out (d_in + d_out) per product, times the number of
     Kronecker products; the inverse is that of a dense block.
+
+    Args:
+        products: Any positive number of products per layer.
+        blocks: The layers, which cover each parameter exactly once.
+        shapes: The shapes of all parameters.
+        records: How the products were found.
     """
 
     def __init__(
@@ -58,14 +65,6 @@ class KroneckerExpansionLinearOperator(LayerwiseLinearOperator):
         shapes: Sequence[Sequence[int]],
         records: Sequence[KroneckerRecord] = (),
     ) -> None:
-        """Store the products.
-
-        Args:
-            products: Any positive number of products per layer.
-            blocks: The layers, which cover each parameter exactly once.
-            shapes: The shapes of all parameters.
-            records: How the products were found.
-        """
         first = products[0][0].A
         super().__init__(blocks, shapes, first.device, first.dtype)
         self.products = tuple(tuple(layer) for layer in products)
@@ -77,19 +76,12 @@ class KroneckerExpansionLinearOperator(LayerwiseLinearOperator):
         return torch.stack([p.B @ X @ p.A.mT for p in self.products[layer]]).sum(0)
 
     def block_to_dense(self, layer: int) -> Float[Tensor, "n n"]:
-        first, *others = self.products[layer]
-        dense = torch.kron(first.B, first.A)
-        for product in others:
-            dense += torch.kron(product.B, product.A)
-        return dense
+        return add_dense(self.products[layer])
 
     def _block_diagonal(self, layer: int) -> Float[Tensor, "d_out d_joint"]:
-        diagonals = [torch.outer(p.B.diagonal(), p.A.diagonal()) for p in self.products[layer]]
-        return torch.stack(diagonals).sum(0)
+        return add_diagonals(self.products[layer])
 
-    def inverse(
-        self, damping: float, dense_limit: int = 2048
-    ) -> BlockFactorizedInverseLinearOperator:
+    def inverse(self, damping: float) -> BlockFactorizedInverseLinearOperator:
         """Return the damped inverse of the positive part.
 
         (max(C, 0) + λ I)⁻¹ = V diag(1 / (max(m, 0) + λ)) Vᵀ
@@ -97,20 +89,16 @@ class KroneckerExpansionLinearOperator(LayerwiseLinearOperator):
         The exact block is positive semidefinite, so its positive part is the better approximation,
         and the inverse is positive definite. It takes an eigendecomposition of each dense block.
 
-        Args:
-            damping: The damping λ, a finite number >= 0.
-            dense_limit: Largest dimension n = d_out (d_in + 1) of a block.
-
         Raises:
-            ValueError: If a block is larger than ``dense_limit``.
+            ValueError: If a block is larger than ``policy.LARGEST_DENSE``.
             FactorizationError: If the damping is zero and a block is numerically singular.
         """
         for block in self.blocks:
-            if block.numel > dense_limit:
+            if block.numel > policy.LARGEST_DENSE:
                 raise ValueError(
                     "A sum of Kronecker products of either sign is inverted by dense blocks of "
-                    f"dimension at most {dense_limit}, but layer {block.name} has {block.numel}. "
-                    "Use rank=1, which is inverted in closed form, or pass a larger dense_limit."
+                    f"dimension at most {policy.LARGEST_DENSE}, but layer {block.name} has "
+                    f"{block.numel}. Use rank=1, which is inverted in closed form."
                 )
         matrices = [self.block_to_dense(i) for i in range(len(self.blocks))]
         dense = DenseBlockDiagonalLinearOperator(matrices, self.blocks, self._in_shape)

@@ -14,11 +14,7 @@ from pinncurv.linops.operator import SymmetricLinearOperator
 
 
 def term_position(terms: Sequence[str], term: int | str) -> int:
-    """Return the position of a loss term, of whose operators a sum consists.
-
-    Args:
-        terms: Names of the terms.
-        term: Position or name of one.
+    """Return the position of a loss term that is given by its name or position.
 
     Raises:
         KeyError: If there is no such term.
@@ -33,7 +29,17 @@ class LayerwiseLinearOperator(SymmetricLinearOperator, ABC):
 
     C = diag(C_1, …, C_L), C_l acting on joint matrices X_l = [W_l, b_l]
 
-    Subclasses implement the four methods of one block: apply, dense, diagonal, trace.
+    Subclasses implement the product with one layer's block and its dense form, and may do better
+    than to read the diagonal off that.
+
+    Args:
+        blocks: The layers, which cover each parameter exactly once.
+        shapes: The shapes of all parameters.
+        device: Device of the operator.
+        dtype: Data type of the vectors that the operator takes and returns.
+
+    Raises:
+        ValueError: If the blocks do not partition the parameters.
     """
 
     def __init__(
@@ -43,17 +49,6 @@ class LayerwiseLinearOperator(SymmetricLinearOperator, ABC):
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        """Store the layers.
-
-        Args:
-            blocks: The layers, which cover each parameter exactly once.
-            shapes: The shapes of all parameters.
-            device: Device of the operator.
-            dtype: Data type of the vectors that the operator takes and returns.
-
-        Raises:
-            ValueError: If the blocks do not partition the parameters.
-        """
         super().__init__(shapes, device, dtype)
         self.blocks = tuple(blocks)
         check_blocks(self.blocks, self._in_shape)
@@ -66,17 +61,11 @@ class LayerwiseLinearOperator(SymmetricLinearOperator, ABC):
 
     @abstractmethod
     def block_to_dense(self, layer: int) -> Float[Tensor, "n n"]:
-        """One layer's block as a matrix on the row-major flattened joint matrix.
+        """Return C_l as a new matrix on the row-major flattened joint matrix."""
 
-        C_l
-
-        Args:
-            layer: Position of the layer in ``blocks``.
-        """
-
-    @abstractmethod
     def _block_diagonal(self, layer: int) -> Float[Tensor, "d_out d_joint"]:
-        """The diagonal of one layer's block as a joint matrix."""
+        """Return the diagonal of one layer's block as a joint matrix."""
+        return self.block_to_dense(layer).diagonal().reshape(self.blocks[layer].shape)
 
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
         # one column, the optimizer's case, is worth plain instead of batched matrix products

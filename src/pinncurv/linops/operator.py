@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import isfinite
 from numbers import Real
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from curvlinops._torch_base import PyTorchLinearOperator
 from jaxtyping import Float
 from torch import Size, Tensor
+
+if TYPE_CHECKING:
+    from pinncurv.linops.psd import FactorizationReport
 
 __all__ = ["PyTorchLinearOperator", "SymmetricLinearOperator", "check_damping"]
 
@@ -19,9 +22,6 @@ def check_damping(damping: float) -> float:
     """Return the damping as a float after checking that it is one.
 
     λ ∈ [0, ∞)
-
-    Args:
-        damping: The damping λ.
 
     Raises:
         ValueError: If the damping is negative, infinite, NaN or not a real number.
@@ -41,21 +41,41 @@ class SymmetricLinearOperator(PyTorchLinearOperator):
 
     Subclasses implement ``_matmat`` (see ``PyTorchLinearOperator``) and, where they have one,
     ``inverse``; they override ``to_dense``, ``diagonal`` and ``trace`` where structure makes
-    these cheaper than the products with the identity that are used here.
+    these cheaper than the products with the identity that are used here. C₁ + C₂, C₁ − C₂, 2 C and
+    −C are operators of this kind, too, see ``LinearCombination``.
+
+    Args:
+        shapes: Shapes of the tensors whose concatenation is ℝᴰ.
+        device: Device of the operator.
+        dtype: Data type of the vectors that the operator takes and returns.
+
+    Attributes:
+        tensors: Returns the tensors that define the operator, None if there are none to keep.
+            Averages over steps are averages of these. For operators that are linear in them
+            (dense, diagonal) that is the average of the matrices, for Kronecker products it is the
+            average of the factors, as is usual for KFAC.
+        with_tensors: Returns the operator of the same structure that other tensors define.
+        identity: Returns the operator that an average may start from.
+        jacobian: J of an operator that sees the network through it alone.
+        linearizations: What a matrix-free operator is built from.
+        solve_residual: Returns (C + λI)⁻¹Jᵀ r for r in the image of J, of some inverses.
+        reports: What was done to factorize what the operator is made of.
     """
 
     SELF_ADJOINT = True
 
+    # what subclasses may offer, as methods or attributes of any type
+    tensors: Any = None
+    with_tensors: Any = None
+    identity: Any = None
+    jacobian: Any = None
+    linearizations: Any = ()
+    solve_residual: Any = None
+    reports: tuple[FactorizationReport, ...] = ()
+
     def __init__(
         self, shapes: Sequence[Sequence[int]], device: torch.device, dtype: torch.dtype
     ) -> None:
-        """Store the space that the operator acts on.
-
-        Args:
-            shapes: Shapes of the tensors whose concatenation is ℝᴰ.
-            device: Device of the operator.
-            dtype: Data type of the vectors that the operator takes and returns.
-        """
         sizes = [Size(shape) for shape in shapes]
         super().__init__(sizes, sizes)
         self._device = device
@@ -68,25 +88,19 @@ class SymmetricLinearOperator(PyTorchLinearOperator):
 
     @property
     def device(self) -> torch.device:
-        """The device of the operator."""
         return self._device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The data type of the operator."""
         return self._dtype
 
     def _adjoint(self) -> SymmetricLinearOperator:
         return self
 
     def __rmatmul__(self, x: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
-        """Multiply from the left.
+        """Multiply a vector or matrix ``[K, D]``, or lists ``[*shape]``, ``[K, *shape]``, by C.
 
         x C = (C xᵀ)ᵀ
-
-        Args:
-            x: A vector ``[D]``, a matrix ``[K, D]``, or a list of tensors ``[*shape]`` (vector)
-                or ``[K, *shape]`` (matrix).
         """
         if isinstance(x, Tensor):
             return (self @ x.mT).mT if x.ndim == 2 else self @ x
@@ -94,34 +108,41 @@ class SymmetricLinearOperator(PyTorchLinearOperator):
             return self @ x
         return [y.movedim(-1, 0) for y in self @ [xi.movedim(0, -1) for xi in x]]
 
-    def to_dense(self) -> Float[Tensor, "D D"]:
-        """Return the operator as a matrix.
+    def __add__(self, other: PyTorchLinearOperator) -> PyTorchLinearOperator:
+        return self._combine(other, 1.0)
 
-        C I
-        """
+    def __sub__(self, other: PyTorchLinearOperator) -> PyTorchLinearOperator:
+        return self._combine(other, -1.0)
+
+    def __neg__(self) -> SymmetricLinearOperator:
+        return self * -1.0
+
+    def __mul__(self, scalar: float) -> SymmetricLinearOperator:
+        if not isinstance(scalar, Real):
+            return NotImplemented
+        return _combined([(float(scalar), self)])
+
+    __rmul__ = __mul__
+
+    def _combine(self, other: PyTorchLinearOperator, sign: float) -> PyTorchLinearOperator:
+        if not isinstance(other, SymmetricLinearOperator):
+            return super().__add__(other if sign == 1 else sign * other)
+        return _combined([(1.0, self), (sign, other)])
+
+    def to_dense(self) -> Float[Tensor, "D D"]:
+        """Return the matrix C I."""
         return self @ torch.eye(self.shape[1], device=self.device, dtype=self.dtype)
 
     def diagonal(self) -> Float[Tensor, " D"]:
-        """Return the diagonal.
-
-        C_ii
-        """
+        """Return the diagonal C_ii."""
         return self.to_dense().diagonal().clone()
 
     def trace(self) -> Float[Tensor, ""]:
-        """Return the trace.
-
-        Σ_i C_ii
-        """
+        """Return the trace Σ_i C_ii."""
         return self.diagonal().sum()
 
     def inverse(self, damping: float) -> PyTorchLinearOperator:
-        """Return the damped inverse.
-
-        (C + λ I)⁻¹
-
-        Args:
-            damping: The damping λ, a finite number >= 0.
+        """Return (C + λ I)⁻¹, exact or to a tolerance that the inverse states and reports.
 
         Raises:
             NotImplementedError: If the operator has no inverse of its own.
@@ -132,25 +153,7 @@ class SymmetricLinearOperator(PyTorchLinearOperator):
         )
 
 
-@runtime_checkable
-class Averageable(Protocol):
-    """An operator that is defined by tensors which can be averaged over steps.
+def _combined(parts: Sequence[tuple[float, SymmetricLinearOperator]]) -> SymmetricLinearOperator:
+    from pinncurv.linops.combination import combine  # noqa: PLC0415, it builds on the class above
 
-    C = C(T₁, T₂, …)
-
-    An exponential moving average of such operators averages the tensors. For operators that are
-    linear in their tensors (dense, diagonal) that is the average of the matrices, for Kronecker
-    products it is the average of the factors, as is usual for KFAC.
-    """
-
-    def tensors(self) -> list[Tensor]:
-        """The tensors that define the operator."""
-        ...
-
-    def with_tensors(self, tensors: list[Tensor]) -> Averageable:
-        """The operator of the same structure that other tensors define."""
-        ...
-
-    def identity(self) -> Averageable:
-        """The operator of the same structure that represents the start value of an average."""
-        ...
+    return combine(parts)

@@ -127,7 +127,6 @@ class EigenFactorization(Factorization):
         return self.eigenvectors @ (X / self.eigenvalues.sqrt().unsqueeze(-1))
 
     def solve(self, X: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
-        """Return V diag(m)⁻¹ Vᵀ X."""
         V, m = self.eigenvectors, self.eigenvalues
         return V @ ((V.mT @ X) / m.unsqueeze(-1))
 
@@ -146,13 +145,8 @@ def symmetrize(
 
     (M + Mᵀ) / 2
 
-    Args:
-        matrix: The matrix.
-        name: What the matrix is, for error messages.
-        dtype: Data type of the result.
-
     Raises:
-        FactorizationError: If an entry is not finite.
+        FactorizationError: If an entry is not finite; says the name of the matrix.
     """
     M = matrix.to(dtype)
     # a finite sum proves finite entries in one reduction; the converse fails on overflow
@@ -169,12 +163,7 @@ def symmetrize(
 def eigh(matrix: Float[Tensor, "n n"], name: str, floor: float = 0.0) -> EigenFactorization:
     """Eigendecomposition of a symmetric positive semidefinite matrix.
 
-    M = V diag(max(m, floor)) Vᵀ
-
-    Args:
-        matrix: Symmetric, finite matrix, as ``symmetrize`` returns it.
-        name: What the matrix is, for error messages and the report.
-        floor: Lower bound on the eigenvalues that is known to hold in exact arithmetic.
+    M = V diag(max(m, floor)) Vᵀ, see ``factorize`` for the arguments
 
     Raises:
         FactorizationError: If the eigendecomposition fails.
@@ -228,13 +217,7 @@ def factorize(matrix: Float[Tensor, "n n"], name: str, floor: float = 0.0) -> Fa
 def cholesky(
     matrix: Float[Tensor, "n n"], name: str, floor: float = 0.0
 ) -> CholeskyFactorization | None:
-    """Factorize a matrix by Cholesky; None where it is not positive definite enough.
-
-    Args:
-        matrix: Symmetric, finite matrix, as ``symmetrize`` returns it.
-        name: What the matrix is, for the report.
-        floor: Lower bound on the eigenvalues that is known to hold in exact arithmetic.
-    """
+    """Factorize a matrix as ``factorize`` does, but None where Cholesky's algorithm fails."""
     L, info = torch.linalg.cholesky_ex(matrix)
     if info.item() == 0 and _pivots_are_credible(L, floor):
         return CholeskyFactorization(L, FactorizationReport(name, "cholesky", floor))
@@ -263,9 +246,6 @@ def check_nonsingular(factorization: EigenFactorization) -> None:
     """Check that all eigenvalues are positive, and not only so by rounding.
 
     m_min > n ε m_max if there is no positive floor
-
-    Args:
-        factorization: The eigendecomposition.
 
     Raises:
         FactorizationError: If the matrix is numerically singular.

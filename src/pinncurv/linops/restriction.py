@@ -10,16 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Size, Tensor
 
+from pinncurv.linops import policy
 from pinncurv.linops.blocks import Block, check_blocks, flat_positions, from_joint, to_joint
 from pinncurv.linops.cg_inverse import CGInverseLinearOperator
 from pinncurv.linops.dense import (
     DenseBlockDiagonalLinearOperator,
     DenseLinearOperator,
     DiagonalLinearOperator,
-)
-from pinncurv.linops.eigenform import (
-    KroneckerCongruenceLinearOperator,
-    KroneckerEigenLinearOperator,
 )
 from pinncurv.linops.inverses import Damped
 from pinncurv.linops.kronecker import SumKroneckerLinearOperator
@@ -43,30 +40,21 @@ class Selection:
 
     @classmethod
     def of(cls, blocks: Sequence[Block], shapes: Sequence[Sequence[int]]) -> Selection:
-        """Select the parameters of some layers.
-
-        Args:
-            blocks: The layers, whose positions count all parameters.
-            shapes: The shapes of all parameters.
+        """Select layers, whose positions count all parameters, from the shapes of these.
 
         Raises:
             ValueError: If there is no layer, or one does not fit the shapes.
         """
-        used = [p for block in blocks for p in block.positions]
-        positions = sorted(set(used))
-        if not used or positions[0] < 0 or positions[-1] >= len(shapes):
+        positions = sorted({position for block in blocks for position in block.positions})
+        if not positions or positions[0] < 0 or positions[-1] >= len(shapes):
             raise ValueError(
                 f"The layers must be one or more of those of the operator's {len(shapes)} "
                 f"parameters, got {list(blocks)}. Take them from operator.blocks or from "
                 "ParameterSpace.blocks."
             )
-        local = {position: i for i, position in enumerate(positions)}
+        local: dict[int | None, int] = {position: i for i, position in enumerate(positions)}
         renumbered = tuple(
-            replace(
-                block,
-                weight=local[block.weight],
-                bias=None if block.bias is None else local[block.bias],
-            )
+            replace(block, weight=local[block.weight], bias=local.get(block.bias))
             for block in blocks
         )
         selected = tuple(Size(shapes[position]) for position in positions)
@@ -75,7 +63,7 @@ class Selection:
 
 
 class RestrictedLinearOperator(SymmetricLinearOperator):
-    """A symmetric operator on the parameters of some layers only, by products with the whole one.
+    """Any symmetric operator on the parameters of some layers only.
 
     P C Pᵀ, P selects parameters
 
@@ -83,15 +71,6 @@ class RestrictedLinearOperator(SymmetricLinearOperator):
     """
 
     def __init__(self, operator: PyTorchLinearOperator, blocks: Sequence[Block]) -> None:
-        """Store the operator.
-
-        Args:
-            operator: Any symmetric operator.
-            blocks: The layers to keep.
-
-        Raises:
-            ValueError: If there is no layer, or one does not fit the operator.
-        """
         self.operator = operator
         self.layers = tuple(blocks)
         self.selection = Selection.of(blocks, operator._in_shape)
@@ -109,22 +88,15 @@ class RestrictedLinearOperator(SymmetricLinearOperator):
         Y = self.operator._matmat(whole)
         return [Y[position] for position in self.selection.positions]
 
-    def inverse(self, damping: float, dense_limit: int = 2048) -> PyTorchLinearOperator:
-        """Return the damped inverse.
+    def inverse(self, damping: float) -> PyTorchLinearOperator:
+        """Return the damped inverse (P C Pᵀ + λ I)⁻¹.
 
-        (P C Pᵀ + λ I)⁻¹
-
-        Of an operator that is block diagonal over layers this is the restriction of its inverse.
-        Otherwise, by a dense eigendecomposition up to ``dense_limit`` parameters, else by conjugate
-        gradients.
-
-        Args:
-            damping: The damping λ, a finite number >= 0.
-            dense_limit: Largest dimension that is inverted as a dense matrix.
+        It is the restriction of that of C if C has no entries between layers. Otherwise it is
+        dense up to ``policy.LARGEST_DENSE`` parameters, else by conjugate gradients.
         """
-        if isinstance(self.operator, LayerwiseLinearOperator):
+        if isinstance(self.operator, LayerwiseLinearOperator | DiagonalLinearOperator):
             return restrict(self.operator.inverse(damping), self.layers)
-        if self.shape[0] <= dense_limit:
+        if self.shape[0] <= policy.LARGEST_DENSE:
             return DenseLinearOperator(self.to_dense(), self.shapes).inverse(damping)
         return CGInverseLinearOperator(self, damping)
 
@@ -136,13 +108,10 @@ def restrict(operator: PyTorchLinearOperator, blocks: Sequence[Block]) -> Symmet
     C ↦ P C Pᵀ, P selects parameters
 
     The result acts on the selected parameters alone, in their order among all of them: its spectrum
-    has no zeros of parameters that were left out, and its damped inverse is that of the block.
-    Operators of the structures in this package keep theirs. Register another structure with
-    ``@restrict.register``.
-
-    Args:
-        operator: Any symmetric operator on all parameters.
-        blocks: The layers to keep, from ``operator.blocks`` or ``ParameterSpace.blocks``.
+    has no zeros of parameters that were left out, and its damped inverse is that of the block. The
+    layers come from ``operator.blocks`` or ``ParameterSpace.blocks``; those of the result count the
+    selected parameters. Kronecker products and dense blocks stay such; register the restriction of
+    another structure with ``@restrict.register``.
 
     Raises:
         ValueError: If there is no layer, or one does not fit the operator.
@@ -170,18 +139,6 @@ def _(operator: SumKroneckerLinearOperator, blocks: Sequence[Block]) -> SumKrone
 
 @restrict.register
 def _(
-    operator: KroneckerCongruenceLinearOperator, blocks: Sequence[Block]
-) -> KroneckerCongruenceLinearOperator:
-    indices, selection = _indices(operator, blocks), Selection.of(blocks, operator.shapes)
-    bases, scales = [operator.bases[i] for i in indices], [operator.scales[i] for i in indices]
-    kind = KroneckerCongruenceLinearOperator
-    if isinstance(operator, KroneckerEigenLinearOperator):
-        kind = KroneckerEigenLinearOperator
-    return kind(bases, scales, selection.blocks, selection.shapes, operator.dtype)
-
-
-@restrict.register
-def _(
     operator: DenseBlockDiagonalLinearOperator, blocks: Sequence[Block]
 ) -> DenseBlockDiagonalLinearOperator:
     matrices = [operator.matrices[i] for i in _indices(operator, blocks)]
@@ -189,42 +146,16 @@ def _(
     return DenseBlockDiagonalLinearOperator(matrices, selection.blocks, selection.shapes)
 
 
-@restrict.register
-def _(operator: DiagonalLinearOperator, blocks: Sequence[Block]) -> DiagonalLinearOperator:
-    positions = Selection.of(blocks, operator.shapes).positions
-    return DiagonalLinearOperator([operator.diagonals[position] for position in positions])
-
-
-@restrict.register
-def _(operator: DenseLinearOperator, blocks: Sequence[Block]) -> DenseLinearOperator:
-    selection = Selection.of(blocks, operator.shapes)
-    entries = torch.arange(operator.shape[0], device=operator.device)
-    pieces = entries.split([shape.numel() for shape in operator.shapes])
-    kept = torch.cat([pieces[position] for position in selection.positions])
-    return DenseLinearOperator(operator.matrix[kept.unsqueeze(1), kept], selection.shapes)
-
-
 class BlockDiagonalLinearOperator(LayerwiseLinearOperator):
-    """Block diagonal over layers, with an operator of its own for each layer.
+    """Block diagonal over layers, with an operator of its own for each layer's parameters.
 
     C = diag(C_1, …, C_L)
 
-    Cost: the sum of those of the layers' operators.
+    Cost: the sum of those of the layers' operators. ``block_diagonal`` builds it.
     """
 
     def __init__(self, operators: Sequence[PyTorchLinearOperator], blocks: Sequence[Block]) -> None:
-        """Store the operators.
-
-        Args:
-            operators: One symmetric operator per layer, on that layer's parameters.
-            blocks: The layers, which cover each parameter exactly once.
-
-        Raises:
-            ValueError: If the blocks do not partition the parameters, or an operator does not fit
-                its layer or the other operators.
-        """
-        first = operators[0]
-        shapes = _shapes(blocks)
+        first, shapes = operators[0], _shapes(blocks)
         super().__init__(blocks, shapes, first.device, first.dtype)
         self.operators = tuple(operators)
         self.selections = tuple(Selection.of([block], shapes) for block in self.blocks)
@@ -252,17 +183,8 @@ class BlockDiagonalLinearOperator(LayerwiseLinearOperator):
         (position,) = flat_positions(selection.blocks, selection.shapes)
         return dense[position.unsqueeze(1), position]
 
-    def _block_diagonal(self, layer: int) -> Float[Tensor, "d_out d_joint"]:
-        return self.block_to_dense(layer).diagonal().reshape(self.blocks[layer].shape)
-
     def inverse(self, damping: float) -> BlockDiagonalLinearOperator:
-        """Return the damped inverse, each block by its own operator.
-
-        diag((C_1 + λ I)⁻¹, …, (C_L + λ I)⁻¹)
-
-        Args:
-            damping: The damping λ, a finite number >= 0.
-        """
+        """Return the damped inverse, each block's by ``Damped``."""
         inverse = Damped(damping)
         return BlockDiagonalLinearOperator(
             [inverse(operator) for operator in self.operators], self.blocks
@@ -271,11 +193,8 @@ class BlockDiagonalLinearOperator(LayerwiseLinearOperator):
 
 def _shapes(blocks: Sequence[Block]) -> list[tuple[int, ...]]:
     """Return the shapes of the parameters of some layers, in the order of their positions."""
-    shapes: dict[int, tuple[int, ...]] = {}
-    for block in blocks:
-        shapes[block.weight] = block.weight_shape
-        if block.bias is not None:
-            shapes[block.bias] = (block.d_out,)
+    shapes = {block.weight: block.weight_shape for block in blocks}
+    shapes |= {block.bias: (block.d_out,) for block in blocks if block.bias is not None}
     return [shapes[position] for position in sorted(shapes)]
 
 
@@ -286,14 +205,11 @@ def block_diagonal(
 
     diag(P_1 C_1 P_1ᵀ, …, P_L C_L P_Lᵀ), P_l selects the parameters of layer l
 
-    For example KFAC for all layers but the last, which gets the exact block:
+    There is one operator per layer: on all parameters, of which the layer's block is taken, or on
+    the layer's parameters alone. For example KFAC for all layers but the last, which gets the exact
+    block:
 
         block_diagonal([kfac, kfac, exact], kfac.blocks)
-
-    Args:
-        operators: One per layer: on all parameters, of which the layer's block is taken, or on the
-            layer's parameters alone.
-        blocks: The layers, which cover each parameter exactly once.
 
     Raises:
         ValueError: If there is not one operator per layer, or one does not fit.

@@ -49,14 +49,7 @@ def diagonalize(
     by one of the two, and treats both alike. The eigenvalues obey a ∈ [0, 1], and more exactly
     a ≥ λ_1 / (s_1 m_max) and 1 − a ≥ λ_2 / (s_2 m_max) for P_i ≥ λ_i I and M ≤ m_max I; they are
     clipped to these bounds (with the trace of M, 2n, as m_max), which rounding violates if the P_i
-    are numerically singular.
-
-    Args:
-        P1: First matrix, symmetric and finite.
-        P2: Second matrix, symmetric and finite.
-        floor1: λ_1, a lower bound on the first matrix' eigenvalues in exact arithmetic.
-        floor2: λ_2, a lower bound on the second matrix' eigenvalues in exact arithmetic.
-        name: What the matrices are, for error messages and the report.
+    are numerically singular. The P_i are symmetric and finite; λ_1, λ_2 are ``floor1``, ``floor2``.
 
     Raises:
         FactorizationError: If M is numerically singular and both floors are zero.

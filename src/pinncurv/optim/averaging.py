@@ -9,22 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pinncurv.linops import Averageable
-
-Start = Callable[[Averageable], list[Tensor]]
+Start = Callable[[Any], list[Tensor]]  # given an operator that offers ``tensors``
 
 
-def from_identity(operator: Averageable) -> list[Tensor]:
+def from_identity(operator: Any) -> list[Tensor]:
     """Start from the identity: for KFAC, from identity factors."""
     return operator.identity().tensors()
 
 
-def from_zero(operator: Averageable) -> list[Tensor]:
+def from_zero(operator: Any) -> list[Tensor]:
     """Start from zero."""
     return [torch.zeros_like(tensor) for tensor in operator.tensors()]
 
 
-def from_first(operator: Averageable) -> list[Tensor]:
+def from_first(operator: Any) -> list[Tensor]:
     """Start from the first estimate."""
     return operator.tensors()
 
@@ -56,7 +54,7 @@ class ExponentialAverage:
                 f"The decay of an average must be in [0, 1), got {self.decay}. 0 keeps no history."
             )
 
-    def update(self, operator: Averageable, average: list[Tensor] | None) -> list[Tensor]:
+    def update(self, operator: Any, average: list[Tensor] | None) -> list[Tensor]:
         """Return the average after one more operator.
 
         Args:
