@@ -250,6 +250,6 @@ def test_needs_output_gradients(basis):
 
 def test_is_neither_averaged_nor_damped_by_factors():
     operator = of([TERMS["poisson"]], build("tanh"), [points()])
-    assert operator.tensors is None
+    assert operator.identity is None
     with pytest.raises(TypeError, match="got EKFACLinearOperator"):
         FactorDamping(1e-3)(operator)
