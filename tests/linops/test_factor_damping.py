@@ -9,7 +9,6 @@ from pinncurv.linops import (
     FactorizationError,
     KroneckerFactors,
     SumKroneckerLinearOperator,
-    factor_damped_inverse,
     merge,
     same,
     trace_norm,
@@ -79,7 +78,7 @@ def test_finite_and_positive_on_singular_factors(T, factor, scales, damping, heu
         return scales[next(state) // 2 % 2] * factor(n, g)
 
     operator = kronecker([7, 24, 1], T, generator, factor=scaled)
-    inverse = factor_damped_inverse(operator, damping, heuristic)
+    inverse = FactorDamping(damping, heuristic)(operator)
     X = torch.randn(operator.shape[0], 4, generator=generator, dtype=torch.float64)
     for Y in (X, operator @ X):
         product = inverse @ Y

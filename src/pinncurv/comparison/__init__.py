@@ -4,6 +4,13 @@ Everything takes any square curvlinops ``PyTorchLinearOperator``, computes in fl
 operator's precision, and draws random numbers from an explicit generator only. Results are tensors
 or frozen dataclasses. What is exact has a plain name; ``estimate_...`` has standard errors.
 
+The same arguments mean the same everywhere: ``operator`` is C, symmetric, and positive semidefinite
+where there is a ``damping`` λ >= 0; ``inverse`` is P⁻¹, positive definite, by default (C + λI)⁻¹; a
+``gradient`` g or ``direction`` is ``[D]`` or a list of tensors in parameter order; ``blocks`` are
+layers, by default those of an operator that is block diagonal over layers; ``vectors`` counts
+random probes (at least 2), ``generator`` draws them. A ``ValueError`` says where operators and
+vectors do not fit each other, something is not finite, or a number is out of range.
+
 - ``compare``: one approximation against one operator, in one call.
 - ``spectra``, ``density``, ``eigenpairs``: all eigenvalues, their density, those at either end.
 - ``generalized``: eigenvalues and condition number of P⁻¹(C + λI).

@@ -14,11 +14,7 @@ def describe(operator: PyTorchLinearOperator) -> str:
 
 
 def check_square(operator: PyTorchLinearOperator) -> int:
-    """Return D after checking that an operator maps ℝᴰ to itself.
-
-    Raises:
-        ValueError: If it does not.
-    """
+    """Return D after checking that an operator maps ℝᴰ to itself."""
     rows, D = operator.shape
     if rows != D:
         raise ValueError(
@@ -29,11 +25,7 @@ def check_square(operator: PyTorchLinearOperator) -> int:
 
 
 def check_same_space(first: PyTorchLinearOperator, second: PyTorchLinearOperator) -> int:
-    """Return D after checking that two operators map the same ℝᴰ to itself.
-
-    Raises:
-        ValueError: If sizes or devices differ.
-    """
+    """Return D after checking that two operators map the same ℝᴰ to itself."""
     D = check_square(first)
     if check_square(second) != D:
         raise ValueError(
@@ -49,17 +41,7 @@ def check_same_space(first: PyTorchLinearOperator, second: PyTorchLinearOperator
 
 
 def check_count(name: str, value: int, smallest: int, largest: int | None = None) -> int:
-    """Return a count after checking its range.
-
-    Args:
-        name: What is counted.
-        value: The count.
-        smallest: Smallest admissible value.
-        largest: Largest admissible value, ``None`` for no bound.
-
-    Raises:
-        ValueError: If the count is out of range.
-    """
+    """Return a count after checking its range."""
     if value < smallest or (largest is not None and value > largest):
         bound = f">= {smallest}" if largest is None else f"in [{smallest}, {largest}]"
         raise ValueError(f"{name} must be an integer {bound}, got {value}.")
@@ -67,11 +49,7 @@ def check_count(name: str, value: int, smallest: int, largest: int | None = None
 
 
 def check_finite(tensor: Tensor, name: str) -> Tensor:
-    """Return a tensor after checking that all of its entries are finite.
-
-    Raises:
-        ValueError: If one is not.
-    """
+    """Return a tensor after checking that all of its entries are finite."""
     if not bool(torch.isfinite(tensor).all()):
         raise ValueError(
             f"{name} must be finite, got {int((~tensor.isfinite()).sum())} of "

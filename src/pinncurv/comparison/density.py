@@ -36,11 +36,7 @@ class SpectralDensity:
     def smoothed(self, grid: Float[Tensor, " n"], width: float) -> Float[Tensor, " n"]:
         """Return the density on a linear axis, smoothed by a Gaussian.
 
-        ρ(x) = 1/K Σ_ki weights_ki N(x; nodes_ki, width²),  ∫ρ dx = 1
-
-        Args:
-            grid: x, in units of C.
-            width: Standard deviation of the Gaussian, in units of C.
+        ρ(x) = 1/K Σ_ki weights_ki N(x; nodes_ki, width²),  ∫ρ dx = 1, x and width in units of C
         """
         return _smooth(self.nodes, self.weights / len(self.nodes), grid, width)
 
@@ -49,15 +45,8 @@ class SpectralDensity:
 
         ρ(x) = 1/K Σ_ki weights_ki N(log₁₀ x; log₁₀ nodes_ki, width²),  ∫ρ dlog₁₀x = 1 − share(0)
 
-        Nodes that are not positive have no place on the axis and are left out; ``share_below``
-        says how many there are, and how many are rounding below any threshold.
-
-        Args:
-            grid: x > 0, in units of C.
-            width: Standard deviation of the Gaussian, in decades.
-
-        Raises:
-            ValueError: If the grid has a point that is not positive.
+        The width is in decades. Nodes that are not positive have no place on the axis and are left
+        out; ``share_below`` says how many there are, and how many are below any threshold.
         """
         if not bool((grid > 0).all()):
             raise ValueError(
@@ -77,9 +66,6 @@ class SpectralDensity:
         """Return the density of the eigenvalues of a function of the operator.
 
         f(C), for example f(μ) = 1/μ − λ to get from (C + λI)⁻¹ to C
-
-        Args:
-            function: f, applied to a tensor of nodes.
         """
         nodes = torch.where(self.weights > 0, function(self.nodes), 0.0)
         return SpectralDensity(nodes, self.weights, self.dimension)
@@ -89,12 +75,8 @@ class SpectralDensity:
 
         tr f(C), for example f(m) = m / (m + λ) for the effective dimension
 
-        Args:
-            function: f, applied to a tensor of nodes.
-
-        Returns:
-            The estimate. Its error is that of the probes; the quadrature is exact if f is a
-            polynomial of degree < 2 m.
+        The error is that of the probes; the quadrature is exact if f is a polynomial of degree
+        < 2 m.
         """
         values = self.map(function).nodes
         return Estimate.from_samples(self.dimension * (self.weights * values).sum(1))
@@ -117,20 +99,11 @@ def spectral_density(
     1/D tr f(C) ≈ 1/K Σ_k e₁ᵀ f(T_k) e₁
 
     with T_k the tridiagonal matrix of a Lanczos process with full reorthogonalization that starts
-    from random signs. Matrix-free: ``steps * vectors`` products.
+    from random signs. Matrix-free: ``steps * vectors`` products, and ``steps`` vectors are held.
 
     Eigenvalues that are small relative to the largest are blurred: m steps tell those above about
     (largest / m²) apart from zero. What lies below is resolved by the density of a damped inverse,
     ``spectral_density(inverse, ...).map(lambda mu: 1 / mu - damping)``.
-
-    Args:
-        operator: The symmetric operator C.
-        steps: m, nodes per probe; also the number of vectors that are held.
-        vectors: K, number of probes, at least 2.
-        generator: Source of randomness.
-
-    Raises:
-        ValueError: If an argument is out of range, or a product is not finite.
 
     Source: Ubaru, Chen, Saad 2017; Ghorbani, Krishnan, Xiao 2019.
     """

@@ -53,22 +53,11 @@ def largest_eigenpairs(
     """Return the k largest eigenvalues, with multiplicity, and their eigenvectors.
 
     Rayleigh-Ritz on the block Krylov space span{S, C S, C² S, ...} of a random S with a few more
-    columns than k, fully orthogonalized. A block finds the copies of a multiple eigenvalue.
-
-    Args:
-        operator: The symmetric operator C.
-        k: How many, in [1, D].
-        generator: Source of randomness.
-        tolerance: Largest ‖C v − m v‖ relative to the largest |m| that is found; by default ε^(2/3)
-            of the operator's data type, 4e-11 in float64.
-        max_basis: Largest dimension of the Krylov space, by default 50 (k + 5). Memory is twice
-            that many vectors.
-
-    Raises:
-        ValueError: If k is out of range, or a product is not finite.
-
-    Warns:
-        EigenpairsNotConverged: If the tolerance was not reached.
+    columns than k, fully orthogonalized. A block finds the copies of a multiple eigenvalue. The
+    ``tolerance``, by default ε^(2/3) of the operator's data type (4e-11 in float64), bounds
+    ‖C v − m v‖ relative to the largest |m| that is found. The space has at most ``max_basis``
+    dimensions, by default 50 (k + 5), and takes twice as many vectors of memory; where that is not
+    enough there is a warning, ``EigenpairsNotConverged``.
     """
     D = check_square(operator)
     check_count("k", k, 1, D)
@@ -140,22 +129,8 @@ def smallest_eigenpairs(
     m = 1/μ − λ for the largest eigenvalues μ of (C + λI)⁻¹
 
     Eigenvalues are found to an absolute error of about (m + λ) times the error of the inverse;
-    a damping of the size of the eigenvalues that are of interest resolves them best.
-
-    Args:
-        operator: The symmetric positive semidefinite operator C.
-        k: How many, in [1, D].
-        damping: λ, a finite number >= 0.
-        generator: Source of randomness.
-        inverse: (C + λI)⁻¹, by default ``Damped(damping)(operator)``.
-        tolerance: As for ``largest_eigenpairs``, of the inverse.
-        max_basis: As for ``largest_eigenpairs``.
-
-    Raises:
-        ValueError: If k or the damping is out of range, or a product is not finite.
-
-    Warns:
-        EigenpairsNotConverged: If the tolerance was not reached.
+    a damping of the size of the eigenvalues that are of interest resolves them best. For tolerance
+    and ``max_basis``, which are those of the inverse, see ``largest_eigenpairs``.
     """
     damping = check_damping(damping)
     if inverse is None:

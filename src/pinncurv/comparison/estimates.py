@@ -41,12 +41,6 @@ def rademacher(
     """Return random signs, one probe per column, in float64.
 
     E z zᵀ = I
-
-    Args:
-        size: Entries of a probe.
-        count: Number of probes.
-        generator: Source of randomness, on any device.
-        device: Where the probes are needed.
     """
     bits = torch.randint(0, 2, (size, count), generator=generator, device=generator.device)
     return (2 * bits - 1).to(device, torch.float64)

@@ -74,16 +74,11 @@ def frobenius(A: PyTorchLinearOperator, B: PyTorchLinearOperator) -> FrobeniusCo
 
     cos = ⟨A, B⟩ / (‖A‖ ‖B‖),  error = ‖A − B‖ / ‖B‖
 
+    The second operator is the reference of the error.
+
     Layer by layer if both are block diagonal over the same layers, otherwise from the columns,
     of which a few are held at a time: D products with each operator. A dense operator's columns
     cost nothing, so that a matrix-free one that is compared several times is best made dense.
-
-    Args:
-        A: An operator.
-        B: The reference of the relative error.
-
-    Raises:
-        ValueError: If the operators don't fit or are not finite.
     """
     D = check_same_space(A, B)
     if share_layers(A, B):
@@ -99,14 +94,6 @@ def frobenius_by_layer(
     """Compare the diagonal blocks of two operators exactly.
 
     ⟨A_ll, B_ll⟩, l = 1, …, L
-
-    Args:
-        A: An operator.
-        B: The reference of the relative error.
-        blocks: The layers, by default those of an operator that is block diagonal over layers.
-
-    Raises:
-        ValueError: If the operators don't fit or are not finite, or no operator knows the layers.
     """
     return frobenius_by_layer_pair(A, B, blocks).diagonal()
 
@@ -120,17 +107,7 @@ def frobenius_by_layer_pair(
 
     ⟨A_kl, B_kl⟩, k, l = 1, …, L
 
-    Args:
-        A: An operator.
-        B: The reference of the relative error.
-        blocks: The layers, by default those of an operator that is block diagonal over layers.
-
-    Returns:
-        The comparison, ``[L, L]`` in float64. Where one operator has no off-diagonal blocks their
-        cosine is 0.
-
-    Raises:
-        ValueError: If the operators don't fit or are not finite, or no operator knows the layers.
+    Where one operator has no off-diagonal blocks their cosine is 0.
     """
     check_same_space(A, B)
     layers = layers_of(A, B, blocks=blocks)
@@ -142,11 +119,7 @@ def frobenius_by_layer_pair(
 def layers_of(
     *operators: PyTorchLinearOperator, blocks: Sequence[Block] | None
 ) -> tuple[Block, ...]:
-    """Return the layers that were given, or else those of the first operator that has some.
-
-    Raises:
-        ValueError: If there are none, or they do not fit the parameters.
-    """
+    """Return the layers that were given, or else those of the first operator that has some."""
     if blocks is None:
         known = [op.blocks for op in operators if isinstance(op, LayerwiseLinearOperator)]
         if not known:

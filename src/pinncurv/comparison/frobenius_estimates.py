@@ -83,17 +83,8 @@ def estimate_frobenius(
 
     Without a sketch, Q = 0, the relative standard error is up to √(2/m), and close to that where
     few eigenvalues dominate, as they do in PINNs. A sketch takes the range Q of A and B on
-    ``sketch`` random vectors out of the randomness and treats it exactly, as in Hutch++.
-
-    Args:
-        A: An operator.
-        B: The reference of the relative error.
-        vectors: m, number of probes, at least 2; each is one product with A and one with B.
-        generator: Source of randomness.
-        sketch: Number of vectors in the sketch; each is three products with A and three with B.
-
-    Raises:
-        ValueError: If the operators or the counts don't fit, or a product is not finite.
+    ``sketch`` random vectors out of the randomness and treats it exactly, as in Hutch++. Each probe
+    is one product with A and one with B, each vector in the sketch is three and three.
 
     Source: Meyer, Musco, Musco, Woodruff 2021 (Hutch++).
     """
@@ -115,16 +106,7 @@ def estimate_frobenius_by_layer_pair(
 
     ⟨A_kl, B_kl⟩ = E (A z_l)_kᵀ(B z_l)_k
 
-    Args:
-        A: An operator.
-        B: The reference of the relative error.
-        blocks: The layers, by default those of an operator that is block diagonal over layers.
-        vectors: Number of probes per layer, at least 2.
-        generator: Source of randomness.
-        sketch: Number of vectors in the sketch of each layer, see ``estimate_frobenius``.
-
-    Raises:
-        ValueError: If the operators, layers or counts don't fit, or a product is not finite.
+    ``vectors`` and ``sketch`` are counted per layer.
     """
     check_same_space(A, B)
     positions = layer_positions(A, layers_of(A, B, blocks=blocks))

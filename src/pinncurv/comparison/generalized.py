@@ -28,15 +28,6 @@ def generalized_spectrum(
 
     All are 1 if P = C + λI. Exact and dense: O(D³) time and a few D² numbers, or those of the
     largest layer if both operators are block diagonal over the same layers.
-
-    Args:
-        operator: The symmetric positive semidefinite operator C.
-        inverse: P⁻¹, symmetric positive definite.
-        damping: λ, a finite number >= 0.
-
-    Raises:
-        ValueError: If the operators don't fit, are not finite or far from symmetric, P⁻¹ is not
-            positive definite, or the damping is out of range.
     """
     check_same_space(operator, inverse)
     damping = check_damping(damping)
@@ -94,16 +85,7 @@ def generalized_extremes(
 
     P⁻¹(C + λI), by the Lanczos process that is symmetric in the P inner product
 
-    Args:
-        operator: The symmetric positive semidefinite operator C.
-        inverse: P⁻¹, symmetric positive definite; ``None`` for the identity.
-        damping: λ, a finite number >= 0.
-        steps: Most Lanczos steps; each is a product with C and one with P⁻¹.
-        generator: Source of randomness.
-
-    Raises:
-        ValueError: If the operators don't fit, P⁻¹ is not positive definite, a product is not
-            finite, or an argument is out of range.
+    Each step is a product with C and one with P⁻¹, which is the identity if ``None``.
     """
     start = rademacher(operator.shape[1], 1, generator, operator.device)[:, 0]
     decomposition = lanczos(operator, start, steps, damping=damping, preconditioner=inverse)
@@ -130,17 +112,7 @@ def condition_number(
 
     m_max / m_min of P⁻¹(C + λI), inf if m_min is not positive
 
-    Args:
-        operator: The symmetric positive semidefinite operator C.
-        inverse: P⁻¹, symmetric positive definite.
-        damping: λ, a finite number >= 0.
-        dense: Whether to compute all eigenvalues, see ``generalized_spectrum``; a lower bound by
-            ``generalized_extremes`` otherwise.
-        steps: Most Lanczos steps of the latter.
-        generator: Source of randomness of the latter.
-
-    Raises:
-        ValueError: As the two functions.
+    It is exact if ``dense``, and else a lower bound from so many Lanczos steps.
     """
     if dense:
         values = generalized_spectrum(operator, inverse, damping)

@@ -69,19 +69,10 @@ def lanczos(
     """Run the Lanczos process of W (C + λI), which is symmetric in the W⁻¹ inner product.
 
     The recursion is that of (C + λI) W in the W inner product, which needs products with C and W
-    only. Every new vector is orthogonalized twice against all earlier ones, so that no eigenvalue
-    is found a second time. The process stops early where the Krylov space is invariant.
-
-    Args:
-        operator: The symmetric operator C.
-        start: First vector of the Krylov space of (C + λI) W, in float64.
-        steps: m, the most products with C (and m + 1 with W); memory is 2 m D numbers at most.
-        damping: λ, a finite number >= 0.
-        preconditioner: W, symmetric positive definite; the identity by default.
-
-    Raises:
-        ValueError: If W is not positive definite, a product is not finite, or an argument is out
-            of range.
+    only, ``steps`` and one more of them, and two vectors of memory per step. ``start`` is float64,
+    W the positive definite ``preconditioner``. Every new vector is orthogonalized twice against
+    all earlier ones, so that no eigenvalue is found a second time. The process stops early where
+    the Krylov space is invariant.
     """
     D = (
         check_square(operator)

@@ -22,13 +22,6 @@ def squared_block_norms(
 
     Exact, from D products of which a few columns are held at a time. For a Gauss-Newton matrix of
     few residuals ``squared_block_norms_from_kernels`` is cheaper.
-
-    Args:
-        operator: The operator C.
-        blocks: The layers, by default those of the operator if it is block diagonal over layers.
-
-    Raises:
-        ValueError: If the operator is not square or not finite, or the layers are not known.
     """
     return frobenius_by_layer_pair(operator, operator, blocks).squared_norm
 
@@ -39,12 +32,6 @@ def squared_block_norms_from_kernels(
     """Return the squared Frobenius norm of each block of a Gauss-Newton matrix JᵀJ.
 
     ‖J_kᵀJ_l‖² = Σ_ij (J_k J_kᵀ)_ij (J_l J_lᵀ)_ij
-
-    Args:
-        kernels: J_l J_lᵀ of each layer, for R residuals.
-
-    Raises:
-        ValueError: If there is no kernel, sizes differ, or an entry is not finite.
     """
     sizes = [tuple(kernel.shape) for kernel in kernels]
     if len(set(sizes)) != 1:
@@ -64,12 +51,6 @@ def mass(squared_norms: Float[Tensor, "L L"]) -> Float[Tensor, "L L"]:
     ‖C_kl‖² / Σ_kl ‖C_kl‖²
 
     The sum of its diagonal says how much of the matrix a block-diagonal approximation can hold.
-
-    Args:
-        squared_norms: ‖C_kl‖², exact or estimated.
-
-    Raises:
-        ValueError: If the norms are negative, not finite or all zero.
     """
     total = check_finite(squared_norms, "squared_norms").sum()
     if bool((squared_norms < 0).any()) or not bool(total > 0):

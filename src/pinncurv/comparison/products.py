@@ -29,14 +29,6 @@ def apply(
     """Multiply an operator onto one or several columns.
 
     (C + λ I) X
-
-    Args:
-        operator: The operator C.
-        X: The columns, in float64, on the operator's device.
-        damping: λ.
-
-    Raises:
-        ValueError: If an entry of the product is not finite.
     """
     parts = [X] if X.ndim == 1 else list(X.split(COLUMNS, 1))
     products = [(operator @ part.to(operator.dtype)).detach().to(X.dtype) for part in parts]
@@ -70,16 +62,7 @@ def symmetric_blocks(
     """Yield diagonal blocks outside of which all of the operators are zero.
 
     One tuple per layer if all operators are block diagonal over the same layers, else one tuple
-    with the whole matrices.
-
-    Args:
-        operators: Symmetric operators.
-
-    Yields:
-        One symmetric float64 matrix per operator.
-
-    Raises:
-        ValueError: If a matrix is not finite or far from symmetric.
+    with the whole matrices; in float64, and checked to be finite and symmetric.
     """
     if share_layers(*operators):
         assert isinstance(operators[0], LayerwiseLinearOperator)
@@ -115,16 +98,7 @@ def _symmetric(matrix: Tensor, name: str) -> Tensor:
 def flat_vector(
     vector: Tensor | Sequence[Tensor], operator: PyTorchLinearOperator, name: str
 ) -> Float[Tensor, " D"]:
-    """Return a vector as one float64 tensor on an operator's device.
-
-    Args:
-        vector: ``[D]``, or a list of tensors in parameter order.
-        operator: An operator on the same space.
-        name: What the vector is, for error messages.
-
-    Raises:
-        ValueError: If the vector has another size than the operator, or is not finite.
-    """
+    """Return a vector as one float64 tensor on an operator's device."""
     parts = [vector] if isinstance(vector, Tensor) else list(vector)
     flat = torch.cat([part.detach().flatten() for part in parts])
     if len(flat) != operator.shape[1]:

@@ -22,12 +22,6 @@ def spectrum(operator: PyTorchLinearOperator) -> Float[Tensor, " D"]:
     Exact and dense: O(D³) time and D² numbers, or those of the largest layer if the operator is
     block diagonal over layers. Eigenvalues of semidefinite operators come as computed, rounding
     below zero included.
-
-    Args:
-        operator: A symmetric operator.
-
-    Raises:
-        ValueError: If the operator is not square, not finite, or far from symmetric.
     """
     check_square(operator)
     parts = [torch.linalg.eigvalsh(block) for (block,) in symmetric_blocks(operator)]
@@ -40,13 +34,6 @@ def effective_dimension(
     """Return how many eigenvalues exceed each of several dampings, smoothly counted.
 
     d(λ) = tr(C (C + λI)⁻¹) = Σ_i m_i / (m_i + λ)
-
-    Args:
-        eigenvalues: m, in any order. Those below zero count as zero, and zeros as 0 for λ = 0.
-        dampings: The dampings λ, finite numbers >= 0.
-
-    Raises:
-        ValueError: If a damping is out of range or an eigenvalue is not finite.
     """
     values = [check_damping(float(damping)) for damping in dampings]
     m = check_finite(eigenvalues.double(), "eigenvalues").clamp(min=0)
@@ -65,16 +52,6 @@ def estimate_effective_dimension(
     """Estimate the effective dimension from products with the damped inverse.
 
     tr(C (C + λI)⁻¹) = E [zᵀz − λ zᵀ(C + λI)⁻¹z] for random signs z
-
-    Args:
-        operator: The symmetric positive semidefinite operator C.
-        damping: λ, a finite number >= 0.
-        vectors: Number of probes, at least 2.
-        generator: Source of randomness.
-        inverse: (C + λI)⁻¹, by default ``Damped(damping)(operator)``.
-
-    Raises:
-        ValueError: If an argument is out of range, or a product is not finite.
     """
     damping = check_damping(damping)
     check_count("vectors", vectors, 2)

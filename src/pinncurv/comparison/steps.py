@@ -22,15 +22,6 @@ def step_cosine(
     """Return the cosine of the angle between the steps of two inverses.
 
     cos = sᵀt / (‖s‖ ‖t‖),  s = −P₁⁻¹ g, t = −P₂⁻¹ g
-
-    Args:
-        first: P₁⁻¹.
-        second: P₂⁻¹.
-        gradient: g ``[D]``, or a list of tensors in parameter order.
-
-    Raises:
-        ValueError: If the operators or the gradient don't fit or are not finite, or a step is
-            zero.
     """
     check_same_space(first, second)
     g = flat_vector(gradient, first, "gradient")
@@ -78,16 +69,6 @@ def quadratic_decrease(
     """Minimize the damped quadratic model along a direction.
 
     m(v) = gᵀv + 1/2 vᵀ(C + λI)v
-
-    Args:
-        operator: The symmetric positive semidefinite operator C.
-        damping: λ, a finite number >= 0.
-        gradient: g ``[D]``, or a list of tensors in parameter order.
-        direction: v, in either format.
-
-    Raises:
-        ValueError: If sizes don't fit, something is not finite, or the curvature along the
-            direction is not positive.
     """
     check_square(operator)
     g = flat_vector(gradient, operator, "gradient")
@@ -106,13 +87,6 @@ def best_decrease(inverse: PyTorchLinearOperator, gradient: Tensor | Sequence[Te
     """Return the largest decrease of the damped quadratic model in any direction.
 
     −min_v m(v) = 1/2 gᵀ(C + λI)⁻¹g
-
-    Args:
-        inverse: (C + λI)⁻¹ of the exact operator.
-        gradient: g ``[D]``, or a list of tensors in parameter order.
-
-    Raises:
-        ValueError: If sizes don't fit or something is not finite.
     """
     g = flat_vector(gradient, inverse, "gradient")
     return 0.5 * torch.dot(g, apply(inverse, g)).item()
@@ -130,16 +104,6 @@ def decrease_fraction(
     (gᵀv)² / (vᵀ(C + λI)v · gᵀ(C + λI)⁻¹g)
 
     It is the squared cosine between v and the exact step in the inner product of C + λI.
-
-    Args:
-        operator: The exact operator C.
-        damping: λ, a finite number >= 0.
-        gradient: g ``[D]``, or a list of tensors in parameter order.
-        direction: v, in either format.
-        inverse: (C + λI)⁻¹ of the exact operator.
-
-    Raises:
-        ValueError: If sizes don't fit, something is not finite, or there is nothing to decrease.
     """
     check_same_space(operator, inverse)
     best = best_decrease(inverse, gradient)
@@ -173,19 +137,7 @@ def compare_steps(
     step: Tensor | Sequence[Tensor],
     exact_step: Tensor | Sequence[Tensor],
 ) -> StepComparison:
-    """Compare a step with the exact one, in the damped quadratic model.
-
-    Args:
-        operator: The exact operator C.
-        damping: λ, a finite number >= 0.
-        gradient: g ``[D]``, or a list of tensors in parameter order.
-        step: s, in either format.
-        exact_step: t, in either format.
-
-    Raises:
-        ValueError: If sizes don't fit, something is not finite, a step is zero, or there is nothing
-            to decrease.
-    """
+    """Compare a step s with the exact one, t = −(C + λI)⁻¹g, in the damped quadratic model."""
     s = flat_vector(step, operator, "step")
     t = flat_vector(exact_step, operator, "exact_step")
     model, best = (quadratic_decrease(operator, damping, gradient, v) for v in (s, t))
@@ -206,14 +158,8 @@ def subspace_overlap(U: Float[Tensor, "D K"], V: Float[Tensor, "D K"]) -> Float[
 
     ‖U_kᵀV_k‖² / k, k = 1, …, K
 
-    It is 1 for equal spans and about k/D for random ones.
-
-    Args:
-        U: Orthonormal vectors such as ``largest_eigenpairs(...).vectors``.
-        V: As many orthonormal vectors.
-
-    Raises:
-        ValueError: If the vectors are not orthonormal.
+    It is 1 for equal spans and about k/D for random ones. The vectors are orthonormal, such as
+    those of ``largest_eigenpairs``.
     """
     for name, X in (("U", U), ("V", V)):
         deviation = (X.mT @ X - torch.eye(X.shape[1]).to(X)).abs().max().item()
@@ -238,18 +184,9 @@ def cg_records(
 ) -> dict[str, CGRecord]:
     """Solve for the exact step with conjugate gradients under each of several preconditioners.
 
-    (C + λI) s = g  to  ‖g − (C + λI)s‖ ≤ tolerance ‖g‖
+    (C + λI) s = g  to  ‖g − (C + λI)s‖ ≤ tolerance ‖g‖ in at most 10 D iterations by default
 
-    Args:
-        operator: The symmetric positive semidefinite operator C.
-        damping: λ, a finite number >= 0.
-        gradient: g ``[D]``, or a list of tensors in parameter order.
-        preconditioners: Approximations of (C + λI)⁻¹ by name; ``None`` for no preconditioner.
-        tolerance: Relative norm of the residual to reach.
-        max_iterations: Most iterations, by default 10 D.
-
-    Raises:
-        ValueError: If sizes don't fit or the gradient is not finite.
+    Preconditioners approximate (C + λI)⁻¹; ``None`` is for no preconditioner.
     """
     check_square(operator)
     damping = check_damping(damping)

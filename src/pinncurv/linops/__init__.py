@@ -58,7 +58,6 @@ from pinncurv.linops.eigenform import (
 from pinncurv.linops.factor_damping import (
     FactorDamping as FactorDamping,
     FactorDampings as FactorDampings,
-    factor_damped_inverse as factor_damped_inverse,
     same as same,
     trace_norm as trace_norm,
 )

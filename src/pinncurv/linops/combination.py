@@ -16,7 +16,7 @@ from pinncurv.linops.inverses import (
     factorize_damped,
     factorize_damped_blocks,
 )
-from pinncurv.linops.layerwise import LayerwiseLinearOperator
+from pinncurv.linops.layerwise import Joint, LayerwiseLinearOperator
 from pinncurv.linops.operator import (
     PyTorchLinearOperator,
     SymmetricLinearOperator,
@@ -91,9 +91,7 @@ class LayerwiseCombination(LayerwiseLinearOperator):
         super().__init__(first.blocks, first.shapes, first.device, first.dtype)
         self.parts = tuple(parts)
 
-    def _apply(
-        self, layer: int, X: Float[Tensor, "*K d_out d_joint"]
-    ) -> Float[Tensor, "*K d_out d_joint"]:
+    def _apply(self, layer: int, X: Joint) -> Joint:
         return _sum(self.parts, lambda C: C._apply(layer, X))
 
     def block_to_dense(self, layer: int) -> Float[Tensor, "n n"]:

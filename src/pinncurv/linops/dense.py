@@ -15,7 +15,7 @@ from pinncurv.linops.inverses import (
     BlockFactorizedInverseLinearOperator,
     FactorizedInverseLinearOperator,
 )
-from pinncurv.linops.layerwise import LayerwiseLinearOperator
+from pinncurv.linops.layerwise import Joint, LayerwiseLinearOperator
 from pinncurv.linops.operator import SymmetricLinearOperator, check_damping
 from pinncurv.linops.psd import (
     EigenFactorization,
@@ -119,8 +119,6 @@ class DenseBlockDiagonalLinearOperator(LayerwiseLinearOperator):
 
     Args:
         matrices: One symmetric matrix per layer on the row-major flattened joint matrix.
-        blocks: The layers, which cover each parameter exactly once.
-        shapes: The shapes of all parameters.
 
     Raises:
         ValueError: If the matrices do not fit the layers.
@@ -143,9 +141,7 @@ class DenseBlockDiagonalLinearOperator(LayerwiseLinearOperator):
                 "Pass one matrix per layer, on its weight and bias together."
             )
 
-    def _apply(
-        self, layer: int, X: Float[Tensor, "*K d_out d_joint"]
-    ) -> Float[Tensor, "*K d_out d_joint"]:
+    def _apply(self, layer: int, X: Joint) -> Joint:
         return (X.flatten(start_dim=-2) @ self.matrices[layer].mT).reshape(X.shape)
 
     def block_to_dense(self, layer: int) -> Float[Tensor, "n n"]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pinncurv.linops.blocks import Block
 from pinncurv.linops.factors import KroneckerFactors
-from pinncurv.linops.layerwise import LayerwiseLinearOperator
+from pinncurv.linops.layerwise import Joint, LayerwiseLinearOperator
 from pinncurv.linops.operator import check_damping
 from pinncurv.linops.psd import FactorizationError, FactorizationReport, is_singular
 
@@ -44,8 +44,6 @@ class KroneckerCongruenceLinearOperator(LayerwiseLinearOperator):
     Args:
         bases: One basis per layer.
         scales: One matrix S ``[d_out, d_in + 1]`` per layer.
-        blocks: The layers, which cover each parameter exactly once.
-        shapes: The shapes of all parameters.
         dtype: Data type of the vectors, by default that of the scales.
         reports: What was done to compute the bases.
     """
@@ -64,9 +62,7 @@ class KroneckerCongruenceLinearOperator(LayerwiseLinearOperator):
         self.scales = tuple(scales)
         self.reports = tuple(reports)
 
-    def _apply(
-        self, layer: int, X: Float[Tensor, "*K d_out d_joint"]
-    ) -> Float[Tensor, "*K d_out d_joint"]:
+    def _apply(self, layer: int, X: Joint) -> Joint:
         basis, scale = self.bases[layer], self.scales[layer]
         Y = (basis.B.mT @ X.to(scale.dtype) @ basis.A) * scale
         return basis.B @ Y @ basis.A.mT

@@ -75,8 +75,12 @@ class FactorDamping:
 
     C ↦ [diag_l Σ_t (B_lt + λ_B I) ⊗ (A_lt + λ_A I)]⁻¹
 
-    Not the same as ``Damped``, which is (C + λ I)⁻¹. A block that has no factors, of a parameter
-    that is no weight of a linear layer, is inverted as it is, (C_l + λ I)⁻¹.
+    Not the same as ``Damped``, which is (C + λ I)⁻¹. With one term each factor is inverted. With
+    two terms the factors of both terms are diagonalized simultaneously, E_Aᵀ A_t E_A = s_t
+    diag(a_t), likewise for B, and the inverse is X ↦ E_B [(E_Bᵀ X E_A) / (c_1 b_1 a_1ᵀ +
+    c_2 b_2 a_2ᵀ)] E_Aᵀ. More terms are first merged into two groups (see ``merge``), which is an
+    approximation. A block that has no factors, of a parameter that is no weight of a linear layer,
+    is inverted as it is, (C_l + λ I)⁻¹.
 
     Cost: O(d_in³ + d_out³) to build, 2 d_in d_out (d_in + d_out) per product, d_in² + d_out² +
     d_in d_out numbers in float64, whatever the number of terms.
@@ -84,75 +88,68 @@ class FactorDamping:
     Attributes:
         damping: The damping λ, a finite number >= 0.
         heuristic: How λ is distributed, ``same`` or ``trace_norm`` or another such function.
-        groups: See ``factor_damped_inverse``.
+        groups: Positions of the terms in each of one or two groups. By default each term is a
+            group if there are at most two, else the first term is one and all others the second.
+
+    The idea is from Martens and Grosse 2015, appendix B.
     """
 
     damping: float
     heuristic: Heuristic = same
-    groups: tuple[tuple[int, ...], ...] | None = None
+    groups: Sequence[Sequence[int]] | None = None
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
 
     def __call__(self, operator: PyTorchLinearOperator) -> KroneckerCongruenceLinearOperator:
-        """Return the factor-damped inverse of an operator.
+        """Return the factor-damped inverse of a sum of Kronecker products.
 
         Raises:
             TypeError: If the operator has no Kronecker factors.
+            FactorizationError: If a factor is not finite, or numerically singular without damping.
+            ValueError: If the groups do not fit the terms.
         """
         if not isinstance(operator, SumKroneckerLinearOperator):
             raise TypeError(
                 "Factor damping must be given a SumKroneckerLinearOperator, got "
                 f"{type(operator).__name__}. Use Damped(damping) for other operators."
             )
-        return factor_damped_inverse(operator, self.damping, self.heuristic, self.groups)
+        positions = _check_groups(self.groups, len(operator.terms))
+        invert = _invert_one if len(positions) == 1 else _invert_two
+        inverses = [
+            invert([self._damped_pair(operator, i, group) for group in positions])
+            if block.kronecker
+            else _invert_dense(operator, i, self.damping)
+            for i, block in enumerate(operator.blocks)
+        ]
+        return KroneckerCongruenceLinearOperator(
+            [inverse.basis for inverse in inverses],
+            [inverse.scale for inverse in inverses],
+            operator.blocks,
+            operator.shapes,
+            operator.dtype,
+            [report for inverse in inverses for report in inverse.reports],
+        )
 
-
-def factor_damped_inverse(
-    operator: SumKroneckerLinearOperator,
-    damping: float,
-    heuristic: Heuristic = same,
-    groups: Sequence[Sequence[int]] | None = None,
-) -> KroneckerCongruenceLinearOperator:
-    """Invert a sum of Kronecker products after adding damping to every factor.
-
-    [diag_l Σ_t (B_lt + λ_B I) ⊗ (A_lt + λ_A I)]⁻¹
-
-    With one term each factor is inverted. With two terms the factors of both terms are
-    diagonalized simultaneously, E_Aᵀ A_t E_A = s_t diag(a_t), likewise for B, and the inverse is
-    X ↦ E_B [(E_Bᵀ X E_A) / (c_1 b_1 a_1ᵀ + c_2 b_2 a_2ᵀ)] E_Aᵀ. More terms are first merged into
-    two groups (see ``merge``), which is an approximation.
-
-    Args:
-        operator: The sum of Kronecker products.
-        damping: The damping λ, a finite number >= 0.
-        heuristic: How λ is distributed to the factors.
-        groups: Positions of the terms in each of one or two groups. By default each term is a
-            group if there are at most two, else the first term is one and all others the second.
-
-    Raises:
-        FactorizationError: If a factor is not finite, or numerically singular without damping.
-        ValueError: If the damping or the groups are not valid.
-
-    The idea is from Martens and Grosse 2015, appendix B.
-    """
-    damping = check_damping(damping)
-    positions = _check_groups(groups, len(operator.terms))
-    invert = _invert_one if len(positions) == 1 else _invert_two
-    inverses = [
-        invert([_damped_pair(operator, i, group, damping, heuristic) for group in positions])
-        if block.kronecker
-        else _invert_dense(operator, i, damping)
-        for i, block in enumerate(operator.blocks)
-    ]
-    return KroneckerCongruenceLinearOperator(
-        [inverse.basis for inverse in inverses],
-        [inverse.scale for inverse in inverses],
-        operator.blocks,
-        operator.shapes,
-        operator.dtype,
-        [report for inverse in inverses for report in inverse.reports],
-    )
+    def _damped_pair(
+        self, operator: SumKroneckerLinearOperator, layer: int, group: Sequence[int]
+    ) -> _DampedPair:
+        """Merge the factors of a group of terms and add the damping to their diagonals."""
+        pairs = [
+            KroneckerFactors(
+                symmetrize(operator.factors[layer][t].A, operator.factor_name(layer, t, "A")),
+                symmetrize(operator.factors[layer][t].B, operator.factor_name(layer, t, "B")),
+            )
+            for t in group
+        ]
+        merged = merge(pairs)
+        dampings = self.heuristic(merged, float(self.damping))
+        # the factors are fresh tensors of symmetrize or merge, so in-place is safe
+        merged.A.diagonal().add_(dampings.A)
+        merged.B.diagonal().add_(dampings.B)
+        terms = "+".join(operator.terms[t] for t in group)
+        name = f"layer {operator.blocks[layer].name}, term {terms}"
+        return _DampedPair(merged.A, merged.B, dampings, name)
 
 
 def _check_groups(groups: Sequence[Sequence[int]] | None, T: int) -> list[list[int]]:
@@ -190,32 +187,6 @@ class _LayerInverse:
     basis: KroneckerBasis
     scale: Float[Tensor, "d_out d_joint"]
     reports: tuple[FactorizationReport, ...]
-
-
-def _damped_pair(
-    operator: SumKroneckerLinearOperator,
-    layer: int,
-    group: Sequence[int],
-    damping: float,
-    heuristic: Heuristic,
-) -> _DampedPair:
-    """Merge the factors of a group of terms and add the damping to their diagonals."""
-    pairs = [
-        KroneckerFactors(
-            symmetrize(operator.factors[layer][t].A, operator.factor_name(layer, t, "A")),
-            symmetrize(operator.factors[layer][t].B, operator.factor_name(layer, t, "B")),
-        )
-        for t in group
-    ]
-    merged = merge(pairs)
-    dampings = heuristic(merged, damping)
-    # the factors are fresh tensors of symmetrize or merge, so in-place is safe
-    merged.A.diagonal().add_(dampings.A)
-    merged.B.diagonal().add_(dampings.B)
-    name = f"layer {operator.blocks[layer].name}, term " + "+".join(
-        operator.terms[t] for t in group
-    )
-    return _DampedPair(merged.A, merged.B, dampings, name)
 
 
 def _invert_dense(

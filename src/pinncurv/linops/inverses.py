@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pinncurv.linops.blocks import Block
 from pinncurv.linops.cg_inverse import CGInverseLinearOperator
-from pinncurv.linops.layerwise import LayerwiseLinearOperator
+from pinncurv.linops.layerwise import Joint, LayerwiseLinearOperator
 from pinncurv.linops.operator import (
     PyTorchLinearOperator,
     SymmetricLinearOperator,
@@ -86,9 +86,7 @@ class BlockFactorizedInverseLinearOperator(LayerwiseLinearOperator):
         self.factorizations = tuple(factorizations)
         self.reports = tuple(f.report for f in factorizations)
 
-    def _apply(
-        self, layer: int, X: Float[Tensor, "*K d_out d_joint"]
-    ) -> Float[Tensor, "*K d_out d_joint"]:
+    def _apply(self, layer: int, X: Joint) -> Joint:
         factorization = self.factorizations[layer]
         columns = X.reshape(-1, self.blocks[layer].numel).to(factorization.dtype).mT
         return factorization.solve(columns).mT.reshape(X.shape)

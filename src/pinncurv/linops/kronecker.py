@@ -13,8 +13,9 @@ from pinncurv.linops import policy
 from pinncurv.linops.blocks import Block
 from pinncurv.linops.eigenform import KroneckerBasis, KroneckerEigenLinearOperator
 from pinncurv.linops.factors import KroneckerFactors, add_dense, add_diagonals
-from pinncurv.linops.kronecker_inverse import cg_inverse, dense_inverse
-from pinncurv.linops.layerwise import LayerwiseLinearOperator, term_position
+from pinncurv.linops.inverses import factorize_damped_blocks
+from pinncurv.linops.kronecker_inverse import cg_inverse, in_double
+from pinncurv.linops.layerwise import Joint, LayerwiseLinearOperator, term_position
 from pinncurv.linops.operator import SymmetricLinearOperator, check_damping
 from pinncurv.linops.psd import EigenFactorization, eigh, symmetrize
 
@@ -30,8 +31,6 @@ class SumKroneckerLinearOperator(LayerwiseLinearOperator):
 
     Args:
         factors: ``factors[l][t]`` are the factors of layer l and term t.
-        blocks: The layers, which cover each parameter exactly once.
-        shapes: The shapes of all parameters.
         terms: Names of the terms, by default ``"0"``, ``"1"``, ….
 
     Raises:
@@ -90,9 +89,7 @@ class SumKroneckerLinearOperator(LayerwiseLinearOperator):
             [[layer[t]] for layer in self.factors], self.blocks, self._in_shape, [self.terms[t]]
         )
 
-    def _apply(
-        self, layer: int, X: Float[Tensor, "*K d_out d_joint"]
-    ) -> Float[Tensor, "*K d_out d_joint"]:
+    def _apply(self, layer: int, X: Joint) -> Joint:
         first, *others = self.factors[layer]
         Y = first.B @ X @ first.A
         for pair in others:
@@ -149,7 +146,7 @@ class SumKroneckerLinearOperator(LayerwiseLinearOperator):
         if len(self.terms) == 1:
             return self._eigenform().inverse(damping)
         if max(block.numel for block in self.blocks) <= policy.LARGEST_BLOCK:
-            return dense_inverse(self, damping)
+            return factorize_damped_blocks(in_double(self), damping, self.dtype, checked=True)
         return cg_inverse(self, damping)
 
     def _eigenform(self) -> KroneckerEigenLinearOperator:

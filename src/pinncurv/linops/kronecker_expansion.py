@@ -14,7 +14,7 @@ from pinncurv.linops.blocks import Block
 from pinncurv.linops.dense import DenseBlockDiagonalLinearOperator
 from pinncurv.linops.factors import KroneckerFactors, add_dense, add_diagonals
 from pinncurv.linops.inverses import BlockFactorizedInverseLinearOperator
-from pinncurv.linops.layerwise import LayerwiseLinearOperator
+from pinncurv.linops.layerwise import Joint, LayerwiseLinearOperator
 from pinncurv.linops.operator import check_damping
 
 
@@ -53,8 +53,6 @@ class KroneckerExpansionLinearOperator(LayerwiseLinearOperator):
 
     Args:
         products: Any positive number of products per layer.
-        blocks: The layers, which cover each parameter exactly once.
-        shapes: The shapes of all parameters.
         records: How the products were found.
     """
 
@@ -70,9 +68,7 @@ class KroneckerExpansionLinearOperator(LayerwiseLinearOperator):
         self.products = tuple(tuple(layer) for layer in products)
         self.records = tuple(records)
 
-    def _apply(
-        self, layer: int, X: Float[Tensor, "*K d_out d_joint"]
-    ) -> Float[Tensor, "*K d_out d_joint"]:
+    def _apply(self, layer: int, X: Joint) -> Joint:
         return torch.stack([p.B @ X @ p.A.mT for p in self.products[layer]]).sum(0)
 
     def block_to_dense(self, layer: int) -> Float[Tensor, "n n"]:

@@ -11,10 +11,6 @@ from pinncurv.linops import policy
 from pinncurv.linops.cg_inverse import CGInverseLinearOperator
 from pinncurv.linops.eigenform import KroneckerBasis, KroneckerCongruenceLinearOperator
 from pinncurv.linops.factors import merge
-from pinncurv.linops.inverses import (
-    BlockFactorizedInverseLinearOperator,
-    factorize_damped_blocks,
-)
 from pinncurv.linops.psd import symmetrize
 from pinncurv.linops.simultaneous import SimultaneousDiagonalization, diagonalize
 
@@ -32,13 +28,6 @@ def in_double(operator: SumKroneckerLinearOperator) -> SumKroneckerLinearOperato
     ]
     tensors = zip(operator.tensors(), names, strict=True)
     return operator.with_tensors([symmetrize(tensor, name) for tensor, name in tensors])
-
-
-def dense_inverse(
-    operator: SumKroneckerLinearOperator, damping: float
-) -> BlockFactorizedInverseLinearOperator:
-    """Return (C_l + λ I)⁻¹ with each layer's block as a dense matrix."""
-    return factorize_damped_blocks(in_double(operator), damping, operator.dtype, checked=True)
 
 
 def cg_inverse(

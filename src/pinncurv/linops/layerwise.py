@@ -12,6 +12,10 @@ from torch import Tensor
 from pinncurv.linops.blocks import Block, check_blocks, flat_positions, from_joint, to_joint
 from pinncurv.linops.operator import SymmetricLinearOperator
 
+Joint = Float[
+    Tensor, "*K d_out d_joint"
+]  # joint matrices, several at once with an axis of their own
+
 
 def term_position(terms: Sequence[str], term: int | str) -> int:
     """Return the position of a loss term that is given by its name or position.
@@ -54,9 +58,7 @@ class LayerwiseLinearOperator(SymmetricLinearOperator, ABC):
         check_blocks(self.blocks, self._in_shape)
 
     @abstractmethod
-    def _apply(
-        self, layer: int, X: Float[Tensor, "*K d_out d_joint"]
-    ) -> Float[Tensor, "*K d_out d_joint"]:
+    def _apply(self, layer: int, X: Joint) -> Joint:
         """Multiply one layer's block onto joint matrices."""
 
     @abstractmethod

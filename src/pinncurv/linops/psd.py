@@ -39,11 +39,6 @@ class FactorizationReport:
     eigenvalues: Float[Tensor, " n"] | None = None
 
     @property
-    def smallest_eigenvalue(self) -> float | None:
-        """The smallest eigenvalue before clipping, ``None`` if it was not computed."""
-        return None if self.eigenvalues is None else float(self.eigenvalues[0])
-
-    @property
     def clipped(self) -> int:
         """The number of eigenvalues that were below the floor."""
         return 0 if self.eigenvalues is None else int((self.eigenvalues < self.floor).sum())
@@ -64,12 +59,10 @@ class Factorization(ABC):
 
     @property
     def device(self) -> torch.device:
-        """The device of the factorization."""
         return self.root.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision of the factorization."""
         return self.root.dtype
 
     @abstractmethod

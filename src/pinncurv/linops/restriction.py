@@ -20,7 +20,7 @@ from pinncurv.linops.dense import (
 )
 from pinncurv.linops.inverses import Damped
 from pinncurv.linops.kronecker import SumKroneckerLinearOperator
-from pinncurv.linops.layerwise import LayerwiseLinearOperator
+from pinncurv.linops.layerwise import Joint, LayerwiseLinearOperator
 from pinncurv.linops.operator import PyTorchLinearOperator, SymmetricLinearOperator
 
 
@@ -168,9 +168,7 @@ class BlockDiagonalLinearOperator(LayerwiseLinearOperator):
                     f"{expected}, got {got}. Use restrict(operator, [block])."
                 )
 
-    def _apply(
-        self, layer: int, X: Float[Tensor, "*K d_out d_joint"]
-    ) -> Float[Tensor, "*K d_out d_joint"]:
+    def _apply(self, layer: int, X: Joint) -> Joint:
         blocks = self.selections[layer].blocks
         return to_joint(self.operators[layer] @ from_joint([X], blocks), blocks)[0]
 
