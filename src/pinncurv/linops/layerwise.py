@@ -12,9 +12,8 @@ from torch import Tensor
 from pinncurv.linops.blocks import Block, check_blocks, flat_positions, from_joint, to_joint
 from pinncurv.linops.operator import SymmetricLinearOperator
 
-Joint = Float[
-    Tensor, "*K d_out d_joint"
-]  # joint matrices, several at once with an axis of their own
+# joint matrices, of one vector or of K with an axis of their own
+Joint = Float[Tensor, "*K d_out d_joint"]
 
 
 def term_position(terms: Sequence[str], term: int | str) -> int:
