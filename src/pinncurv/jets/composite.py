@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,22 @@ def _axes(input: Jet, dim: int | Sequence[int] | None, name: str) -> tuple[int, 
     for axis in dims:
         free_dim(input, axis, name)
     return dims
+
+
+def _one_axis(input: Jet, dim: int | None, name: str) -> int:
+    """Return the axis that a function was given; torch's guesses may be that of the points."""
+    if dim is None:
+        raise ValueError(
+            f"torch.{name} on jets must be given its axis, got dim=None (in {calling_module()}). "
+            "Pass dim=-1, or another axis behind the points'."
+        )
+    _axes(input, dim, name)
+    return dim
+
+
+def _on_channels(tensor: Tensor, input: Jet) -> Tensor:
+    """View a tensor so that it meets the axis behind the points'."""
+    return tensor.reshape(*tensor.shape, *(1,) * (input.ndim - 2)) if input.ndim > 2 else tensor
 
 
 @register_rule(functional.layer_norm, torch.layer_norm)
@@ -80,52 +97,66 @@ def batch_norm(
             f"make every residual depend on all of them (in {calling_module()}). Call model.eval(),"
             " or use LayerNorm."
         )
-    trailing = (1,) * (input.ndim - 2)
-
-    def on_channels(tensor: Tensor) -> Tensor:
-        return tensor.reshape(*tensor.shape, *trailing) if trailing else tensor
-
-    result = (input - on_channels(running_mean)) * on_channels((running_var + eps).rsqrt())
-    result = result if weight is None else result * on_channels(weight)
-    return result if bias is None else result + on_channels(bias)
+    result = input - _on_channels(running_mean, input)
+    result = result * _on_channels((running_var + eps).rsqrt(), input)
+    result = result if weight is None else result * _on_channels(weight, input)
+    return result if bias is None else result + _on_channels(bias, input)
 
 
-def _shift(input: Jet, dim: int) -> Tensor:
-    """Return the largest value along an axis: what is subtracted before exp, without effect."""
+@register_rule(functional.group_norm)
+def group_norm(
+    input: Value,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Value:
+    """Normalize over groups of the axis behind the points', and all further axes."""
+    grouped = input.unflatten(1, (num_groups, -1)).flatten(2)
+    result = layer_norm(grouped, grouped.shape[2:], eps=eps).reshape(input.shape)
+    result = result if weight is None else result * _on_channels(weight, input)
+    return result if bias is None else result + _on_channels(bias, input)
+
+
+def _shift(input: Jet, dim: int | tuple[int, ...]) -> Tensor:
+    """Return the largest value along axes: what is subtracted before exp, without effect."""
     return input.value.detach().amax(dim, keepdim=True)
 
 
 @register_rule(torch.softmax, functional.softmax)
-def softmax(input: Value, dim: int, *args: Any, **kwargs: Any) -> Value:
+def softmax(
+    input: Value, dim: int | None = None, dtype: torch.dtype | None = None, *, _stacklevel: int = 3
+) -> Value:
     """Exponentials, normalized along an axis."""
-    _axes(input, dim, "softmax")
-    exponentials = (input - _shift(input, dim)).exp()
-    return exponentials / exponentials.sum(dim, keepdim=True)
+    axis = _one_axis(input, dim, "softmax")
+    input = input if dtype is None else input.to(dtype)
+    exponentials = (input - _shift(input, axis)).exp()
+    return exponentials / exponentials.sum(axis, keepdim=True)
 
 
 @register_rule(functional.softmin)
-def softmin(input: Value, dim: int, *args: Any, **kwargs: Any) -> Value:
+def softmin(input: Value, *args: Any, **kwargs: Any) -> Value:
     """The same of the negative."""
-    return softmax(-input, dim)
+    return softmax(-input, *args, **kwargs)
 
 
 @register_rule(torch.logsumexp)
 def logsumexp(input: Value, dim: int | Sequence[int], keepdim: bool = False) -> Value:
     """Logarithm of the sum of exponentials."""
     dims = _axes(input, dim, "logsumexp")
-    shift = input.value.detach().amax(dims, keepdim=True)
+    shift = _shift(input, dims)
     result = (input - shift).exp().sum(dims, keepdim=True).log() + shift
-    if keepdim:
-        return result
-    for axis in sorted((d % input.ndim for d in dims), reverse=True):
-        result = result.squeeze(axis)
-    return result
+    return result if keepdim else result.squeeze(dims)
 
 
 @register_rule(torch.log_softmax, functional.log_softmax)
-def log_softmax(input: Value, dim: int, *args: Any, **kwargs: Any) -> Value:
+def log_softmax(
+    input: Value, dim: int | None = None, dtype: torch.dtype | None = None, *, _stacklevel: int = 3
+) -> Value:
     """Logarithm of the softmax."""
-    return input - logsumexp(input, dim, keepdim=True)
+    axis = _one_axis(input, dim, "log_softmax")
+    input = input if dtype is None else input.to(dtype)
+    return input - logsumexp(input, axis, keepdim=True)
 
 
 @register_rule(functional.glu)
@@ -139,24 +170,34 @@ def glu(input: Value, dim: int = -1) -> Value:
 @register_rule(functional.prelu, torch.prelu)
 def prelu(input: Value, weight: Tensor) -> Value:
     """x for x > 0, weight · x otherwise; one weight, or one for each entry of the second axis."""
-    if weight.numel() > 1 and input.ndim > 2:
-        weight = weight.reshape(-1, *(1,) * (input.ndim - 2))
+    weight = weight if weight.numel() == 1 else _on_channels(weight, input)
     return torch.where(input > 0, input, input * weight)
 
 
-@register_rule(torch.norm, torch.linalg.vector_norm, torch.linalg.norm, Tensor.norm)
+@register_rule(torch.norm, torch.linalg.vector_norm)
 def norm(
     input: Value,
-    p: float | str | None = 2,
+    ord: float | str | None = 2,
     dim: int | Sequence[int] | None = None,
     keepdim: bool = False,
-    *,
-    ord: float | None = None,
+    out: None = None,
     dtype: torch.dtype | None = None,
+    *,
+    p: float | str | None = None,
 ) -> Value:
-    """The norm over axes, of order p (2 by default)."""
-    order = ord if ord is not None else p
+    """The norm of the entries over axes, of order ``ord``, which ``torch.norm`` calls p.
+
+    Raises:
+        NotImplementedError: Unless the order is a positive number.
+    """
+    order = ord if p is None else p
     order = 2 if order in (None, "fro") else order
+    if isinstance(order, str) or not order > 0:
+        raise NotImplementedError(
+            f"The order of the norm of a jet must be a positive number, got {order!r} (in "
+            f"{calling_module()}). Write the function as sums and products."
+        )
+    input = input if dtype is None else input.to(dtype)
     dims = _axes(input, dim, "norm")
     if order == 2:
         return input.square().sum(dims, keepdim=keepdim).sqrt()
@@ -164,7 +205,30 @@ def norm(
         return amax(input.abs(), dim, keepdim)
     if order == 1:
         return input.abs().sum(dims, keepdim=keepdim)
-    return (input.abs() ** order).sum(dims, keepdim=keepdim) ** (1 / order)  # type: ignore[operator]  # a number
+    return (input.abs() ** order).sum(dims, keepdim=keepdim) ** (1 / order)
+
+
+@register_rule(torch.linalg.norm)
+def linalg_norm(
+    input: Value,
+    ord: float | str | None = None,
+    dim: int | Sequence[int] | None = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Value:
+    """The norm over one axis, or Frobenius' over two.
+
+    Raises:
+        NotImplementedError: If it is another norm of matrices, as an order over two axes means.
+    """
+    number = input.ndim if dim is None else 1 if isinstance(dim, int) else len(dim)
+    if number == 2 and ord not in (None, "fro"):
+        raise NotImplementedError(
+            f"The norm of a matrix of jets must be Frobenius', got ord={ord!r} over two axes (in "
+            f"{calling_module()}). Use torch.linalg.vector_norm for the norm of the entries."
+        )
+    return norm(input, ord, dim, keepdim, dtype=dtype)
 
 
 @register_rule(functional.normalize)
@@ -172,7 +236,53 @@ def normalize(
     input: Value, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: None = None
 ) -> Value:
     """Divide by the norm along an axis."""
-    return input / norm(input, p, dim, keepdim=True).clamp(min=eps)
+    length = norm(input, p, dim, keepdim=True)
+    return input / torch.where(length > eps, length, eps)
+
+
+@register_rule(functional.cosine_similarity)
+def cosine_similarity(x1: Value, x2: Value, dim: int = 1, eps: float = 1e-8) -> Value:
+    """Σ_i x_i y_i / (|x| |y|) along an axis."""
+    axis = _from_the_end(dim, x1, x2)
+    first, second = (functional.normalize(x, dim=axis, eps=eps) for x in (x1, x2))
+    return (first * second).sum(axis)
+
+
+def _from_the_end(dim: int, *operands: Value) -> int:
+    """Count an axis of what operands are broadcast to from the end: it is that of each, too."""
+    ndim = max(operand.ndim for operand in operands)
+    return dim if dim < 0 else dim - ndim
+
+
+@register_rule(torch.linalg.vecdot)
+def vecdot(x: Value, y: Value, *, dim: int = -1) -> Value:
+    """Σ_i x_i y_i along an axis."""
+    return (x * y).sum(_from_the_end(dim, x, y))
+
+
+@register_rule(torch.cross)
+def cross(input: Value, other: Value, dim: int | None = None) -> Value:
+    """The vector product along an axis of size three."""
+    jet = input if isinstance(input, Jet) else other
+    axis = _from_the_end(_one_axis(jet, dim, "cross"), input, other)
+    left, right = ([1, 2, 0], [2, 0, 1])
+
+    def select(x: Value, order: list[int]) -> Value:
+        return x.index_select(axis, torch.tensor(order, device=x.device))
+
+    return select(input, left) * select(other, right) - select(input, right) * select(other, left)
+
+
+@register_rule(torch.linalg.cross)
+def linalg_cross(input: Value, other: Value, *, dim: int = -1) -> Value:
+    """The same along the last axis, if none is given."""
+    return cross(input, other, dim)
+
+
+@register_rule(torch.outer, torch.ger)
+def outer(input: Value, vec2: Value) -> Value:
+    """All products of a number at every point and the entries of a constant vector."""
+    return input.unsqueeze(-1) * vec2.unsqueeze(0)
 
 
 @register_rule(torch.maximum)
@@ -195,26 +305,40 @@ def gather(input: Jet, dim: int, index: Tensor) -> Jet:
 
 
 @register_rule(torch.amax)
-def amax(input: Jet, dim: int | Sequence[int] | None = None, keepdim: bool = False) -> Value:
-    """The largest entry along an axis; which one it is, is constant almost everywhere."""
-    (axis,) = _axes(input, dim, "amax")
-    largest: Value = gather(input, axis, input.value.argmax(axis, keepdim=True))
-    return largest if keepdim else largest.squeeze(axis)
+def amax(input: Value, dim: int | Sequence[int] | None = None, keepdim: bool = False) -> Value:
+    """The largest entry over axes; which one it is, is constant almost everywhere."""
+    dims = _axes(input, dim, "amax")
+    for axis in dims:
+        input = gather(input, axis, input.value.argmax(axis, keepdim=True))
+    return input if keepdim else input.squeeze(dims)
 
 
 @register_rule(torch.amin)
 def amin(input: Value, dim: int | Sequence[int] | None = None, keepdim: bool = False) -> Value:
-    """The smallest entry along an axis."""
+    """The smallest entry over axes."""
     return -amax(-input, dim, keepdim)
 
 
-@register_rule(torch.max)
-def max(input: Value, *args: Any, **kwargs: Any) -> Value:
-    """The larger of two, or the largest along an axis with its index."""
-    if args and isinstance(args[0], Jet | Tensor):
-        return maximum(input, args[0])
-    index = input.value.argmax(*args, **kwargs)
-    return torch.return_types.max((amax(input, *args, **kwargs), index))
+def _extreme(
+    choose: Callable[..., Value],
+    reduce: Callable[..., Value],
+    find: Callable[..., Tensor],
+    pair: Callable[..., Any],
+) -> Callable[..., Value]:
+    """Make the rule of max or min: of two, of all, or along an axis with its index."""
+
+    def rule(input: Value, dim: Any = None, keepdim: bool = False, *, other: Value = None) -> Value:
+        other = dim if isinstance(dim, Jet | Tensor) else other
+        if other is not None:
+            return choose(input, other)
+        value = reduce(input, dim, keepdim)
+        return value if dim is None else pair((value, find(input.value, dim, keepdim)))
+
+    return rule
+
+
+register_rule(torch.max)(_extreme(maximum, amax, torch.argmax, torch.return_types.max))
+register_rule(torch.min)(_extreme(minimum, amin, torch.argmin, torch.return_types.min))
 
 
 @register_rule(torch.cumsum)
@@ -224,20 +348,28 @@ def cumsum(input: Jet, dim: int) -> Jet:
 
 
 @register_rule(torch.var)
-def var(input: Value, dim: Any = None, *, correction: float = 1, keepdim: bool = False) -> Value:
+def var(
+    input: Value,
+    dim: int | Sequence[int] | None = None,
+    unbiased: bool | None = None,
+    keepdim: bool = False,
+    *,
+    correction: float | None = 1,
+) -> Value:
     """The variance over axes."""
+    if isinstance(dim, bool):  # torch.var(x, unbiased)
+        dim, unbiased = None, dim
     dims = _axes(input, dim, "var")
-    number = 1
-    for axis in dims:
-        number *= input.shape[axis]
+    number = math.prod(input.shape[axis] for axis in dims)
+    fewer = float(unbiased) if unbiased is not None else 1 if correction is None else correction
     centred = input - input.mean(dims, keepdim=True)
-    return centred.square().sum(dims, keepdim=keepdim) / (number - correction)
+    return centred.square().sum(dims, keepdim=keepdim) / (number - fewer)
 
 
 @register_rule(torch.std)
-def std(input: Value, dim: Any = None, *, correction: float = 1, keepdim: bool = False) -> Value:
+def std(input: Value, *args: Any, **kwargs: Any) -> Value:
     """The standard deviation over axes."""
-    return var(input, dim, correction=correction, keepdim=keepdim).sqrt()
+    return var(input, *args, **kwargs).sqrt()
 
 
 @register_rule(torch.lerp)
@@ -263,6 +395,45 @@ def bilinear(input1: Value, input2: Value, weight: Tensor, bias: Tensor | None =
     """Σ_ij w_oij x_i y_j."""
     result = torch.einsum("n...i,oij,n...j->n...o", input1, weight, input2)
     return result if bias is None else result + bias
+
+
+@register_rule(functional.conv1d)
+def conv1d(
+    input: Value,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Value:
+    """Σ_ck w_ock x_c(l + k), along the last axis of ``[N, channels, length]``.
+
+    Raises:
+        ValueError: If the points would be the channels.
+        NotImplementedError: With several groups of channels.
+    """
+    if input.ndim != 3:
+        raise ValueError(
+            "The input of torch.conv1d must be [N, channels, length], got shape "
+            f"{tuple(input.shape)} (in {calling_module()}). Insert an axis with unsqueeze(1)."
+        )
+    if groups != 1:
+        raise NotImplementedError(
+            f"torch.conv1d on jets must have one group of channels, got groups={groups} (in "
+            f"{calling_module()}). Split the channels and convolve each group."
+        )
+    stride, dilation = (v if isinstance(v, int) else v[0] for v in (stride, dilation))
+    span = dilation * (weight.shape[-1] - 1)
+    if isinstance(padding, str):
+        before, total = (span // 2, span) if padding == "same" else (0, 0)
+    else:
+        before = padding if isinstance(padding, int) else padding[0]
+        total = 2 * before
+    padded = functional.pad(input, (before, total - before))
+    windows = padded.unfold(-1, span + 1, stride)[..., ::dilation]
+    result = torch.einsum("nclk,ock->nol", windows, weight)
+    return result if bias is None else result + bias.unsqueeze(-1)
 
 
 @register_rule(functional.scaled_dot_product_attention)

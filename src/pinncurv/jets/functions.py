@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, count, cycle
 
 import torch
@@ -11,7 +11,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from pinncurv.jets.bilinear import mul
-from pinncurv.jets.elementwise import elementwise_rule, register_elementwise
+from pinncurv.jets.elementwise import (
+    DerivativesFunction,
+    elementwise_rule,
+    register_elementwise,
+)
 from pinncurv.jets.jet import Jet, register_rule
 
 
@@ -128,8 +132,20 @@ def cosh(x: Tensor) -> Iterator[Tensor]:
 def atan(x: Tensor) -> Iterator[Tensor]:
     """atan: f' = 1 / (1 + x²)."""
     yield torch.atan(x)
+    yield from _power_of_one_plus_square(x, -1.0)
+
+
+@register_elementwise(torch.asinh, torch.arcsinh)
+def asinh(x: Tensor) -> Iterator[Tensor]:
+    """asinh: f' = 1 / sqrt(1 + x²)."""
+    yield torch.asinh(x)
+    yield from _power_of_one_plus_square(x, -0.5)
+
+
+def _power_of_one_plus_square(x: Tensor, exponent: float) -> Iterator[Tensor]:
+    """(1 + x²)^p and its derivatives."""
     inner = (2 * x, torch.full_like(x, 2.0))
-    yield from _compose(_power_derivatives(1 + x * x, -1.0), inner)
+    return _compose(_power_derivatives(1 + x * x, exponent), inner)
 
 
 @register_elementwise(torch.expm1, torch.special.expm1)
@@ -386,11 +402,34 @@ def absolute(x: Tensor) -> Iterator[Tensor]:
     yield from _piecewise_constant(torch.sign(x))
 
 
-@register_elementwise(torch.sign, piecewise_linear=True)
-def sign(x: Tensor) -> Iterator[Tensor]:
-    """Sign, constant almost everywhere."""
-    yield torch.sign(x)
-    yield from _piecewise_constant(torch.zeros_like(x))
+@register_elementwise(functional.hardsigmoid, piecewise_linear=True)
+def hardsigmoid(x: Tensor) -> Iterator[Tensor]:
+    """x/6 + 1/2, cut off outside [0, 1]."""
+    yield functional.hardsigmoid(x)
+    yield from _piecewise_constant((x.abs() < 3).to(x.dtype) / 6)
+
+
+@register_elementwise(functional.hardswish)
+def hardswish(x: Tensor) -> Iterator[Tensor]:
+    """x times the above."""
+    yield functional.hardswish(x)
+    between = x.abs() < 3
+    yield torch.where(between, x / 3 + 0.5, (x > 0).to(x.dtype))
+    yield from _piecewise_constant(between.to(x.dtype) / 3)
+
+
+def _step(function: Callable[..., Tensor]) -> DerivativesFunction:
+    """Make the derivatives of a function that is constant almost everywhere."""
+
+    def derivatives(x: Tensor, **kwargs: int) -> Iterator[Tensor]:
+        yield function(x, **kwargs)
+        yield from _piecewise_constant(torch.zeros_like(x))
+
+    return derivatives
+
+
+for _function in (torch.sign, torch.sgn, torch.floor, torch.ceil, torch.round, torch.trunc):
+    register_elementwise(_function, piecewise_linear=True)(_step(_function))
 
 
 def _piecewise_constant(slope: Tensor) -> Iterator[Tensor]:

@@ -159,6 +159,25 @@ def narrow(input: Jet, dim: int, start: int, length: int) -> Jet:
     return input.like(input.data.narrow(axis, start, length))
 
 
+@register_rule(Tensor.unfold)
+def unfold(input: Jet, dimension: int, size: int, step: int) -> Jet:
+    """View all windows of one axis."""
+    axis = free_dim(input, dimension, "Tensor.unfold")
+    return input.like(input.data.unfold(axis, size, step))
+
+
+@register_rule(functional.pad)
+def pad(input: Jet, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Jet:
+    """Extend the last axes; a constant enters the value only."""
+    if len(pad) // 2 >= input.ndim and any(pad[2 * (input.ndim - 1) :]):
+        point_axis_mixed(input, "nn.functional.pad")
+    if mode != "constant":  # the modes take a limited number of axes
+        data = functional.pad(input.data.flatten(0, 1), list(pad), mode)
+        return input.like(data.unflatten(0, (input.layout.S, -1)))
+    data = functional.pad(input.data[1:], list(pad))
+    return input.like(torch.cat([functional.pad(input.data[:1], list(pad), value=value), data]))
+
+
 @register_rule(torch.select)
 def select(input: Jet, dim: int, index: int) -> Jet:
     """Take one slice of one axis."""
