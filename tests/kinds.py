@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -177,6 +179,194 @@ class Two(nn.Module):
         return {"u": self.u(x), "p": self.p(x)}
 
 
+# --- less usual ones, of which each meets some of the terms only -----------------------------------
+
+
+class LayerNormed(nn.Module):
+    """LayerNorm between layers, and a slope."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lift, self.norm, self.head = nn.Linear(2, 4), nn.LayerNorm(4), nn.Linear(4, 1)
+        self.slope = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.sin(self.slope * self.norm(torch.tanh(self.lift(x)))))
+
+
+class BatchNormed(nn.Module):
+    """BatchNorm in eval mode, with statistics that are not 0 and 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lift, self.norm, self.head = nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1)
+        self.norm.running_mean.copy_(torch.tensor([0.3, -0.2, 0.1]))
+        self.norm.running_var.copy_(torch.tensor([0.5, 2.0, 1.3]))
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.norm(self.lift(x))))
+
+
+class WeightNormed(nn.Module):
+    """Weight normalization of every layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        normed = nn.utils.parametrizations.weight_norm
+        self.lift, self.head = normed(nn.Linear(2, 3)), normed(nn.Linear(3, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.lift(x)))
+
+
+class Anchored(nn.Module):
+    """N(x) - N(0): every layer acts on jets and on something that is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1, bias=False))
+        self.register_buffer("origin", torch.zeros(1, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) - self.net(self.origin)
+
+
+class TwoRoles(nn.Module):
+    """A weight of a linear layer that also enters by its norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lift, self.head = nn.Linear(2, 3), nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.lift(x))) / (1 + self.lift.weight.square().sum())
+
+
+class Sliced(nn.Module):
+    """One tensor of which parts are weights, and one entry a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.W, self.head = nn.Parameter(torch.randn(5, 3)), nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(x @ self.W[:2]) + torch.sin(torch.cos(x) @ self.W[2:4])
+        return self.head(h) + self.W[4, 0]
+
+
+class Splines(nn.Module):
+    """A Kolmogorov-Arnold network: trained sums of fixed functions on every edge."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(2, 3, 3))
+        self.second = nn.Parameter(torch.randn(3, 1, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for c in (self.first, self.second):
+            basis = torch.stack([torch.sin(x), torch.tanh(x), x], -1)
+            x = torch.einsum("nik,iok->no", basis, c)
+        return x
+
+
+class Centres(nn.Module):
+    """Radial functions around trained centres."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.centres, self.width = nn.Parameter(torch.randn(4, 2)), nn.Parameter(torch.randn(4))
+        self.head = nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        r = (x[:, None, :] - self.centres).square().sum(-1)
+        return self.head(torch.exp(-r * self.width.exp()))
+
+
+class Attending(nn.Module):
+    """Attention over the coordinates, with a trained temperature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(1, 2), nn.Linear(1, 2), nn.Linear(1, 3)
+        self.temperature, self.head = nn.Parameter(torch.tensor(0.9)), nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = x[..., None]
+        scores = self.q(z) @ self.k(z).transpose(-1, -2) * self.temperature
+        return self.head((torch.softmax(scores, -1) @ self.v(z)).sum(1))
+
+
+class Tokens(nn.Module):
+    """A layer on two tokens of every point, each with gates of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lift, self.token, self.head = nn.Linear(2, 4), nn.Linear(2, 3), nn.Linear(3, 1)
+        self.gates = nn.Parameter(torch.ones(2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = torch.tanh(self.lift(x)).reshape(-1, 2, 2)
+        return self.head((torch.tanh(self.token(tokens)) * self.gates).mean(1))
+
+
+class Hyper(nn.Module):
+    """A weight that another layer makes of a latent code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch, self.code = nn.Linear(3, 6), nn.Parameter(torch.randn(3))
+        self.head = nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(x @ self.branch(self.code).reshape(2, 3)))
+
+
+class Steps(nn.Module):
+    """One layer used three times, with a trained step length; a frozen weight, a trained bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lift, self.step, self.head = nn.Linear(2, 3), nn.Linear(3, 3), nn.Linear(3, 1)
+        self.lift.weight.requires_grad_(False)
+        self.length = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.lift(x)
+        for _ in range(3):
+            h = h + self.length * torch.tanh(self.step(h))
+        return self.head(h)
+
+
+class Pair(nn.Module):
+    """A tuple of outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
+        self.scale = nn.Parameter(torch.tensor(0.4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        u = self.net(x)
+        return self.scale * u, u * x[:, :1]
+
+
+UNUSUAL: dict[str, Callable[[], nn.Module]] = {
+    "layer_norm": LayerNormed,
+    "batch_norm": BatchNormed,
+    "weight_norm": WeightNormed,
+    "anchored": Anchored,
+    "two_roles": TwoRoles,
+    "sliced": Sliced,
+    "splines": Splines,
+    "centres": Centres,
+    "attention": Attending,
+    "tokens": Tokens,
+    "hyper": Hyper,
+    "steps": Steps,
+    "pair": Pair,
+}
+
 KINDS: dict[str, Callable[[], nn.Module]] = {
     "slopes": Slopes,
     "pirate": Pirate,
@@ -194,7 +384,7 @@ def build(kind: str | Callable[[], nn.Module], seed: int = 0) -> nn.Module:
     """Return a network of a kind in float64, with parameters of order one."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = (KINDS[kind] if isinstance(kind, str) else kind)().double()
+        model = ((KINDS | UNUSUAL)[kind] if isinstance(kind, str) else kind)().double()
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=0.7)
     return model
@@ -272,6 +462,17 @@ TERMS: dict[str, Callable[[], LossTerm]] = {
     ),
     "inverse": trained_term,
 }
+
+
+def on_outputs(term: LossTerm, *outputs: int) -> LossTerm:
+    """Return the term with operators that act on these outputs in turn."""
+    operators = {}
+    for operator, of, name in zip(
+        term.operators.values(), itertools.cycle(outputs), term.operators, strict=False
+    ):
+        operators[name] = copy.copy(operator)
+        object.__setattr__(operators[name], "of", of)  # replace() has no way to some of them
+    return replace(term, operators=operators)
 
 
 def system() -> list[LossTerm]:

@@ -8,6 +8,9 @@ public attributes only.
 from __future__ import annotations
 
 import copy
+import itertools
+import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +18,29 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import functional_call, jacfwd, jacrev
-from torch.nn import Linear, Module
+from torch.nn import Linear, Module, functional
+from torch.overrides import TorchFunctionMode
 
 RTOL = 1e-9
+
+
+class ByHand(TorchFunctionMode):
+    """LayerNorm written out.
+
+    Nested derivatives of torch's own are wrong, from the second on and differently for every order
+    of jacfwd and jacrev: see test_orders.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return (_layer_norm if func is functional.layer_norm else func)(*args, **(kwargs or {}))
+
+
+def _layer_norm(x: Tensor, shape, weight=None, bias=None, eps: float = 1e-5) -> Tensor:
+    dims = tuple(range(-len(shape), 0))
+    centred = x - x.mean(dims, keepdim=True)
+    y = centred / (centred.square().mean(dims, keepdim=True) + eps).sqrt()
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
 
 
 def assert_close(received: Tensor, expected: Tensor, rtol: float = RTOL) -> None:
@@ -142,7 +165,8 @@ def at_point(model: Module, parameters: Mapping[str, Tensor]) -> Callable[[Tenso
     own = {name: value for name, value in parameters.items() if name in names}
 
     def u(x: Tensor) -> Any:
-        output = functional_call(model, own, (x[None],))
+        with ByHand():
+            output = functional_call(model, own, (x[None],))
         if isinstance(output, dict):
             return {key: part[0] for key, part in output.items()}
         return tuple(part[0] for part in output) if isinstance(output, tuple) else output[0]
@@ -356,7 +380,8 @@ class _Perturbed:
 
         handles = [module.register_forward_hook(hook) for module in self.names]
         try:
-            output = functional_call(self.model, self.parameters, (x[None],))[0]
+            with ByHand():
+                output = functional_call(self.model, self.parameters, (x[None],))[0]
         finally:
             for handle in handles:
                 handle.remove()
@@ -408,6 +433,106 @@ def layers(term: Any, model: Module, x: Tensor) -> dict[str, Layer]:
             total[0].append(torch.cat(Zs))
             total[1].append(torch.cat(Gs, 1))
     return {name: Layer(torch.stack(Z), torch.stack(G, 1)) for name, (Z, G) in found.items()}
+
+
+# --- the same for channels of any order, in the standard basis ------------------------------------
+
+Channel = Mapping[tuple[int, ...], float]  # Σ_α c_α ∂^α, with sorted α
+
+
+def requested(operator: Any, d: int) -> list[Channel]:
+    """Return the derivatives that an operator with constant coefficients names."""
+    kind = _kind(operator)
+    dims = list(range(d)) if getattr(operator, "dims", None) is None else list(operator.dims)
+    if kind == "Value":
+        return [{(): 1.0}]
+    if kind == "Partial":
+        return [{tuple(sorted(dims)): 1.0}]
+    if kind in ("Gradient", "Divergence"):
+        return [{(i,): 1.0} for i in dims]
+    if kind == "Hessian":
+        return [{pair: 1.0} for pair in itertools.combinations_with_replacement(dims, 2)]
+    if kind == "Laplacian":
+        return [{(i, i): 1.0 for i in dims}]
+    assert kind == "Bilaplacian", kind
+    return [Counter(tuple(sorted((i, i, j, j))) for i in dims for j in dims)]
+
+
+def channels_of(operators: Mapping[str, Any], d: int) -> list[Channel]:
+    """Return what must be propagated: all that is below what is named, and the named sums.
+
+    By Faà di Bruno's formula ∂^α f(g) takes the ∂^β g with β ≤ α; β = α enters it linearly.
+    """
+    named = [c for operator in operators.values() for c in requested(operator, d)]
+    below = {
+        beta
+        for channel in named
+        for alpha in channel
+        for k in range(len(alpha))
+        for beta in itertools.combinations(alpha, k)
+    } | {()}
+    lower: list[Channel] = [{beta: 1.0} for beta in sorted(below)]
+    sums: list[Channel] = []
+    for channel in named:
+        if channel not in lower and channel not in sums:
+            sums.append(channel)
+    return lower + sums
+
+
+def _derivatives_of(function: Callable[[Tensor], Tensor], x: Tensor, channel: Channel) -> Tensor:
+    terms = [
+        c * all_derivatives(function, x, len(alpha))[(..., *alpha)] for alpha, c in channel.items()
+    ]
+    return sum(terms[1:], terms[0])
+
+
+def _monomials(channel: Channel, t: Tensor) -> Tensor:
+    """Return a polynomial of which this channel is 1 at 0, and what is below it 0."""
+    total = t.new_zeros(())
+    for alpha, c in channel.items():
+        factorials = math.prod(math.factorial(k) for k in Counter(alpha).values())
+        total = total + c * math.prod((t[i] for i in alpha), start=t.new_ones(())) / factorials
+    return total / sum(c * c for c in channel.values())
+
+
+def layers_of_any_order(term: Any, model: Module, x: Tensor) -> dict[str, Layer]:
+    """Return Z and G of every linear layer as ``layers`` does, for operators of any order."""
+    network, (N, d) = _Perturbed(model), x.shape
+    channels = channels_of(term.operators, d)
+    S, found = len(channels), {}
+    for n in range(N):
+        calls = network.run(x[n], lambda k, y: torch.zeros_like(y))[1]
+
+        def scaled(eps: list[Tensor], n=n) -> Tensor:
+            def perturb(point: Tensor) -> Callable[[int, Tensor], Tensor]:
+                factors = torch.stack([_monomials(c, point - x[n]) for c in channels])
+                return lambda call, _: (factors @ eps[call])[None]
+
+            def u(point: Tensor) -> Tensor:
+                return network.run(point, perturb(point))[0]
+
+            return (point_weight(term, x, n) / N).sqrt() * residual_at(term, u, x, n)
+
+        G = jacrev(scaled)([x.new_zeros(S, len(output)) for _, _, output in calls])
+        for k, (name, _, _) in enumerate(calls):
+
+            def layer_input(point: Tensor, k=k) -> Tensor:
+                return network.run(point, lambda _, y: torch.zeros_like(y))[1][k][1]
+
+            Z = torch.stack([_derivatives_of(layer_input, x[n], c) for c in channels])
+            if model.get_submodule(name).bias is not None:
+                Z = torch.cat([Z, torch.eye(S, 1, dtype=x.dtype)], 1)  # () comes first
+            Zs, Gs = found.setdefault((name, n), ([], []))
+            Zs.append(Z)
+            Gs.append(G[k])
+    names = dict.fromkeys(name for name, _ in found)
+    return {
+        name: Layer(
+            torch.stack([torch.cat(found[name, n][0]) for n in range(N)]),
+            torch.stack([torch.cat(found[name, n][1], 1) for n in range(N)], 1),
+        )
+        for name in names
+    }
 
 
 def kfac_expand(layer: Layer) -> tuple[Tensor, Tensor]:

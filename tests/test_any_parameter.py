@@ -1,5 +1,6 @@
 """Any trained tensor, derivatives of any order: operators are exact against nested torch.func."""
 
+import functools
 import inspect
 import itertools
 
@@ -9,8 +10,10 @@ from torch import nn
 
 from pinncurv import presets
 from pinncurv.curvature import (
+    EKFAC,
     KFAC,
     BlockDiagonalGaussNewton,
+    ChannelKronecker,
     DiagonalGaussNewton,
     GaussNewton,
     Hessian,
@@ -18,6 +21,7 @@ from pinncurv.curvature import (
     Kernel,
     MatrixFreeGaussNewton,
     Objective,
+    OptimalKronecker,
     coverage,
 )
 from pinncurv.diffops import Bilaplacian, Laplacian, Partial, Plan, Value
@@ -26,7 +30,7 @@ from pinncurv.linops import Damped, FactorDamping, flat_positions, trace_norm
 from pinncurv.optim import CurvatureOptimizer, FixedStep
 from pinncurv.problems import Fixed, LossTerm
 from tests import oracles
-from tests.kinds import KINDS, TERMS, Two, build, system
+from tests.kinds import KINDS, TERMS, UNUSUAL, Two, build, on_outputs, system
 from tests.networks import points
 
 # torch's own vmap of a weight normalization, in the oracle
@@ -36,11 +40,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 def pairwise() -> list[tuple[str, str, int | None]]:
     """Return cases in which every two of network, term and chunk size meet."""
     kinds, terms, chunks = list(KINDS), list(TERMS), [None, 2, 1]
-    cheap = {"normalized", "neumann"}  # piecewise linear, or one order of its own: to order two
+    room = {"neumann": 3}  # takes one order of its own
     cases = []
     for i, (kind, term) in enumerate(itertools.product(kinds, terms)):
         order = {"kuramoto": 4, "biharmonic": 4, "kdv": 3, "mixed": 3}.get(term, 2)
-        if not (kind in cheap and order > 2):
+        if order <= room.get(kind, 4):
             cases.append((kind, term, chunks[(i // len(terms) + i) % 3]))
     return cases
 
@@ -50,6 +54,8 @@ def pairwise() -> list[tuple[str, str, int | None]]:
 def test_jacobian(kind, term, chunk_size):
     """Residual, Jacobian and gradient; with them follow all operators, see below."""
     model, loss_term, x = build(kind), TERMS[term](), points()
+    if kind == "pair":
+        loss_term = on_outputs(loss_term, 0, 1)
     wanted = oracles.jacobian(loss_term, model, x)
     objective = Objective(model, [loss_term], [x], chunk_size)
     linearized = objective.linearize()
@@ -62,7 +68,37 @@ def test_jacobian(kind, term, chunk_size):
     oracles.assert_close(torch.cat([g.flatten() for g in by_autograd]), gradient)
 
 
-QUICK = [("slopes", "kdv"), ("fourier", "inverse"), ("tied", "biharmonic"), ("deeponet", "mixed")]
+def rotating() -> list[tuple[str, str, int | None]]:
+    """Return two terms for each of the less usual networks, of which one is of order 3 or 4."""
+    high, low = (
+        itertools.cycle(["kdv", "biharmonic", "mixed"]),
+        itertools.cycle(["inverse", "wave"]),
+    )
+    chunks = itertools.cycle([None, 2, 1])
+    return [(kind, next(t), next(chunks)) for kind in UNUSUAL for t in (high, low)]
+
+
+@pytest.mark.parametrize(("kind", "term", "chunk_size"), rotating())
+def test_jacobian_of_less_usual_networks(kind, term, chunk_size):
+    test_jacobian(kind, term, chunk_size)
+
+
+QUICK = [
+    ("slopes", "kdv"),
+    ("fourier", "inverse"),
+    ("tied", "biharmonic"),
+    ("deeponet", "mixed"),
+    ("layer_norm", "kdv"),
+    ("anchored", "inverse"),
+]
+
+
+@functools.cache
+def oracle_jacobian(kind, term):
+    """Return the rows of the term and of another, in all tensors of both."""
+    model, terms, batch = build(kind), [TERMS[term](), TERMS["first"]()], [points(), points(4)]
+    pairs = zip(terms, batch, strict=True)
+    return torch.cat([oracles.jacobian(t, model, x, *terms) for t, x in pairs])
 
 
 @pytest.mark.parametrize("chunk_size", [None, 2])
@@ -70,10 +106,8 @@ QUICK = [("slopes", "kdv"), ("fourier", "inverse"), ("tied", "biharmonic"), ("de
 def test_operators(kind, term, chunk_size):
     model, terms, batch = build(kind), [TERMS[term](), TERMS["first"]()], [points(), points(4)]
     linearized = Objective(model, terms, batch, chunk_size).linearize()
-    G = oracles.gauss_newton(terms, model, batch)
-    J = torch.cat(
-        [oracles.jacobian(t, model, x, *terms) for t, x in zip(terms, batch, strict=True)]
-    )
+    J = oracle_jacobian(kind, term)
+    G = J.T @ J
     eye = torch.eye(len(G), dtype=torch.float64)
     oracles.assert_close(GaussNewton()(linearized).to_dense(), G)
     oracles.assert_close(MatrixFreeGaussNewton()(linearized) @ eye, G)
@@ -131,16 +165,37 @@ def test_kfac_is_exact_where_there_are_no_factors(kind):
             oracles.assert_close(inverse[index], torch.linalg.inv(damped))
 
 
+RELATIVES = [EKFAC(), OptimalKronecker(), ChannelKronecker()]
+
+
+@pytest.mark.parametrize("kind", ["layer_norm", "deeponet"])
+@pytest.mark.parametrize("recipe", RELATIVES, ids=lambda recipe: type(recipe).__name__)
+def test_relatives_of_kfac_are_exact_where_there_are_no_factors(recipe, kind):
+    terms, batch = [TERMS["inverse"](), TERMS["first"]()], [points(), points(4)]
+    linearized = Objective(build(kind), terms, batch).linearize()
+    J, space = oracle_jacobian(kind, "inverse"), linearized.space
+    received = recipe(linearized).to_dense()
+    exact = 0
+    positions = flat_positions(space.blocks, space.shapes)
+    for block, position in zip(space.blocks, positions, strict=True):
+        if not block.kronecker:
+            index, exact = (position[:, None], position), exact + 1
+            oracles.assert_close(received[index], (J.T @ J)[index])
+    assert exact >= 3
+
+
 @pytest.mark.parametrize(
     "name", sorted(n for n in vars(presets) if inspect.isfunction(getattr(presets, n)))
 )
 def test_presets_step(name):
-    model, terms, batch = build("slopes"), [TERMS["inverse"](), TERMS["first"]()], [points(20)] * 2
+    terms, batch = [TERMS["inverse"](), TERMS["first"]()], [points(20)] * 2
+    model = build("layer_norm")  # with a slope, and a coefficient in the residual
     objective = Objective(model, terms, batch)
     optimizer = getattr(presets, name)(objective.parameters())
     before = [p.clone() for p in objective.parameters()]
     records = [optimizer.step(objective) for _ in range(2)]
-    assert records[0].accepted, records[0].reason
+    for record in records:
+        assert record.accepted, record.reason
     assert records[-1].new_loss < records[0].loss
     assert not any(map(torch.equal, before, objective.parameters()))
 
@@ -235,6 +290,35 @@ def test_large_dense_blocks_are_refused_by_name():
     match = r"dense_limit = 2 rows, but b has 3 entries .* freeze it, raise dense_limit"
     with pytest.raises(ValueError, match=match):
         KFAC(dense_limit=2)(linearized)
+
+
+@pytest.mark.parametrize("recipe", RELATIVES[:2], ids=lambda recipe: type(recipe).__name__)
+def test_relatives_of_kfac_refuse_large_dense_blocks(recipe):
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lift, self.head = nn.Linear(2, 4100), nn.Linear(4100, 1)
+            self.slopes = nn.Parameter(torch.ones(4100))
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.slopes * self.lift(x)))
+
+    linearized = Objective(Wide().double(), [TERMS["first"]()], [points()]).linearize()
+    with pytest.raises(ValueError, match=r"slopes has 4100 entries"):
+        recipe(linearized)
+
+
+def test_a_trained_exponent_is_refused():
+    class Power(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.p = nn.Linear(2, 1), nn.Parameter(torch.tensor(1.5))
+
+        def forward(self, x):
+            return torch.exp(self.net(x)) ** self.p
+
+    with pytest.raises(NotImplementedError, match=r"exponent .* Write torch\.exp"):
+        Objective(Power().double(), [TERMS["first"]()], [points()])
 
 
 def test_unused_parameters_are_refused_by_name():
