@@ -179,7 +179,7 @@ class Two(nn.Module):
         return {"u": self.u(x), "p": self.p(x)}
 
 
-# --- less usual ones, of which each meets some of the terms only -----------------------------------
+# --- less usual ones, of which each meets some of the terms only ---------------------------------
 
 
 class LayerNormed(nn.Module):

@@ -45,8 +45,8 @@ def waves(x):
 def along(x, *directions):
     """∂_v1 ... ∂_vK u_k = Π (a_k · v) exp(a_k · x) + Π (b_k · v) sin(b_k · x + K π/2), [N, 3]."""
     a, b = torch.ones(len(x), 3).double(), torch.ones(len(x), 3).double()
-    for v in directions:
-        v = v.expand(len(x), D)
+    for direction in directions:
+        v = direction.expand(len(x), D)
         a, b = a * (v @ A.T), b * (v @ B.T)
     return a * torch.exp(x @ A.T) + b * torch.sin(x @ B.T + len(directions) * math.pi / 2)
 

@@ -142,8 +142,9 @@ class CurvatureSettings(ABC):
     """Steps between two estimates of the curvature."""
     inverse_every: int = 1
     """Steps between two inversions."""
-    max_halvings: int = 30
-    """How often an update that raises the loss is halved before it is rejected."""
+    max_halvings: int | None = None
+    """How often an update that raises the loss is halved before it is rejected (30), unless the
+    damping rule retries with more damping instead."""
     lr: float = 1.0
     """Multiplies every update."""
 

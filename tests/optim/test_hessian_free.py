@@ -18,7 +18,6 @@ from pinncurv.linops import Damped, DenseLinearOperator, FactorDamping, trace_no
 from pinncurv.linops.cg import CGIterate, CGRecord, CGResult
 from pinncurv.optim import (
     CurvatureOptimizer,
-    Descent,
     FixedStep,
     GridLineSearch,
     HeavyBall,
@@ -41,10 +40,10 @@ def like(vector, model):
     return [part.view_as(p) for part, p in zip(parts, model.parameters(), strict=True)]
 
 
-def descent(model, recipe=TRUNCATED) -> Descent:
+def descent(model, recipe=TRUNCATED) -> Situation:
     linearized = poisson(model).linearize()
     inverse = recipe(matrix_free(linearized.linearizations))
-    return Descent(linearized, linearized.gradient(), inverse)
+    return Situation(linearized, linearized.gradient(), inverse)
 
 
 # --- warm starts ----------------------------------------------------------------------------------
@@ -69,7 +68,7 @@ def test_a_converged_solve_forgets_its_start():
     model = network()
     exact = PreconditionedCG(1e-2, tolerance=1e-13, max_iterations=None, stop=None)
     previous = like(torch.ones_like(flat(model)), model)
-    dense = Descent(
+    dense = Situation(
         (linearized := poisson(model).linearize()),
         linearized.gradient(),
         Damped(1e-2)(GaussNewton()(linearized.linearizations)),
@@ -140,7 +139,7 @@ def test_goes_back_while_the_loss_falls(losses, taken, tried):
         return losses[seen[-1] - 1]
 
     gradient, linearized = [torch.zeros(1, 1)], linear_fit(1.0).linearize()
-    at = Situation(9.0, linearized, gradient, gradient, None, 0.0, try_update, Iterates(1, 2, 3, 4))
+    at = Situation(linearized, gradient, Iterates(1, 2, 3, 4), try_update=try_update)
     proposal = CGBacktracking().propose(at)
     assert seen == tried
     assert (proposal.step_size, proposal.momentum) == (1.0, 0.0)

@@ -11,12 +11,12 @@ from pinncurv.curvature.woodbury import KernelInverseLinearOperator, Woodbury
 from pinncurv.linops import Damped
 from pinncurv.optim import (
     CurvatureOptimizer,
-    Descent,
     ExponentialAverage,
     FixedStep,
     HeavyBall,
     Intervals,
     QuadraticModel,
+    Situation,
     Spring,
     offers,
 )
@@ -193,7 +193,7 @@ def test_steps_of_a_descent():
     before = values(offset)
     operator = matrix_free(linearized.linearizations)
     for inverse in (Woodbury(LAM)(operator), GaussNewton()(linearized.linearizations).inverse(LAM)):
-        descent = Descent(linearized, linearized.gradient(), inverse)
+        descent = Situation(linearized, linearized.gradient(), inverse)
         for v, shift in ((None, 0), (offset, J @ flat(offset))):
             expected = -torch.linalg.solve(C, J.T @ (r + shift))
             torch.testing.assert_close(flat(descent.step(v)), expected, rtol=1e-8, atol=1e-10)

@@ -26,15 +26,8 @@ from tests.optim.cases import Calls, fixed, flat, network, poisson, set_flat, va
 
 def situation(objective, direction, previous=None, damping=0.0, try_update=None) -> Situation:
     linearized = objective.linearize()
-    return Situation(
-        sum(linearized.term_losses.values()),
-        linearized,
-        linearized.gradient(),
-        direction,
-        previous,
-        damping,
-        try_update or (lambda update, scale: math.nan),
-    )
+    tried = {} if try_update is None else {"try_update": try_update}
+    return Situation(linearized, linearized.gradient(), None, damping, previous, direction, **tried)
 
 
 def random_like(model, seed):

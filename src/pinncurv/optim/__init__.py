@@ -1,18 +1,12 @@
 """Optimization with any curvature operator, on any objective that is a sum of squares.
 
-``optimizer.py`` composes a curvature with its inverse (``preconditioner.py``), a step size
-(``step_sizes.py``), a momentum (``momentum.py``), an average (``averaging.py``) and a damping that
-may adapt (``damping.py``); ``attempt.py`` and ``trial.py`` try an update before it is taken.
+``optimizer.py`` composes a curvature with its average and inverse (``preconditioner.py``), a
+momentum (``momentum.py``), a step size (``step_sizes.py``) and a damping that may adapt
+(``damping.py``); ``trial.py`` tries an update before it is taken.
 ``protocols.py`` says what is asked of each, so that none needs to come from this package.
 ``first_order.py`` steps optimizers of torch the same way.
 """
 
-from pinncurv.optim.averaging import (
-    ExponentialAverage as ExponentialAverage,
-    from_first as from_first,
-    from_identity as from_identity,
-    from_zero as from_zero,
-)
 from pinncurv.optim.damping import (
     ConstantDamping as ConstantDamping,
     DampingRule as DampingRule,
@@ -21,14 +15,21 @@ from pinncurv.optim.damping import (
 )
 from pinncurv.optim.first_order import FirstOrder as FirstOrder
 from pinncurv.optim.momentum import (
-    Descent as Descent,
     HeavyBall as HeavyBall,
     Momentum as Momentum,
     Spring as Spring,
     WarmStart as WarmStart,
 )
 from pinncurv.optim.optimizer import CurvatureOptimizer as CurvatureOptimizer
-from pinncurv.optim.preconditioner import Intervals as Intervals, Preconditioner as Preconditioner
+from pinncurv.optim.preconditioner import (
+    ExponentialAverage as ExponentialAverage,
+    Intervals as Intervals,
+    Preconditioner as Preconditioner,
+    Start as Start,
+    from_first as from_first,
+    from_identity as from_identity,
+    from_zero as from_zero,
+)
 from pinncurv.optim.protocols import (
     Curvature as Curvature,
     Inverse as Inverse,

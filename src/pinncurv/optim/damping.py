@@ -5,10 +5,17 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 class DampingRule(ABC):
-    """A rule for the damping λ, which starts at the inverse's own."""
+    """A rule for the damping λ, which starts at the inverse's own.
+
+    No rule learns from a step that did not move the parameters.
+    """
+
+    needs_ratio: ClassVar[bool] = True
+    """Whether ``accepted`` looks at the ratio, which may cost one more product with J."""
 
     @property
     def retries(self) -> int:
@@ -17,11 +24,6 @@ class DampingRule(ABC):
         With zero, a rejected update is halved instead.
         """
         return 0
-
-    @property
-    def needs_ratio(self) -> bool:
-        """Whether ``accepted`` looks at the ratio, which may cost one more product with J."""
-        return True
 
     @abstractmethod
     def accepted(self, damping: float, ratio: float, scale: float = 1.0) -> float:
@@ -43,9 +45,7 @@ class DampingRule(ABC):
 class ConstantDamping(DampingRule):
     """Always the damping of the inverse."""
 
-    @property
-    def needs_ratio(self) -> bool:
-        return False
+    needs_ratio = False
 
     def accepted(self, damping: float, ratio: float, scale: float = 1.0) -> float:
         return damping
@@ -90,7 +90,6 @@ class LevenbergMarquardt(DampingRule):
     max_retries: int = 12
 
     def __post_init__(self) -> None:
-        """Check the settings."""
         if not all(factor > 1 for factor in (self.shrink, self.grow, self.reject)):
             raise ValueError(
                 "shrink, grow and reject must be greater than 1, got "
@@ -138,6 +137,7 @@ class ShortStepDamping(DampingRule):
         ValueError: If a setting is out of range.
     """
 
+    needs_ratio = False
     factor: float = 10.0
     short: float = 2.0**-10
     long: float = 2.0**-3
@@ -145,17 +145,12 @@ class ShortStepDamping(DampingRule):
     maximum: float = 1e8
 
     def __post_init__(self) -> None:
-        """Check the settings."""
         if not (self.factor > 1 and 0 < self.short <= self.long):
             raise ValueError(
                 "Must hold: factor > 1 and 0 < short <= long, got "
                 f"{self.factor}, {self.short}, {self.long}."
             )
         _check_bounds(self.minimum, self.maximum)
-
-    @property
-    def needs_ratio(self) -> bool:
-        return False
 
     def accepted(self, damping: float, ratio: float, scale: float = 1.0) -> float:
         if scale < self.short:

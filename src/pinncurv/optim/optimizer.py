@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import is_dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import is_dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -13,11 +12,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pinncurv.optim.attempt import Attempt, Parabola
-from pinncurv.optim.averaging import ExponentialAverage
 from pinncurv.optim.damping import ConstantDamping, DampingRule
-from pinncurv.optim.momentum import Descent, Momentum
-from pinncurv.optim.preconditioner import Intervals, Preconditioner
+from pinncurv.optim.momentum import Momentum
+from pinncurv.optim.preconditioner import ExponentialAverage, Intervals, Preconditioner
 from pinncurv.optim.protocols import (
     Curvature,
     Inverse,
@@ -26,8 +23,8 @@ from pinncurv.optim.protocols import (
     StepRecord,
     finite_loss,
 )
-from pinncurv.optim.step_sizes import Proposal, QuadraticModel, Situation, StepSize
-from pinncurv.optim.trial import Landing, Trial
+from pinncurv.optim.step_sizes import QuadraticModel, Situation, StepSize, dot
+from pinncurv.optim.trial import Trial
 
 # The key of the state that belongs to no single parameter.
 _SHARED = "curvature"
@@ -53,12 +50,13 @@ class CurvatureOptimizer(Optimizer):
         damping_rule: How λ changes from step to step; it starts at the inverse's own and is
             constant by default.
         intervals: How often curvature and inverse are refreshed.
-        max_halvings: How often an update that raises the loss is halved before it is rejected.
+        max_halvings: How often an update that raises the loss is halved before it is rejected; 30
+            by default. A rule that retries with more damping does not halve.
         lr: Default for the groups' ``lr``.
 
     Raises:
         TypeError: If the damping is to adapt but cannot be set.
-        ValueError: If a setting is out of range.
+        ValueError: If a setting is out of range, or ``max_halvings`` would not act.
     """
 
     def __init__(
@@ -71,11 +69,17 @@ class CurvatureOptimizer(Optimizer):
         momentum: Momentum | None = None,
         damping_rule: DampingRule | None = None,
         intervals: Intervals | None = None,
-        max_halvings: int = 30,
+        max_halvings: int | None = None,
         lr: float = 1.0,
     ) -> None:
-        if max_halvings < 0:
+        if max_halvings is not None and max_halvings < 0:
             raise ValueError(f"max_halvings must be at least 0, got {max_halvings}.")
+        if max_halvings is not None and damping_rule is not None and damping_rule.retries:
+            raise ValueError(
+                "max_halvings must be left out with a damping rule that tries a rejected step "
+                f"again with more damping instead, got {max_halvings} and {damping_rule}. Give "
+                "the rule no retries, for instance LevenbergMarquardt(max_retries=0)."
+            )
         adapts = not isinstance(damping_rule, ConstantDamping | None)
         if adapts and not is_dataclass(inverse):
             raise TypeError(
@@ -89,8 +93,8 @@ class CurvatureOptimizer(Optimizer):
         self.step_size = QuadraticModel() if step_size is None else step_size
         self.momentum = momentum
         self.damping_rule = ConstantDamping() if damping_rule is None else damping_rule
-        self.max_halvings = max_halvings
-        self._landing: Landing | None = None
+        self.max_halvings = 30 if max_halvings is None else max_halvings
+        self._last: Trial | None = None
         self.state[_SHARED] = self.preconditioner.state  # type: ignore[index]
 
     @torch.no_grad()
@@ -115,62 +119,41 @@ class CurvatureOptimizer(Optimizer):
                 f"pinncurv.curvature.Objective, got {type(objective).__name__}."
             )
         linearized = self._linearize(objective)
-        self._check_parameters(linearized)
-        trial = Trial(objective, linearized.parameters)
-        with self._undo_on_error(trial):
+        trial, before = Trial(objective, linearized.parameters), dict(self.preconditioner.state)
+        try:
             self.preconditioner.refresh(linearized)
             gradient = linearized.gradient()
             finite_loss(linearized.term_losses)
             for left in reversed(range(self.damping_rule.retries + 1)):
-                attempt = self._propose(linearized, gradient, trial)
-                outlives = bool(left) and self._outlives_trial(linearized)
+                record, direction, update = self._propose(linearized, gradient, trial)
+                outlives = left and _is_kept(linearized) and self.preconditioner.is_kept
                 if not outlives:
                     del linearized  # frees Z and G before the loss is evaluated
                 if not left:
                     self.preconditioner.release()  # which may hold them, too
-                record = attempt.make(trial, self._scales(attempt.proposal))
-                if record.accepted:
+                record = self._take(trial, record, update, gradient)
+                if record.accepted or record.stalled:
                     break
-                self.preconditioner.damping = self.damping_rule.rejected(record.damping)
+                damping = self.damping_rule.rejected(record.damping)
+                self.preconditioner.state["damping"] = damping
                 if left and not outlives:
                     linearized = _linearize(objective)
                     self.preconditioner.relinearize(linearized)
             self.preconditioner.release()
-            self._settle(attempt, trial, record)
-        return record
-
-    @contextmanager
-    def _undo_on_error(self, trial: Trial) -> Iterator[None]:
-        """Restore parameters and curvature if anything is raised, be it an interrupt."""
-        before = dict(self.preconditioner.state)
-        try:
-            yield
-        except BaseException:
+            self._settle(trial, record, direction, update)
+        except BaseException:  # also an interrupt leaves parameters and curvature as they were
             trial.restore()
             self.preconditioner.restore(before)
             raise
+        return record
 
     def _linearize(self, objective: LeastSquares) -> LinearizedLoss:
         """Linearize, from the evaluation that ended the last step if it was the same point."""
-        landing, self._landing = self._landing, None
-        if landing is not None and landing.is_at(objective, self._trained_parameters()):
-            return _linearize(landing.evaluation)
-        return _linearize(objective)
-
-    def _outlives_trial(self, linearized: LinearizedLoss) -> bool:
-        """Whether a retry can go on with linearization and operator."""
-        return _is_kept(linearized) and self.preconditioner.is_kept
-
-    def _all_parameters(self) -> list[Tensor]:
-        return [parameter for group in self.param_groups for parameter in group["params"]]
-
-    def _trained_parameters(self) -> list[Tensor]:
-        return [parameter for parameter in self._all_parameters() if parameter.requires_grad]
-
-    def _check_parameters(self, linearized: LinearizedLoss) -> None:
-        """Check that objective and optimizer agree on what is trained."""
-        mine = {id(parameter) for parameter in self._trained_parameters()}
-        theirs = {id(parameter) for parameter in linearized.parameters}
+        trained = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        last, self._last = self._last, None
+        reused = last is not None and last.ended_at(objective, trained)
+        linearized = _linearize(last.evaluation if last is not None and reused else objective)
+        mine, theirs = ({id(p) for p in ps} for ps in (trained, linearized.parameters))
         if mine != theirs:
             raise ValueError(
                 "The optimizer must have exactly the parameters of the objective that require a "
@@ -178,102 +161,129 @@ class CurvatureOptimizer(Optimizer):
                 f"{len(theirs - mine)} of the objective's. Build the optimizer from "
                 "model.parameters() of the same model."
             )
+        return linearized
 
-    def _propose(self, linearized: LinearizedLoss, gradient: list[Tensor], trial: Trial) -> Attempt:
-        """Find a direction and how far to go along it."""
-        parameters = linearized.parameters
-        inverse = self.preconditioner.invert()
-        descent = Descent(linearized, gradient, inverse)
-        direction = self._direction(descent, parameters)
+    def _propose(
+        self, linearized: LinearizedLoss, gradient: list[Tensor], trial: Trial
+    ) -> tuple[StepRecord, list[Tensor], list[Tensor]]:
+        """Find a direction Δ and how far to go along it.
+
+        Returns:
+            The record of the step if it is taken as proposed, with L after it if that is known; Δ;
+            and the update lr (α Δ + μ δ).
+        """
+        inverse, parameters = self.preconditioner.invert(), trial.parameters
         previous = self._remembered(parameters, "previous_update")
-        losses = dict(linearized.term_losses)
-        damping = self.preconditioner.damping
-        situation = Situation(
-            sum(losses.values()),
-            linearized,
-            gradient,
-            direction,
-            previous,
-            damping,
-            trial.loss_at,
-            inverse,
-        )
-        proposal = self.step_size.propose(situation)
-        chosen = direction if proposal.direction is None else proposal.direction
-        update = self._update(parameters, proposal, chosen, previous)
-        model = self._model(situation, proposal, update, trial)
-        return Attempt(losses, damping, direction, proposal, update, model, _solver_report(inverse))
-
-    def _model(
-        self,
-        situation: Situation,
-        proposal: Proposal,
-        update: Sequence[Tensor],
-        trial: Trial,
-    ) -> Parabola:
-        """Return the damped quadratic model along an update, where there is one."""
-        promised, gradient = proposal.predicted_decrease, situation.gradient
-        if math.isnan(promised) and not self.damping_rule.needs_ratio:
-            return Parabola()
-        if math.isfinite(promised) and all(group["lr"] == 1 for group in self.param_groups):
-            return Parabola.promising(promised, gradient, update)
-        linearized = situation.linearized
-        if math.isfinite(proposal.new_loss) and not _is_kept(linearized):
-            linearized = _linearize(trial.objective)  # a search has moved the parameters
-        return Parabola.along(linearized, gradient, update, situation.damping)
-
-    def _direction(self, descent: Descent, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """Return the preconditioned gradient, with momentum if there is any."""
+        damping, losses = self.preconditioner.state["damping"], dict(linearized.term_losses)
+        at = Situation(linearized, gradient, inverse, damping, previous, (), trial.loss_at)
         if self.momentum is None:
-            return descent.step()
-        return self.momentum.direction(descent, self._remembered(parameters, "momentum_buffer"))
-
-    def _update(
-        self,
-        parameters: Sequence[Tensor],
-        proposal: Proposal,
-        direction: Sequence[Tensor],
-        previous: Sequence[Tensor] | None,
-    ) -> list[Tensor]:
-        """Return lr (α Δ + μ δ)."""
-        rates = {id(p): float(group["lr"]) for group in self.param_groups for p in group["params"]}
-        update = [proposal.step_size * part for part in direction]
+            direction = at.step()
+        else:
+            buffer = self._remembered(parameters, "momentum_buffer")
+            direction = self.momentum.direction(at, buffer)
+        at = replace(at, direction=direction)
+        proposal = self.step_size.propose(at)
+        chosen = direction if proposal.direction is None else proposal.direction
+        update = [proposal.step_size * part for part in chosen]
         if previous is not None and proposal.momentum:
             for part, old in zip(update, previous, strict=True):
                 part.add_(old, alpha=proposal.momentum)
+        rates = {id(p): group["lr"] for group in self.param_groups for p in group["params"]}
+        full = True
         for part, parameter in zip(update, parameters, strict=True):
             if rates[id(parameter)] != 1:
-                part.mul_(rates[id(parameter)])
-        return update
+                full = False
+                part.mul_(float(rates[id(parameter)]))
+        promised = proposal.predicted_decrease
+        wanted = not math.isnan(promised) or self.damping_rule.needs_ratio
+        if wanted and not (full and math.isfinite(promised)):
+            searched = math.isfinite(proposal.new_loss)  # which has moved the parameters
+            stale = searched and not _is_kept(linearized)
+            promised = at.promise(update, _linearize(trial.objective) if stale else linearized)
+        names = ("reports", "last_records")
+        record = StepRecord(
+            sum(losses.values()),
+            losses,
+            proposal.new_loss,
+            proposal.step_size,
+            proposal.momentum,
+            damping,
+            promised,
+            solver={name: getattr(inverse, name) for name in names if hasattr(inverse, name)},
+        )
+        return record, direction, update
 
-    def _scales(self, proposal: Proposal) -> Iterator[float]:
-        """Yield which multiples of an update to try, from what worked last to the shortest."""
+    def _take(
+        self, trial: Trial, proposed: StepRecord, update: list[Tensor], gradient: list[Tensor]
+    ) -> StepRecord:
+        """Apply the update; shorten it while the loss rises, or reject it.
+
+        The first scale is what worked last, or one after a search.
+        """
+        loss, promised = proposed.loss, proposed.predicted_decrease
         halvings = 0 if self.damping_rule.retries else self.max_halvings
-        searched = math.isfinite(proposal.new_loss)
+        searched = math.isfinite(proposed.new_loss)
         first = 0 if searched else min(self.preconditioner.state["halvings"], halvings)
-        yield from (0.5**halving for halving in range(first, halvings + 1))
+        scale, new_loss = 1.0, math.nan
+        for halving in range(first, halvings + 1):
+            scale = 0.5**halving
+            new_loss = trial.move(update, scale, limit=loss if scale < 1 else None)
+            if new_loss <= loss:  # False for NaN
+                break
+        moved = new_loss < loss or trial.moved
+        if moved and math.isfinite(new_loss) and new_loss <= loss:
+            if scale < 1:
+                promised = float(scale**2 * promised - scale * (1 - scale) * dot(gradient, update))
+            return replace(
+                proposed,
+                new_loss=new_loss,
+                step_size=scale * proposed.step_size,
+                momentum=scale * proposed.momentum,
+                predicted_decrease=promised,
+                scale=scale,
+                reason=f"shortened to {scale:g} of its length (more raised the loss)"
+                if scale < 1
+                else "",
+            )
+        trial.restore()
+        what = "raised the loss" if math.isfinite(new_loss) else "made the loss non-finite"
+        why = f"the update {what} even at {scale:g} of its length"
+        if not moved:
+            why = f"at {scale:g} of its length, the update no longer moves the parameters"
+        return replace(
+            proposed,
+            new_loss=loss,
+            step_size=0.0,
+            momentum=0.0,
+            accepted=False,
+            stalled=not moved and halving == first,
+            scale=0.0,
+            reason=f"rejected: {why}",
+        )
 
-    def _settle(self, attempt: Attempt, trial: Trial, record: StepRecord) -> None:
+    def _settle(
+        self, trial: Trial, record: StepRecord, direction: list[Tensor], update: list[Tensor]
+    ) -> None:
         """Remember what the next step needs."""
-        self._landing = trial.landing
-        update = [record.scale * part for part in attempt.update] if record.accepted else None
-        self._remember(trial.parameters, "previous_update", update)
-        if self.momentum is not None:
-            direction = attempt.direction if record.accepted else None
-            self._remember(trial.parameters, "momentum_buffer", direction)
+        self._last, state = trial, self.preconditioner.state
+        for i, parameter in enumerate(trial.parameters):
+            mine = self.state[parameter]
+            if not record.accepted:
+                mine.pop("previous_update", None)
+                mine.pop("momentum_buffer", None)
+                continue
+            mine["previous_update"] = update[i] if record.scale == 1 else record.scale * update[i]
+            if self.momentum is not None:
+                mine["momentum_buffer"] = direction[i]
+        taken = 0
         if record.accepted:
             predicted = record.predicted_decrease
             ratio = (record.loss - record.new_loss) / predicted if predicted else math.nan
-            damping = self.damping_rule.accepted(record.damping, ratio, record.scale)
-            self.preconditioner.damping = damping
-        self._remember_halvings(record)
-        self.preconditioner.state["step"] += 1
-
-    def _remember_halvings(self, record: StepRecord) -> None:
-        """Start the next step longer than this one by a factor of two, or four if it began here."""
-        state = self.preconditioner.state
-        taken = round(-math.log2(record.scale)) if record.accepted else 0
+            state["damping"] = self.damping_rule.accepted(record.damping, ratio, record.scale)
+            taken = round(-math.log2(record.scale))
+        # the next step starts longer by a factor of two, or four if this one was not shortened more
         state["halvings"] = max(0, taken - (2 if taken == state["halvings"] else 1))
+        state["step"] += 1
 
     def _remembered(self, parameters: Sequence[Tensor], key: str) -> list[Tensor] | None:
         """Return what is remembered of each parameter, on its device; None at the start."""
@@ -281,16 +291,6 @@ class CurvatureOptimizer(Optimizer):
         if any(tensor is None for tensor in known):
             return None
         return [tensor.to(p) for tensor, p in zip(known, parameters, strict=True)]
-
-    def _remember(
-        self, parameters: Sequence[Tensor], key: str, tensors: Sequence[Tensor] | None
-    ) -> None:
-        """Remember one tensor per parameter, or forget them."""
-        for i, parameter in enumerate(parameters):
-            if tensors is None:
-                self.state[parameter].pop(key, None)
-            else:
-                self.state[parameter][key] = tensors[i]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters.
@@ -319,12 +319,13 @@ class CurvatureOptimizer(Optimizer):
         # torch shares this entry with the optimizer that it came from
         self.preconditioner.restore(self.state[_SHARED])  # type: ignore[index]
         self.state[_SHARED] = self.preconditioner.state  # type: ignore[index]
-        self._landing = None
+        self._last = None
 
     def _check_shapes(self, state_dict: dict[str, Any]) -> None:
         """Check that what is remembered of each parameter has its shape, which torch does not."""
+        parameters = chain.from_iterable(group["params"] for group in self.param_groups)
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        for index, parameter in zip(saved, self._all_parameters(), strict=False):
+        for index, parameter in zip(saved, parameters, strict=False):
             for key, tensor in state_dict["state"].get(index, {}).items():
                 if tensor.shape != parameter.shape:
                     raise ValueError(
@@ -337,7 +338,7 @@ class CurvatureOptimizer(Optimizer):
         """Return what a copy needs: torch's attributes and those of this class."""
         names = ("preconditioner", "step_size", "momentum", "damping_rule", "max_halvings")
         mine = {name: getattr(self, name) for name in names}
-        return {**super().__getstate__(), **mine, "_landing": None}
+        return {**super().__getstate__(), **mine, "_last": None}
 
 
 def _linearize(source: Any) -> LinearizedLoss:
@@ -350,9 +351,3 @@ def _is_kept(linearized: LinearizedLoss) -> bool:
     """Whether nothing is recomputed, which it can't be once the parameters were moved."""
     made = linearized.linearizations
     return all(getattr(part, "chunk_size", 0) is None for part in made)
-
-
-def _solver_report(inverse: Any) -> dict[str, Any]:
-    """Return what an inverse reports about how it was computed."""
-    names = ("reports", "last_records")
-    return {name: getattr(inverse, name) for name in names if hasattr(inverse, name)}

@@ -2,23 +2,90 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from pinncurv.linops import PyTorchLinearOperator
-from pinncurv.optim.averaging import ExponentialAverage, fitted
-from pinncurv.optim.protocols import (
-    Curvature,
-    Inverse,
-    LinearizedLoss,
-    offers,
-)
+from pinncurv.optim.protocols import Curvature, Inverse, LinearizedLoss, offers
 
 STORED = ("tensors", "with_tensors")  # what an operator offers that can be kept over steps
+
+Start = Callable[[Any], list[Tensor]]
+
+
+def from_identity(operator: Any) -> list[Tensor]:
+    """Start from the identity: for KFAC, from identity factors."""
+    return operator.identity().tensors()
+
+
+def from_zero(operator: Any) -> list[Tensor]:
+    """Start from zero."""
+    return [torch.zeros_like(tensor) for tensor in operator.tensors()]
+
+
+def from_first(operator: Any) -> list[Tensor]:
+    """Start from the first estimate."""
+    return operator.tensors()
+
+
+@dataclass(frozen=True)
+class ExponentialAverage:
+    """Average the tensors that define an operator over the steps.
+
+    T̄_k = β T̄_{k-1} + (1 - β) T_k
+
+    For KFAC these are the factors A and B, for dense operators the matrix.
+
+    Args:
+        decay: β, in [0, 1).
+        start: T̄_0 as a function of the first operator: ``from_identity``, ``from_zero`` or
+            ``from_first``.
+
+    Raises:
+        ValueError: If the decay is not in [0, 1).
+    """
+
+    decay: float
+    start: Start = from_zero
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise ValueError(
+                f"The decay of an average must be in [0, 1), got {self.decay}. 0 keeps no history."
+            )
+
+    def update(self, operator: Any, average: list[Tensor] | None) -> list[Tensor]:
+        """Return the average after one more operator.
+
+        Args:
+            operator: The new estimate.
+            average: The average so far; None at the start.
+        """
+        previous = self.start(operator) if average is None else fitted(average, operator)
+        return [
+            torch.lerp(tensor, old, self.decay)
+            for tensor, old in zip(operator.tensors(), previous, strict=True)
+        ]
+
+
+def fitted(saved: Sequence[Tensor], operator: Any) -> list[Tensor]:
+    """Return saved tensors in dtype and on the device of those that define an operator.
+
+    Raises:
+        ValueError: If their shapes differ.
+    """
+    tensors = operator.tensors()
+    if [tensor.shape for tensor in saved] != [tensor.shape for tensor in tensors]:
+        got, expected = ([list(tensor.shape) for tensor in part] for part in (saved, tensors))
+        raise ValueError(
+            f"The curvature that was saved or averaged must have the shapes {expected} of the "
+            f"present one, got {got}. It belongs to another network, curvature or choice of "
+            "frozen layers: build a new optimizer."
+        )
+    return [old.to(tensor) for old, tensor in zip(saved, tensors, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -40,12 +107,14 @@ class Intervals:
     inverse: int = 1
 
     def __post_init__(self) -> None:
-        """Check the intervals."""
         if min(self.curvature, self.inverse) < 1:
             raise ValueError(
                 f"Intervals must be at least 1, got {self.curvature} for the curvature and "
                 f"{self.inverse} for the inverse. 1 refreshes in every step."
             )
+
+
+_EVERY_STEP = Intervals()
 
 
 class Preconditioner:
@@ -65,8 +134,8 @@ class Preconditioner:
         self,
         curvature: Curvature,
         inverse: Inverse,
-        average: ExponentialAverage | None,
-        intervals: Intervals,
+        average: ExponentialAverage | None = None,
+        intervals: Intervals = _EVERY_STEP,
     ) -> None:
         self.curvature = curvature
         self.inverse = inverse
@@ -87,10 +156,6 @@ class Preconditioner:
         damping: float = self.state["damping"]
         return damping
 
-    @damping.setter
-    def damping(self, damping: float) -> None:
-        self.state["damping"] = damping
-
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go to a saved state; operators are rebuilt from it."""
         saved = dict(state)
@@ -100,39 +165,47 @@ class Preconditioner:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy needs: all but the operators, which it rebuilds."""
-        kept = ("curvature", "inverse", "average", "intervals", "state")
-        return {name: getattr(self, name) for name in kept}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over what a copy needs."""
-        vars(self).update(state)
-        self.forget()
+        return {**vars(self), "_operator": None, "_inverted": None, "_inverse": None}
 
     def forget(self) -> None:
         """Drop the operators, to be rebuilt from the state."""
         self._operator: Any = None
-        self._inverted: Any = None
-        self._inverse: PyTorchLinearOperator | None = None
-        self._inverse_damping = math.nan
+        self._inverted: Any = None  # what is inverted: an older one, where intervals differ
+        self._inverse: tuple[float, Any] | None = None  # with its damping
 
     def refresh(self, linearized: LinearizedLoss) -> None:
-        """Estimate and average the curvature, and choose what to invert, where due."""
-        self._follow(linearized.parameters[0])
-        step = self.state["step"]
-        due = step % self.intervals.curvature == 0
+        """Estimate and average the curvature, and choose what to invert, where due.
+
+        Raises:
+            TypeError: If the operator lacks what an average or an interval above one needs.
+        """
+        like, kept, state = linearized.parameters[0], self._operator, self.state
+        if kept is not None and (kept.device, kept.dtype) != (like.device, like.dtype):
+            self.forget()
+        due = state["step"] % self.intervals.curvature == 0
         if due or self._operator is None:
-            self._operator = self._estimate(linearized, due)
-        if step % self.intervals.inverse == 0:
-            self._choose(self._operator)
+            operator = self._build(linearized)
+            self._check(operator)
+            if due and self.average is not None:
+                state["average"] = self.average.update(operator, state["average"])
+                operator = operator.with_tensors(state["average"])
+            elif due and self.intervals.curvature > 1:
+                state["average"] = operator.tensors()
+            elif not due:
+                operator = _rebuilt(operator, state["average"])
+            self._operator = operator
+        if state["step"] % self.intervals.inverse == 0:
+            self._inverted, self._inverse = self._operator, None
+            if self.intervals.inverse > 1:
+                state["inverted"] = self._operator.tensors()
         elif self._inverted is None:  # loaded between two inversions
-            saved = self.state["inverted"]
-            self._choose(self._operator if saved is None else _rebuilt(self._operator, saved))
+            self._inverted = _rebuilt(self._operator, state["inverted"])
 
     def relinearize(self, linearized: LinearizedLoss) -> None:
         """Build a matrix-free operator again, on a linearization that replaces this step's."""
         if not offers(self._operator, *STORED):
-            self._operator = self._build(linearized)
-            self._choose(self._operator)
+            self._operator = self._inverted = self._build(linearized)
+            self._inverse = None
 
     @property
     def is_kept(self) -> bool:
@@ -141,73 +214,39 @@ class Preconditioner:
 
     def release(self) -> None:
         """Drop the operators if the next step builds them anew, to free their memory."""
-        if self.intervals == Intervals():
+        if self.intervals == _EVERY_STEP:
             self.forget()
 
-    def _follow(self, parameter: Tensor) -> None:
-        """Rebuild what was kept for another device or dtype."""
-        kept = self._operator
-        if kept is not None and (kept.device, kept.dtype) != (parameter.device, parameter.dtype):
-            self.forget()
-
-    def invert(self) -> PyTorchLinearOperator:
+    def invert(self) -> Any:
         """Return the inverse with the current damping, computed when either has changed."""
-        if self._inverse is None or self._inverse_damping != self.damping:
-            self._inverse = _with_damping(self.inverse, self.damping)(self._inverted)
-            self._inverse_damping = self.damping
-        return self._inverse
+        damping, recipe = self.state["damping"], self.inverse
+        if self._inverse is None or self._inverse[0] != damping:
+            if recipe.damping != damping:
+                recipe = replace(recipe, damping=damping)  # type: ignore[type-var]
+            self._inverse = damping, recipe(self._inverted)
+        return self._inverse[1]
 
-    def _build(self, linearized: LinearizedLoss) -> PyTorchLinearOperator:
-        curvature: Any = self.curvature
-        if offers(curvature, "at_step"):
-            curvature = curvature.at_step(self.state["step"])
-        operator: PyTorchLinearOperator = curvature(linearized.linearizations)
-        return operator
+    def _build(self, linearized: LinearizedLoss) -> Any:
+        at_step = getattr(self.curvature, "at_step", None)
+        curvature = self.curvature if at_step is None else at_step(self.state["step"])
+        return curvature(linearized.linearizations)
 
-    def _estimate(self, linearized: LinearizedLoss, due: bool) -> Any:
-        """Return the operator: a new estimate if due, else the one that was saved."""
-        operator = self._build(linearized)
-        if self.average is not None:
-            _check_averageable(operator)
-        if self.intervals != Intervals():
-            _check_storable(operator, self.intervals)
-        if due and self.average is not None:
-            self.state["average"] = self.average.update(operator, self.state["average"])
-        elif due and self.intervals.curvature > 1:
-            self.state["average"] = operator.tensors()
-        average = self.state["average"]
-        return operator if average is None else _rebuilt(operator, average)
-
-    def _choose(self, operator: Any) -> None:
-        """Set the operator to invert from now on."""
-        self._inverted, self._inverse = operator, None
-        if self.intervals.inverse > 1:
-            self.state["inverted"] = operator.tensors()
+    def _check(self, operator: Any) -> None:
+        """Check that the operator can be averaged, and kept over steps, where that is wanted."""
+        if self.average is not None and not offers(operator, *STORED, "identity"):
+            raise TypeError(
+                "An average needs an operator with the methods tensors, with_tensors and "
+                f"identity, got {type(operator).__name__}. Pass average=None."
+            )
+        if self.intervals != _EVERY_STEP and not offers(operator, *STORED):
+            raise TypeError(
+                "An interval above 1 needs an operator with tensors of its own, that is with the "
+                "methods tensors and with_tensors, or neither a checkpoint nor a chunked objective "
+                f"could go on with it in a later step, got {type(operator).__name__} with "
+                f"{self.intervals}. Set intervals=Intervals(), the default."
+            )
 
 
-def _check_averageable(operator: Any) -> None:
-    if not offers(operator, *STORED, "identity"):
-        raise TypeError(
-            "An average needs an operator with the methods tensors, with_tensors and "
-            f"identity, got {type(operator).__name__}. Pass average=None."
-        )
-
-
-def _check_storable(operator: Any, intervals: Intervals) -> None:
-    if not offers(operator, *STORED):
-        raise TypeError(
-            "An interval above 1 needs an operator with tensors of its own, that is with the "
-            "methods tensors and with_tensors, or neither a checkpoint nor a chunked objective "
-            f"could go on with it in a later step, got {type(operator).__name__} with "
-            f"{intervals}. Set intervals=Intervals(), the default."
-        )
-
-
-def _rebuilt(operator: Any, tensors: Sequence[Tensor]) -> Any:
-    """Return an operator with saved tensors."""
-    return operator.with_tensors(fitted(tensors, operator))
-
-
-def _with_damping(inverse: Inverse, damping: float) -> Inverse:
-    """Return the inverse with another damping."""
-    return inverse if inverse.damping == damping else replace(inverse, damping=damping)  # type: ignore[type-var]
+def _rebuilt(operator: Any, tensors: Sequence[Tensor] | None) -> Any:
+    """Return an operator with saved tensors, if there are any."""
+    return operator if tensors is None else operator.with_tensors(fitted(tensors, operator))

@@ -22,31 +22,25 @@ class LinearizedLoss(Protocol):
     @property
     def linearizations(self) -> Sequence[Any]:
         """What the curvature is built from."""
-        ...
 
     @property
     def parameters(self) -> Sequence[Tensor]:
         """The parameters, in the order of the gradient and of the operators."""
-        ...
 
     @property
     def jacobian(self) -> PyTorchLinearOperator:
         """J, on the list of parameters."""
-        ...
 
     @property
     def residual(self) -> Sequence[Tensor]:
         """r̃, in the form in which J returns its image."""
-        ...
 
     @property
     def term_losses(self) -> Mapping[str, float]:
         """The terms of the loss by name."""
-        ...
 
     def gradient(self) -> list[Tensor]:
         """∇L, one tensor per parameter."""
-        ...
 
 
 @runtime_checkable
@@ -59,11 +53,9 @@ class LeastSquares(Protocol):
 
     def loss(self) -> Tensor:
         """Return L."""
-        ...
 
     def linearize(self) -> LinearizedLoss:
         """Linearize at the current parameters."""
-        ...
 
 
 # From linearizations to an operator. A curvature may offer ``at_step``, which returns the one that
@@ -71,11 +63,6 @@ class LeastSquares(Protocol):
 # intervals above one need, ``identity``, which averages start from, and ``jacobian``, if they see
 # the network through it alone.
 Curvature = Callable[[Sequence[Any]], PyTorchLinearOperator]
-
-
-def offers(part: Any, *capabilities: str) -> bool:
-    """Whether an object has what is optional, such as ``evaluate`` of an objective."""
-    return all(getattr(part, capability, None) is not None for capability in capabilities)
 
 
 @runtime_checkable
@@ -89,11 +76,14 @@ class Inverse(Protocol):
     @property
     def damping(self) -> float:
         """λ."""
-        ...
 
     def __call__(self, operator: Any) -> PyTorchLinearOperator:
         """Return the inverse of an operator."""
-        ...
+
+
+def offers(part: Any, *capabilities: str) -> bool:
+    """Whether an object has what is optional, such as ``evaluate`` of an objective."""
+    return all(getattr(part, capability, None) is not None for capability in capabilities)
 
 
 @dataclass(frozen=True)
@@ -111,6 +101,7 @@ class StepRecord:
         predicted_decrease: What the exact quadratic model promised for the update that was taken,
             or for the one that was rejected; NaN without a model.
         accepted: Whether the parameters were changed.
+        stalled: Whether the update was too small to change them, which leaves the damping alone.
         scale: Which part of the proposed update was taken.
         reason: Why the step was shortened or rejected; empty if it was taken as proposed.
         solver: What the inverse reports, if anything.
@@ -118,12 +109,13 @@ class StepRecord:
 
     loss: float
     term_losses: Mapping[str, float]
-    new_loss: float = float("nan")
-    step_size: float = float("nan")
+    new_loss: float = math.nan
+    step_size: float = math.nan
     momentum: float = 0.0
-    damping: float = float("nan")
-    predicted_decrease: float = float("nan")
+    damping: float = math.nan
+    predicted_decrease: float = math.nan
     accepted: bool = True
+    stalled: bool = False
     reason: str = ""
     scale: float = 1.0
     solver: Mapping[str, Any] = field(default_factory=dict)

@@ -1,8 +1,9 @@
-"""How far to go along a direction."""
+"""Where a step starts, and how far to go along a direction."""
 
 from __future__ import annotations
 
 import math
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,33 +12,78 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pinncurv.linops import PyTorchLinearOperator
 from pinncurv.optim.protocols import LinearizedLoss, offers
 
 
 @dataclass(frozen=True, eq=False)
 class Situation:
-    """All that a step size may look at.
+    """All that a momentum and a step size may look at.
 
     Args:
-        loss: L at the current parameters.
-        linearized: The linearization at the current parameters.
+        linearized: The loss, linearized at the current parameters.
         gradient: ∇L.
-        direction: Δ, one tensor per parameter.
-        previous: δ, the previous update, or None.
+        inverse: (C + λI)⁻¹.
         damping: λ.
-        try_update: Evaluates L on the same batch with an update added, and restores.
-        inverse: What the direction was computed with.
+        previous: δ, the previous update, or None.
+        direction: Δ, one tensor per parameter; empty while it is looked for.
+        try_update: Evaluates L on the same batch with a multiple of an update added, and restores.
     """
 
-    loss: float
     linearized: LinearizedLoss
     gradient: Sequence[Tensor]
-    direction: Sequence[Tensor]
-    previous: Sequence[Tensor] | None
-    damping: float
-    try_update: Callable[[Sequence[Tensor], float], float]
-    inverse: PyTorchLinearOperator | None = None
+    inverse: Any = None
+    damping: float = math.nan
+    previous: Sequence[Tensor] | None = None
+    direction: Sequence[Tensor] = ()
+    try_update: Callable[[Sequence[Tensor], float], float] = lambda update, scale: math.nan
+
+    @property
+    def loss(self) -> float:
+        """L at the current parameters."""
+        return sum(self.linearized.term_losses.values())
+
+    def step(self, offset: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """Return the preconditioned step from the parameters, or from θ + v with the offset v.
+
+        -(C + λI)⁻¹ Jᵀ(r̃ + J v)
+
+        An inverse with ``solve_residual``, whose Jacobian is that of this loss, is given r̃ + J v
+        rather than its image under Jᵀ.
+
+        Args:
+            offset: v, one tensor per parameter.
+        """
+        solve: Any = getattr(self.inverse, "solve_residual", None)
+        exact = solve is not None and self._knows(getattr(self.inverse, "linearizations", ()))
+        target = list(self.linearized.residual if exact else self.gradient)
+        if offset is not None:
+            J = self.linearized.jacobian
+            images = J @ list(offset)
+            change = images if exact else J.adjoint() @ images
+            target = [part + more for part, more in zip(target, change, strict=True)]
+        return [-part for part in (solve(target) if exact else self.inverse @ target)]
+
+    def _knows(self, linearizations: Sequence[Any]) -> bool:
+        """Whether an inverse was built from these of this step, all and in order."""
+        mine = self.linearized.linearizations
+        return len(mine) == len(linearizations) and all(map(operator.is_, mine, linearizations))
+
+    def promise(self, v: Sequence[Tensor], linearized: LinearizedLoss) -> float:
+        """Return the decrease that the damped quadratic model promises, by one product with J.
+
+        m(0) - m(v) = -∇Lᵀv - ½ vᵀ(JᵀJ + λI)v
+
+        Args:
+            v: The update.
+            linearized: The linearization, which may be another one of the same point.
+        """
+        image = linearized.jacobian @ list(v)
+        return -dot(self.gradient, v) - 0.5 * (dot(image, image) + self.damping * dot(v, v))
+
+
+def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+    """Return the inner product of two lists of tensors."""
+    return float(torch.stack([(a * b).sum() for a, b in zip(left, right, strict=True)]).sum())
 
 
 @dataclass(frozen=True)
@@ -78,7 +124,6 @@ class FixedStep(StepSize):
     step_size: float = 1.0
 
     def __post_init__(self) -> None:
-        """Check the step size."""
         if not (math.isfinite(self.step_size) and self.step_size > 0):
             raise ValueError(f"step_size must be finite and positive, got {self.step_size}.")
 
@@ -106,7 +151,6 @@ class NormConstrained(StepSize):
     norm: float
 
     def __post_init__(self) -> None:
-        """Check step size and norm."""
         for name, value in (("step_size", self.step_size), ("norm", self.norm)):
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be finite and positive, got {value}.")
@@ -134,7 +178,6 @@ class GridLineSearch(StepSize):
     last: int = 0
 
     def __post_init__(self) -> None:
-        """Check the grid."""
         if self.first > self.last:
             raise ValueError(f"first must be at most last, got {self.first} and {self.last}.")
 
@@ -169,7 +212,7 @@ class CGBacktracking(StepSize):
         Raises:
             TypeError: If the inverse has no iterates.
         """
-        inverse: Any = situation.inverse
+        inverse = situation.inverse
         if not offers(inverse, "last_results") or len(inverse.last_results) != 1:
             raise TypeError(
                 "CGBacktracking needs an inverse that iterates, such as "

@@ -4,44 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pinncurv.optim.protocols import LeastSquares, offers
-
-
-@dataclass(frozen=True, eq=False)
-class Landing:
-    """Where a step has ended, with the evaluation that was made there.
-
-    Args:
-        objective: The objective that was evaluated.
-        parameters: The parameters.
-        values: What they were, to recognize that nothing has changed since.
-        evaluation: The evaluation.
-    """
-
-    objective: LeastSquares
-    parameters: Sequence[Tensor]
-    values: Sequence[Tensor]
-    evaluation: Any
-
-    def is_at(self, objective: LeastSquares, parameters: Sequence[Tensor]) -> bool:
-        """Whether the next step starts here, on the same objective and parameters."""
-        return (
-            objective is self.objective
-            and self.evaluation.is_current()
-            and {id(p) for p in parameters} == {id(p) for p in self.parameters}
-            and all(map(_unchanged, self.parameters, self.values))
-        )
-
-
-def _unchanged(now: Tensor, then: Tensor) -> bool:
-    same = (now.dtype, now.device) == (then.dtype, then.device)
-    return same and torch.equal(now, then)
+from pinncurv.optim.protocols import LeastSquares
 
 
 class Trial:
@@ -55,13 +23,13 @@ class Trial:
     def __init__(self, objective: LeastSquares, parameters: Sequence[Tensor]) -> None:
         self.objective = objective
         self.parameters = parameters
-        self.landing: Landing | None = None
-        self._start = [parameter.clone() for parameter in parameters]
+        self.evaluation: Any = None  # of where the parameters are, if that may be gone on with
+        self._start = self._now = _flat(parameters)
 
     def loss_at(self, update: Sequence[Tensor], scale: float) -> float:
         """Return L(θ + scale · update) without a graph; the parameters stay at θ."""
-        self._place(update, scale)
         try:
+            self._place(update, scale)
             return float(self.objective.loss())
         finally:
             self.restore()
@@ -79,33 +47,46 @@ class Trial:
             L; NaN if the parameters overflow.
         """
         self._place(update, scale)
-        if not all(bool(parameter.sum().isfinite()) for parameter in self.parameters):
+        if not math.isfinite(self._now.sum()):
             return math.nan  # a saturated network would hide it from the loss
-        objective: Any = self.objective
-        if not offers(objective, "evaluate"):
-            return float(self.objective.loss())
-        if limit is not None:
+        evaluate = getattr(self.objective, "evaluate", None)
+        if evaluate is None or limit is not None:
             loss = float(self.objective.loss())
-            if not loss <= limit:
+            if evaluate is None or limit is None or not loss <= limit:
                 return loss
         with torch.enable_grad():
-            evaluation = objective.evaluate()
-        placed = [parameter.clone() for parameter in self.parameters]
-        self.landing = Landing(self.objective, self.parameters, placed, evaluation)
-        return float(evaluation.loss)
+            self.evaluation = evaluate()
+        return float(self.evaluation.loss)
 
     @property
     def moved(self) -> bool:
         """Whether the parameters are not at θ; an update may be below their resolution."""
-        return not all(map(torch.equal, self.parameters, self._start))
+        return not torch.equal(self._now, self._start)
 
     def restore(self) -> None:
         """Set the parameters back to θ, bit for bit."""
-        self.landing = None
-        for parameter, start in zip(self.parameters, self._start, strict=True):
-            parameter.copy_(start)
+        self._place(None)
 
-    def _place(self, update: Sequence[Tensor], scale: float) -> None:
-        self.landing = None
-        for parameter, start, part in zip(self.parameters, self._start, update, strict=True):
-            torch.add(start, part, alpha=scale, out=parameter)
+    def ended_at(self, objective: LeastSquares, parameters: Sequence[Tensor]) -> bool:
+        """Whether the next step starts where this one was evaluated, and nothing has changed."""
+        return (
+            self.evaluation is not None
+            and objective is self.objective
+            and self.evaluation.is_current()
+            and {id(p) for p in parameters} == {id(p) for p in self.parameters}
+            and (now := _flat(self.parameters)).dtype == self._now.dtype
+            and now.device == self._now.device
+            and torch.equal(now, self._now)
+        )
+
+    def _place(self, update: Sequence[Tensor] | None, scale: float = 1.0) -> None:
+        self.evaluation, self._now = None, self._start
+        if update is not None:
+            self._now = torch.add(self._start, _flat(update).to(self._start), alpha=scale)
+        parts = self._now.split([parameter.numel() for parameter in self.parameters])
+        for parameter, part in zip(self.parameters, parts, strict=True):
+            parameter.copy_(part.view_as(parameter))
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])

@@ -22,10 +22,10 @@ from pinncurv.optim import (
     LevenbergMarquardt,
     QuadraticModel,
     ShortStepDamping,
+    Start,
     StepSize,
     from_zero,
 )
-from pinncurv.optim.averaging import Start
 from pinncurv.presets.precision import default_damping, groups_of
 
 

@@ -14,10 +14,10 @@ from pinncurv.optim import (
     GridLineSearch,
     HeavyBall,
     QuadraticModel,
+    Start,
     StepSize,
     from_identity,
 )
-from pinncurv.optim.averaging import Start
 
 
 def kfac(

@@ -95,7 +95,7 @@ def _split(operator: PyTorchLinearOperator, flat: Tensor) -> list[Tensor]:
     """Split ``[D]`` or ``[D, K]`` into the list format."""
     sizes = [shape.numel() for shape in operator._in_shape]
     pieces = zip(flat.split(sizes), operator._in_shape, strict=True)
-    return [piece.reshape(*shape, *flat.shape[1:]) for piece, shape in pieces]
+    return [piece.reshape((*shape, *flat.shape[1:])) for piece, shape in pieces]
 
 
 def _join(tensors: Sequence[Tensor], columns: int) -> Tensor:
