@@ -1,13 +1,16 @@
 """Time and memory of a step against the usual way to differentiate a PINN loss, or another commit.
 
-The baseline is one evaluation of loss and parameter gradient with the Laplacian by nested
-``torch.autograd.grad`` (a loop over coordinates with ``create_graph=True``), the way most PINN code
-does it. Every figure is the median over iterations in a process of its own, and the median over
-rounds in which the figures of one size alternate, so that a busy machine slows all of them.
+The baseline is one evaluation of loss and parameter gradient by nested ``torch.autograd.grad`` (a
+loop over coordinates with ``create_graph=True``), the way most PINN code does it. Every figure has
+a process of its own. The processes of one size take turns of a fraction of a second, and ratios are
+medians of ratios within a turn, so that a busy machine slows both sides. Each round has new ones.
 
 Sizes s to h are second-order problems; kdv, biharmonic and laplace100 are there for derivatives of
-orders three and four, and for many coordinates; extra is m with 2 % of the parameters outside of
-linear layers. With ``--against PATH`` another checkout is measured in turns with this one.
+orders three and four, and for many coordinates. The baseline of extra is the KFAC* step of m, which
+it does with 1 % more parameters, outside of linear layers.
+
+With ``--against PATH`` the package of another checkout takes turns with this one, where it can. The
+baseline does not use the package: its new / old is how far to trust the others.
 
 Run it with ``tox run -e benchmark``, or ``python experiments/benchmark.py --sizes s m``.
 """
@@ -22,7 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -34,10 +37,87 @@ from torch import Tensor, nn
 import pinncurv
 from pinncurv import presets
 from pinncurv.curvature import Objective
-from pinncurv.problems import Problem, heat4d, poisson2d, poisson100d
+from pinncurv.problems import (
+    Box,
+    LossTerm,
+    Problem,
+    SpaceTimeBox,
+    dirichlet,
+    heat4d,
+    poisson2d,
+    poisson100d,
+)
 
 DTYPE = torch.float64
 HERE = Path(__file__).resolve().parents[1]
+TURNS = 5  # of every process in a round
+
+
+# --- problems, and their interior residuals by nested reverse mode --------------------------------
+
+
+def kdv(n_interior: int, n_boundary: int) -> Problem:
+    """Return u_t + 6 u u_x + u_xxx = 0 with a soliton at the start."""
+    # orders above two are not in every commit that this file is run against
+    from pinncurv.diffops import Partial, Value  # noqa: PLC0415 - see above
+
+    def soliton(x: Tensor) -> Tensor:
+        return 2 / torch.cosh(x[:, 1:] - 4 * x[:, :1]) ** 2
+
+    domain = SpaceTimeBox.unit(1)
+    pde = LossTerm(
+        {"u": Value(), "t": Partial(0), "x1": Partial(1), "x3": Partial(1, 1, 1)},
+        lambda x, u, t, x1, x3: t + 6 * u * x1 + x3,
+        domain.interior(n_interior),
+    )
+    start = dirichlet(soliton, domain.initial(n_boundary))
+    return Problem("kdv", (pde, start), 2, domain.interior(n_interior), solution=soliton)
+
+
+def biharmonic(n_interior: int, n_boundary: int) -> Problem:
+    """Return Δ²u = 4π⁴ sin πx sin πy with u = 0 on the boundary."""
+    from pinncurv.diffops import Bilaplacian  # noqa: PLC0415 - see kdv
+
+    def product(x: Tensor) -> Tensor:
+        return torch.sin(torch.pi * x).prod(1, keepdim=True)
+
+    domain = Box.unit(2)
+    pde = LossTerm(
+        {"b": Bilaplacian()},
+        lambda x, b: b - 4 * torch.pi**4 * product(x),
+        domain.interior(n_interior),
+    )
+    edge = dirichlet(product, domain.faces(n_boundary))
+    return Problem("biharmonic", (pde, edge), 2, domain.interior(n_interior), solution=product)
+
+
+def _gradient(u: Tensor, x: Tensor) -> Tensor:
+    """Return all ∂u/∂x_i, to be differentiated further."""
+    return torch.autograd.grad(u.sum(), x, create_graph=True)[0]
+
+
+def _trace(gradient: Tensor, x: Tensor, dims: Iterable[int]) -> Tensor:
+    rows = [_gradient(gradient[:, i], x)[:, i : i + 1] for i in dims]
+    return torch.stack(rows).sum(0)
+
+
+def _nested_poisson(u: Tensor, x: Tensor) -> Tensor:
+    return -_trace(_gradient(u, x), x, range(x.shape[1]))
+
+
+def _nested_biharmonic(u: Tensor, x: Tensor) -> Tensor:
+    return _nested_poisson(_nested_poisson(u, x), x)
+
+
+def _nested_heat(u: Tensor, x: Tensor) -> Tensor:
+    gradient = _gradient(u, x)
+    return gradient[:, :1] - 0.25 * _trace(gradient, x, range(1, x.shape[1]))
+
+
+def _nested_kdv(u: Tensor, x: Tensor) -> Tensor:
+    gradient = _gradient(u, x)
+    u_xx = _gradient(gradient[:, 1], x)[:, 1]
+    return gradient[:, :1] + 6 * u * gradient[:, 1:] + _gradient(u_xx, x)[:, 1:]
 
 
 @dataclass(frozen=True)
@@ -47,68 +127,31 @@ class Size:
     Args:
         widths: Widths of the network.
         problem: Makes the problem.
+        nested: The differential operator, of u and x, by nested reverse mode.
         n_interior: Number of interior points.
         n_boundary: Number of boundary points.
-        iterations: How many evaluations the median is over.
+        iterations: How many evaluations a turn is.
     """
 
     widths: tuple[int, ...]
     problem: Callable[..., Problem]
-    n_interior: int
-    n_boundary: int
-    iterations: int
-
-
-def kdv(n_interior: int, n_boundary: int) -> Problem:
-    """Return u_t + 6 u u_x + u_xxx = 0 with an initial condition."""
-    # orders above two are not in every commit that this file is run against
-    from pinncurv.diffops import Partial, Value  # noqa: PLC0415 - see above
-    from pinncurv.problems import LossTerm, SpaceTimeBox  # noqa: PLC0415
-
-    domain = SpaceTimeBox.unit(1)
-    operators = {"u": Value(), "t": Partial(0), "x1": Partial(1), "x3": Partial(1, 1, 1)}
-    pde = LossTerm(
-        operators, lambda x, u, t, x1, x3: t + 6 * u * x1 + x3, domain.interior(n_interior)
-    )
-    start = LossTerm(
-        {"u": Value()}, lambda x, u: u - _wave(x), domain.initial(n_boundary), name="initial"
-    )
-    return Problem("kdv", (pde, start), 2, domain.interior(n_interior))
-
-
-def _wave(x: Tensor) -> Tensor:
-    return torch.cos(torch.pi * x[:, 1:])
-
-
-def _product(x: Tensor) -> Tensor:
-    return torch.sin(torch.pi * x).prod(1, keepdim=True)
-
-
-def biharmonic(n_interior: int, n_boundary: int) -> Problem:
-    """Return Δ²u = 4π⁴ sin πx sin πy with u = 0 on the boundary."""
-    from pinncurv.diffops import Bilaplacian, Value  # noqa: PLC0415 - see kdv
-    from pinncurv.problems import Box, LossTerm  # noqa: PLC0415
-
-    domain = Box.unit(2)
-    pde = LossTerm(
-        {"b": Bilaplacian()},
-        lambda x, b: b - 4 * torch.pi**4 * _product(x),
-        domain.interior(n_interior),
-    )
-    edge = LossTerm({"u": Value()}, lambda x, u: u, domain.faces(n_boundary), name="boundary")
-    return Problem("biharmonic", (pde, edge), 2, domain.interior(n_interior))
+    nested: Callable[[Tensor, Tensor], Tensor]
+    n_interior: int = 900
+    n_boundary: int = 120
+    iterations: int = 1
 
 
 _M = (2, 64, 64, 48, 48, 1)
+_B = (256, 256, 128, 128, 1)
 SIZES = {
-    "s": Size((2, 64, 1), poisson2d, 900, 120, 100),
-    "m": Size(_M, poisson2d, 900, 120, 40),
-    "b": Size((2, 256, 256, 128, 128, 1), poisson2d, 900, 120, 15),
-    "h": Size((5, 256, 256, 128, 128, 1), heat4d, 3000, 500, 7),
-    "extra": Size(_M, poisson2d, 900, 120, 40),
-    "kdv": Size(_M, kdv, 900, 120, 15),
-    "biharmonic": Size(_M, biharmonic, 900, 120, 7),
-    "laplace100": Size((100, 256, 256, 128, 128, 1), poisson100d, 100, 50, 7),
+    "s": Size((2, 64, 1), poisson2d, _nested_poisson, iterations=20),
+    "m": Size(_M, poisson2d, _nested_poisson, iterations=6),
+    "b": Size((2, *_B), poisson2d, _nested_poisson, iterations=2),
+    "h": Size((5, *_B), heat4d, _nested_heat, 3000, 500),
+    "extra": Size(_M, poisson2d, _nested_poisson, iterations=6),
+    "kdv": Size(_M, kdv, _nested_kdv, iterations=4),
+    "biharmonic": Size(_M, biharmonic, _nested_biharmonic),
+    "laplace100": Size((100, *_B), poisson100d, _nested_poisson, 100, 50),
 }
 _INF = float("inf")
 # What is measured, and the ratio to the baseline that it should not exceed at each size.
@@ -124,6 +167,10 @@ TARGETS: dict[str, dict[str, float]] = {
 }
 # Peak resident memory in MB that should not be exceeded.
 MEMORY_TARGETS = {("kfac_star", "h"): 900.0, ("kfac_star_chunked", "h"): 500.0}
+AGAINST_TARGET = 1.03  # new / old
+
+
+# --- one figure -----------------------------------------------------------------------------------
 
 
 class Slopes(nn.Module):
@@ -138,67 +185,31 @@ class Slopes(nn.Module):
         return torch.tanh(self.a * x)
 
 
-def build_network(widths: tuple[int, ...], slopes: bool = False) -> nn.Sequential:
-    """Return a tanh network with torch's initialization of seed 1."""
+def build_network(widths: tuple[int, ...], slopes: int = 0) -> nn.Sequential:
+    """Return a tanh network with torch's initialization of seed 1, trained slopes in the last."""
     torch.manual_seed(1)
     layers: list[nn.Module] = []
-    for d_in, d_out in pairwise(widths):
-        layers += [nn.Linear(d_in, d_out, dtype=DTYPE), Slopes(d_out) if slopes else nn.Tanh()]
+    for layer, (d_in, d_out) in enumerate(pairwise(widths)):
+        sloped = layer >= len(widths) - 2 - slopes
+        layers += [nn.Linear(d_in, d_out, dtype=DTYPE), Slopes(d_out) if sloped else nn.Tanh()]
     return nn.Sequential(*layers[:-1])
-
-
-def _partial(u: Tensor, x: Tensor, i: int) -> Tensor:
-    """Return ∂u/∂x_i by reverse mode, to be differentiated further."""
-    return torch.autograd.grad(u.sum(), x, create_graph=True)[0][:, i : i + 1]
-
-
-def _nested_laplacian(u: Tensor, x: Tensor, dims: range) -> Tensor:
-    (gradient,) = torch.autograd.grad(u.sum(), x, create_graph=True)
-    return torch.stack([_partial(gradient[:, i], x, i) for i in dims]).sum(0)
-
-
-def _nested_residual(name: str, model: nn.Module, x: Tensor, source: Tensor | float) -> Tensor:
-    """Return the interior residual of a size by nested reverse mode."""
-    u, d = model(x), range(x.shape[1])
-    if name == "kdv":
-        (gradient,) = torch.autograd.grad(u.sum(), x, create_graph=True)
-        u_t, u_x = gradient[:, :1], gradient[:, 1:]
-        return u_t + 6 * u * u_x + _partial(_partial(u_x, x, 1), x, 1)
-    if name == "h":
-        (gradient,) = torch.autograd.grad(u.sum(), x, create_graph=True)
-        rows = [_partial(gradient[:, i], x, i) for i in d[1:]]
-        return gradient[:, :1] - 0.25 * torch.stack(rows).sum(0)
-    laplacian = _nested_laplacian(u, x, d)
-    if name == "biharmonic":
-        return _nested_laplacian(laplacian, x, d) - source
-    return (laplacian if name == "laplace100" else -laplacian) - source
 
 
 def baseline(name: str, model: nn.Module, batch: tuple[Tensor, ...]) -> Callable[[], object]:
     """Return the evaluation of loss and gradient by nested reverse mode."""
-    interior, boundary = batch
-    size = SIZES[name]
-    problem = size.problem(size.n_interior, size.n_boundary)
-    source: Tensor | float = 0.0
-    if name == "biharmonic":
-        target, source = torch.zeros(len(boundary), 1), 4 * torch.pi**4 * _product(interior)
-    elif name == "kdv":
-        target = _wave(boundary)
-    else:
-        assert problem.solution is not None
-        target = problem.solution(boundary)
-        if name == "laplace100":
-            source = 200 / 33.47
-        elif name != "h":
-            source = 2 * torch.pi**2 * problem.solution(interior)
+    size, (interior, boundary) = SIZES[name], batch
+    solution = size.problem(size.n_interior, size.n_boundary).solution
+    assert solution is not None
+    x = interior.clone().requires_grad_()
+    source, target = size.nested(solution(x), x).detach(), solution(boundary)
     parameters = list(model.parameters())
 
     def evaluate() -> object:
-        residual = _nested_residual(name, model, interior.clone().requires_grad_(), source)
+        x = interior.clone().requires_grad_()
+        residual = size.nested(model(x), x) - source
         mismatch = model(boundary) - target
         loss = 0.5 * residual.square().mean() + 0.5 * mismatch.square().mean()
-        # the last bias of a network whose derivatives alone count has no gradient there
-        return loss, torch.autograd.grad(loss, parameters, allow_unused=True)
+        return loss, torch.autograd.grad(loss, parameters)
 
     return evaluate
 
@@ -206,8 +217,8 @@ def baseline(name: str, model: nn.Module, batch: tuple[Tensor, ...]) -> Callable
 def build(figure: str, name: str) -> Callable[[], object]:
     """Return what one figure measures."""
     size = SIZES[name]
-    # the baseline of the slopes is the same step without them
-    model = build_network(size.widths, slopes=name == "extra" and figure != "baseline")
+    slopes = 2 if name == "extra" and figure != "baseline" else 0  # 96 of 9,969 parameters
+    model = build_network(size.widths, slopes)
     problem = size.problem(size.n_interior, size.n_boundary)
     batch = problem.sample(torch.Generator().manual_seed(0), DTYPE, "cpu")
     if figure == "baseline" and name != "extra":
@@ -225,76 +236,142 @@ def build(figure: str, name: str) -> Callable[[], object]:
 
 
 def measure(figure: str, name: str, threads: int) -> None:
-    """Print one figure's median seconds and this process's peak memory as JSON."""
+    """Print one turn's median seconds and the peak memory so far, per line of standard input."""
     torch.set_num_threads(threads)
     evaluate = build(figure, name)
     for _ in range(3):
         evaluate()
-    seconds = []
-    for _ in range(SIZES[name].iterations):
-        start = time.perf_counter()
-        evaluate()
-        seconds.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
-    result = {"seconds": statistics.median(seconds), "megabytes": peak}
-    print(json.dumps({**result, "package": pinncurv.__file__}))
+    print(json.dumps({"package": pinncurv.__file__}), flush=True)
+    for _ in sys.stdin:
+        time.sleep(0.01)  # threads of whoever had the last turn wait busily for a while
+        seconds = []
+        for _ in range(SIZES[name].iterations):
+            start = time.perf_counter()
+            evaluate()
+            seconds.append(time.perf_counter() - start)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+        turn = {"seconds": statistics.median(seconds), "megabytes": peak}
+        print(json.dumps(turn), flush=True)
 
 
-def run_and_read(*command: str, root: Path = HERE) -> dict[str, float]:
-    """Run Python in a process of its own, with the package of a checkout; read its last line."""
-    environment = {**os.environ, "PYTHONPATH": str(root / "src")}
+# --- processes in turns ---------------------------------------------------------------------------
+
+
+class Worker:
+    """A process that measures one figure with the package of one checkout."""
+
+    def __init__(self, root: Path, figure: str, name: str, threads: int) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--measure", figure, name, "--threads", str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=_environment(root),
+        )
+        package = Path(self._read()["package"])
+        if not package.is_relative_to(root / "src"):
+            self.process.communicate()
+            raise RuntimeError(f"The package must be that of {root}, got {package}.")
+
+    def turn(self) -> dict[str, float]:
+        """Return one turn's seconds and megabytes."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return self._read()
+
+    def _read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        if line := self.process.stdout.readline():
+            return dict(json.loads(line))
+        errors = self.process.communicate()[1]
+        raise ChildProcessError(errors.strip() or f"exit status {self.process.returncode}")
+
+
+def _environment(root: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(root / "src")}
+
+
+def run_and_read(*command: str) -> dict[str, float]:
+    """Run Python in a process of its own, and return the JSON in its last line."""
     arguments = [sys.executable, *command]
     output = subprocess.run(
-        arguments, check=True, capture_output=True, text=True, env=environment
+        arguments, check=True, capture_output=True, text=True, env=_environment(HERE)
     ).stdout
-    result: dict[str, Any] = json.loads(output.splitlines()[-1])
-    if not Path(result.pop("package", str(root))).is_relative_to(root):
-        raise RuntimeError(f"The package must be that of {root}. Is another one installed first?")
+    result: dict[str, float] = json.loads(output.splitlines()[-1])
     return result
 
 
-def verdict(value: float, target: float | None) -> str:
+def verdict(what: str, value: float, target: float | None) -> str:
     """Say whether a target is met."""
-    if target is None or target == float("inf"):
+    if target is None or target == _INF:
         return ""
-    return f"target {target:g}: {'met' if value <= target else 'MISSED'}"
+    return f"{what} {value:.3f}: target {target:g} {'met' if value <= target else 'MISSED'}"
+
+
+def _median(turns: list[dict[str, float]], key: str) -> float:
+    return statistics.median(turn[key] for turn in turns)
+
+
+def _ratio(turns: list[dict[str, float]], others: list[dict[str, float]]) -> float:
+    pairs = zip(turns, others, strict=True)
+    return statistics.median(a["seconds"] / b["seconds"] for a, b in pairs)
+
+
+def take_turns(
+    name: str, figures: list[str], rounds: int, threads: int, roots: list[Path]
+) -> tuple[dict[tuple[str, Path], list[dict[str, float]]], dict[str, str]]:
+    """Return all turns of one size by figure and checkout, and why the second one has none."""
+    turns: dict[tuple[str, Path], list[dict[str, float]]] = {}
+    missing: dict[str, str] = {}
+    for _ in range(rounds):
+        workers = {}
+        for key in ((f, r) for f in figures for r in roots if r == HERE or f not in missing):
+            try:
+                workers[key] = Worker(key[1], key[0], name, threads)
+            except ChildProcessError as error:
+                if key[1] == HERE:
+                    raise
+                missing[key[0]] = str(error).splitlines()[-1]
+        for i in range(TURNS):
+            for key in list(workers)[:: 1 - 2 * (i % 2)]:  # forth and back
+                turns.setdefault(key, []).append(workers[key].turn())
+        for worker in workers.values():
+            worker.process.communicate()
+    return turns, missing
 
 
 def run(
     sizes: list[str], figures: list[str], rounds: int, threads: int, against: Path | None
 ) -> None:
-    """Measure and print a table, one line per size and figure as soon as it is known."""
+    """Measure and print a table, the lines of one size as soon as they are known."""
     print(f"torch {torch.__version__}, {threads} threads, {DTYPE}, {rounds} rounds")
-    header = f"{'size':10} {'figure':18} {'ms':>9} {'ratio':>7} {'peak MB':>8}"
-    print(header + (f"  against {against}: ms, new / old, peak MB" if against else ""))
+    print(f"{'size':10} {'figure':18} {'ms':>9} {'ratio':>7} {'peak MB':>8}")
     for name in sizes:
         chosen = [f for f in figures if f == "baseline" or name in TARGETS[f]]
-        results: dict[tuple[str, Path], list[dict[str, float]]] = {}
-        for _ in range(rounds):
-            for figure in chosen:
-                for root in (HERE, against) if against else (HERE,):
-                    command = (__file__, "--measure", figure, name, "--threads", str(threads))
-                    if root == HERE or name in "smbh":  # what every commit has
-                        measured = run_and_read(*command, root=root)
-                        results.setdefault((figure, root), []).append(measured)
-        base = [r["seconds"] for r in results["baseline", HERE]]
+        roots = [HERE, against] if against else [HERE]
+        turns, missing = take_turns(name, chosen, rounds, threads, roots)
         for figure in chosen:
-            seconds = [r["seconds"] for r in results[figure, HERE]]
-            ratio = statistics.median(s / b for s, b in zip(seconds, base, strict=True))
-            peak = statistics.median(r["megabytes"] for r in results[figure, HERE])
+            new = turns[figure, HERE]
+            ratio, peak = _ratio(new, turns["baseline", HERE]), _median(new, "megabytes")
             notes = [
-                verdict(ratio, TARGETS[figure].get(name)),
-                verdict(peak, MEMORY_TARGETS.get((figure, name))),
+                verdict("ratio", ratio, TARGETS[figure].get(name)),
+                verdict("MB", peak, MEMORY_TARGETS.get((figure, name))),
             ]
-            if against and (figure, against) in results:
-                old = results[figure, against]
-                change = [s / r["seconds"] for s, r in zip(seconds, old, strict=True)]
-                ms = statistics.median(r["seconds"] for r in old) * 1e3
-                mb = statistics.median(r["megabytes"] for r in old)
-                notes.append(f"old {ms:.2f} ms, {statistics.median(change):.3f}, {mb:.0f} MB")
+            if figure in missing:
+                notes.append(f"not in old: {missing[figure]}")
+            elif against:
+                old = turns[figure, against]
+                milliseconds, megabytes = _median(old, "seconds") * 1e3, _median(old, "megabytes")
+                notes += [
+                    f"old {milliseconds:.2f} ms, {megabytes:.0f} MB",
+                    verdict("new / old", _ratio(new, old), AGAINST_TARGET),
+                    verdict("MB new / old", peak / megabytes, AGAINST_TARGET),
+                ]
             print(
-                f"{name:10} {figure:18} {statistics.median(seconds) * 1e3:9.2f} {ratio:7.2f} "
-                f"{peak:8.0f}  " + ", ".join(note for note in notes if note),
+                f"{name:10} {figure:18} {_median(new, 'seconds') * 1e3:9.2f} {ratio:7.2f} "
+                f"{peak:8.0f}  " + "; ".join(note for note in notes if note),
                 flush=True,
             )
 
@@ -306,15 +383,16 @@ def main() -> None:
     parser.add_argument("--figures", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--against", type=Path, help="another checkout to measure in turns")
-    parser.add_argument("--measure", nargs=2, metavar=("FIGURE", "SIZE"), help="measure one only")
+    parser.add_argument("--against", type=Path, help="another checkout, to take turns with")
+    parser.add_argument("--measure", nargs=2, metavar=("FIGURE", "SIZE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
         figure, name = arguments.measure
         measure(figure, name, arguments.threads)
         return
     figures = ["baseline", *(f for f in arguments.figures if f != "baseline")]
-    run(arguments.sizes, figures, arguments.rounds, arguments.threads, arguments.against)
+    against = arguments.against and arguments.against.resolve()
+    run(arguments.sizes, figures, arguments.rounds, arguments.threads, against)
 
 
 if __name__ == "__main__":
