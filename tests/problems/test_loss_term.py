@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from pinncurv.diffops import Gradient, Laplacian, Partial, Value
-from pinncurv.problems import Box, LossTerm, dirichlet
+from pinncurv.problems import Box, Fixed, LossTerm, dirichlet
 from pinncurv.problems.signature import check_data, check_operators
 
 POINTS = Box.unit(2).interior(5)
+STAYING = Fixed(torch.rand(5, 2, generator=torch.Generator().manual_seed(1)))
 
 
 def _model(generator: torch.Generator, d_out: int = 1) -> nn.Module:
@@ -117,7 +118,7 @@ def test_loss_is_half_the_squared_scaled_residual(
 ) -> None:
     """1 / (2 N) sum_n w_n |r_n|^2, for every kind of weight and two components."""
     model, x = _model(generator, d_out=2), _x(generator)
-    term = _term(weight=weight)
+    term = _term(weight=weight, points=STAYING)
     w = weight(x) if callable(weight) else torch.as_tensor(weight, dtype=torch.float64)
     expected = 0.5 * (w.expand(5) * (model(x) ** 2).sum(1)).mean()
     torch.testing.assert_close(0.5 * (term.scaled_residual(model, x) ** 2).sum(), expected)
@@ -127,7 +128,7 @@ def test_weights_follow_the_points(generator: torch.Generator) -> None:
     """Numbers stay numbers; tensors get the dtype of the points."""
     x = _x(generator)
     assert _term(weight=2).weights(x) == 2.0
-    weights = _term(weight=torch.ones(5)).weights(x)
+    weights = _term(weight=torch.ones(5), points=STAYING).weights(x)
     assert isinstance(weights, Tensor)
     assert weights.dtype == torch.float64
 
@@ -154,7 +155,7 @@ def test_number_of_weights(generator: torch.Generator) -> None:
     """There is one weight per point, in a vector."""
     x = _x(generator)
     with pytest.raises(ValueError, match=r"shape \[5\] or \[5, V\], got \[3\]. Pass a"):
-        _term(weight=torch.ones(3)).weights(x)
+        _term(weight=torch.ones(3), points=STAYING).weights(x)
     with pytest.raises(ValueError, match=r"per point and component, .* got \[5, 2, 1\]"):
         _term(weight=lambda x: x[..., None]).weights(x)
 
@@ -240,14 +241,15 @@ def test_bad_declarations() -> None:
 
 
 def _measured(**data: Tensor) -> LossTerm:
-    return _term(lambda x, u, y: u - y, name="fit", data=data)
+    return _term(lambda x, u, y: u - y, name="fit", data=data, points=STAYING)
 
 
 def test_data_are_arguments_of_the_residual(generator: torch.Generator) -> None:
     """Next to the values, converted to the points' dtype unless they are no real numbers."""
     model, x = _model(generator), _x(generator)
     y, mask = torch.rand(5, 1, generator=generator), torch.tensor([1, 0, 1, 1, 0]).bool()
-    term = _term(lambda x, u, y, mask: mask[:, None] * (u - y), data={"y": y, "mask": mask})
+    data = {"y": y, "mask": mask}
+    term = _term(lambda x, u, y, mask: mask[:, None] * (u - y), data=data, points=STAYING)
     torch.testing.assert_close(term.evaluate(model, x), mask[:, None] * (model(x) - y))
     converted = term.to(x)
     assert {name: t.dtype for name, t in converted.data.items()} == {

@@ -1,0 +1,393 @@
+"""What is promised about residuals, networks and points is checked, or followed, never assumed."""
+
+import math
+import types
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pinncurv.curvature import Objective
+from pinncurv.diffops import Directional, Laplacian, SecondOrder, Value
+from pinncurv.linearization import bound, linearize
+from pinncurv.presets import kfac_star, levenberg_marquardt
+from pinncurv.problems import Box, Fixed, LossTerm, Product, SpaceTimeBox, Union
+
+N = 12
+
+
+def _points(n=N):
+    return torch.rand(n, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+def _network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+
+
+def _term(residual, n=N, **arguments):
+    operators = arguments.pop("operators", {"u": Value(), "lap": Laplacian()})
+    return LossTerm(operators, residual, Fixed(_points(n)), **arguments)
+
+
+# --- residuals and networks that are not pointwise ------------------------------------------------
+
+MIXING = {
+    "mean": lambda x, u, lap: u - u.mean(),
+    "max": lambda x, u, lap: u - u.max(),
+    "median": lambda x, u, lap: lap - lap.median(),
+    "roll": lambda x, u, lap: u - u.roll(1, 0),
+    "flip": lambda x, u, lap: u - u.flip(0),
+    "sort": lambda x, u, lap: u.sort(0).values,
+    "cumsum": lambda x, u, lap: lap.cumsum(0),
+    "norm": lambda x, u, lap: u / u.norm(),
+    "first": lambda x, u, lap: u - u[:1],
+    "last": lambda x, u, lap: u - u[-1],
+    "diff": lambda x, u, lap: torch.cat([u[1:] - u[:-1], u[-1:]]),
+    "standardize": lambda x, u, lap: (u - u.mean(0)) / u.std(0, correction=0),
+    "number of points": lambda x, u, lap: u / len(x),
+    "integral": lambda x, u, lap: u.sum() * torch.ones_like(u) - 1,
+    "gram": lambda x, u, lap: (u @ u.T) @ lap,
+    "all pairs": lambda x, u, lap: u - x[:, 0],
+}
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, N])
+@pytest.mark.parametrize("residual", MIXING.values(), ids=MIXING)
+def test_residual_that_mixes_points(residual, n):
+    with pytest.raises(ValueError, match=r"own point only|broadcast|any block of the points"):
+        Objective(_network(), [_term(residual, n)], [_points(n)])
+    with pytest.raises(ValueError, match="Term 'term'"):
+        linearize(_term(residual, n), _network(), _points(n))
+
+
+def test_rows_that_mix_are_named():
+    term = _term(lambda x, u, lap: torch.where(x[:, :1] > 0.9 * x[:, :1].max(), u.mean(), u))
+    with pytest.raises(
+        ValueError, match=r"its rows at points \[\d+.*README, 'Integral conditions'"
+    ):
+        Objective(_network(), [term], [_points()])
+
+
+class Wrapped(nn.Module):
+    """A network whose output goes through a function of it and the input."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.net, self.change, self.calls = _network(), change, 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.change(self, self.net(x), x)
+
+
+NETWORKS = {
+    "statistics of a mask": lambda s, u, x: u * (x[:, :1] > 0.3).double().mean(),
+    "number of points": lambda s, u, x: u / x.shape[0],
+    "mask of all pairs": lambda s, u, x: u * (x[:, 0] > 0.5),
+    "counter": lambda s, u, x: u * s.calls,
+    "random": lambda s, u, x: u + torch.rand(1, dtype=torch.float64),
+    "noise": lambda s, u, x: u + torch.randn(x.shape[0], 1, dtype=torch.float64),
+    "dropout": lambda s, u, x: nn.functional.dropout(u, 0.5),
+    "type": lambda s, u, x: 3 * u if isinstance(x, torch.Tensor) else u,
+    "module type": lambda s, u, x: u if type(u).__name__ == "Jet" else 2 * u,
+}
+
+
+@pytest.mark.parametrize("change", NETWORKS.values(), ids=NETWORKS)
+def test_network_that_mixes_or_mistakes(change):
+    with pytest.raises((ValueError, NotImplementedError, TypeError, RuntimeError)):
+        Objective(Wrapped(change), [_term(lambda x, u, lap: u + lap)], [_points()])
+
+
+@pytest.mark.parametrize(
+    "residual",
+    [
+        lambda x, u, lap: u - torch.rand_like(u),
+        lambda x, u, lap: nn.functional.dropout(u, 0.5),
+    ],
+    ids=["rand", "dropout"],
+)
+def test_random_residual(residual):
+    with pytest.raises(ValueError, match="other numbers when they are called a second time"):
+        Objective(_network(), [_term(residual)], [_points()])
+
+
+@pytest.mark.parametrize(
+    ("residual", "name"),
+    [
+        (lambda x, u, lap: u.sub_(1), "u"),
+        (lambda x, u, lap: u - x.mul_(2)[:, :1], "x"),
+        (lambda x, u, lap, y: u - y.add_(1), "y"),
+    ],
+    ids=["u", "x", "y"],
+)
+def test_residual_that_writes_to_its_arguments(residual, name):
+    data = {"y": torch.ones(N, 1)} if name == "y" else {}
+    with pytest.raises(ValueError, match=f"writes to .*{name}.* in place"):
+        Objective(_network(), [_term(residual, data=data)], [_points()])
+
+
+def test_good_residuals_pass():
+    for residual in (
+        lambda x, u, lap: (u + lap).squeeze(1),
+        lambda x, u, lap: torch.where(x[:, :1] > 0.5, u, lap),
+        lambda x, u, lap: torch.cat([u, lap * 1e8], 1),
+        lambda x, u, lap: torch.full_like(u, math.nan) * u,
+    ):
+        Objective(_network(), [_term(residual)], [_points()])
+
+
+def test_integral_as_one_point():
+    """All nodes are one point, through a network that takes several."""
+
+    class OverNodes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = _network()
+
+        def forward(self, x):
+            return self.net(x.unflatten(-1, (-1, 2))).squeeze(-1)
+
+    model, nodes, weights = OverNodes(), _points(7), torch.rand(7, dtype=torch.float64)
+    integral = LossTerm(
+        {"u": Value()},
+        lambda x, u: (u * weights).sum(1) - 1,
+        Fixed(nodes.reshape(1, -1)),
+        name="integral",
+    )
+    objective = Objective(
+        model, [_term(lambda x, u, lap: u + lap), integral], [_points(), nodes.reshape(1, -1)]
+    )
+    loss = objective.term_losses()["integral"]
+    torch.testing.assert_close(loss, 0.5 * ((model.net(nodes)[:, 0] * weights).sum() - 1) ** 2)
+    expected = torch.autograd.grad(objective.loss(), objective.parameters())
+    for ours, theirs in zip(objective.linearize().gradient(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+    objective.linearize().jacobian  # noqa: B018 - it exists
+    step = kfac_star(objective.parameters(), damping=1e-6).step(objective)
+    assert step.new_loss < step.loss
+
+
+# --- what jets and torch do differently -----------------------------------------------------------
+
+
+class Detached(nn.Module):
+    """A wrong way to write a jet's rule: a function that torch differentiates otherwise."""
+
+    class _Cut(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 3 * grad
+
+    def __init__(self):
+        super().__init__()
+        self.net = _network()
+
+    def forward(self, x):
+        return self._Cut.apply(self.net(x))
+
+
+def test_derivatives_are_compared_with_reverse_mode_once(monkeypatch):
+    """Also after resampling; check=False turns it off."""
+    calls = []
+    original = bound.check_derivatives
+    monkeypatch.setattr(
+        bound, "check_derivatives", lambda *args: (calls.append(1), original(*args))
+    )
+    term = LossTerm({"lap": Laplacian()}, lambda x, lap: lap, Box.unit(2).interior(9))
+    generator = torch.Generator().manual_seed(0)
+    model = _network()
+    objective = Objective.sample(model, [term], generator)
+    objective.resampled(generator).resampled(generator).linearize()
+    assert len(calls) == 1
+    Objective.sample(model, [term], generator, check=False)
+    Objective.sample(_network(), [term], generator, check=False)
+    assert len(calls) == 1
+    Objective.sample(_network(), [term], generator)
+    assert len(calls) == 2
+
+
+def test_function_that_torch_differentiates_otherwise():
+    with pytest.raises((ValueError, TypeError, RuntimeError, NotImplementedError)):
+        Objective(Detached(), [_term(lambda x, u, lap: u + lap)], [_points()])
+
+
+# --- what changes between steps -------------------------------------------------------------------
+
+
+class Settings:
+    """A user's own object."""
+
+    def __init__(self):
+        self.factor, self.nested = 1.0, {"deep": [1.0]}
+
+
+def _closures():
+    """Return residuals with a function that changes what they depend on."""
+    number, box, array = [1.0], types.SimpleNamespace(factor=1.0), np.ones(1)
+    settings, tensor, module = Settings(), torch.ones(1, dtype=torch.float64), nn.Module()
+    module.factor = 1.0
+    module.forward = lambda x, u, lap: module.factor * u + lap
+    factor = 1.0
+
+    def rebind(value):
+        nonlocal factor
+        factor = value
+
+    def inner(u):
+        return factor * u
+
+    return {
+        "number": (lambda x, u, lap: factor * u + lap, lambda: rebind(2.0)),
+        "function in between": (lambda x, u, lap: inner(u) + lap, lambda: rebind(2.0)),
+        "list": (lambda x, u, lap: number[0] * u + lap, lambda: number.__setitem__(0, 2.0)),
+        "namespace": (
+            lambda x, u, lap: box.factor * u + lap,
+            lambda: setattr(box, "factor", 2.0),
+        ),
+        "array": (lambda x, u, lap: float(array[0]) * u + lap, lambda: array.fill(2)),
+        "object": (
+            lambda x, u, lap: settings.nested["deep"][0] * u + lap,
+            lambda: settings.nested["deep"].__setitem__(0, 2.0),
+        ),
+        "tensor": (lambda x, u, lap: tensor * u + lap, lambda: tensor.mul_(2)),
+        "module": (
+            lambda x, u, lap: module.factor * u + lap,
+            lambda: setattr(module, "factor", 2.0),
+        ),
+    }
+
+
+GLOBAL = 1.0
+
+
+@pytest.mark.parametrize("kind", _closures())
+def test_residual_whose_surroundings_change(kind):
+    """A step is judged by the loss of its own circumstances."""
+    residual, change = _closures()[kind]
+    objective = Objective(_network(), [_term(residual)], [_points()])
+    optimizer = levenberg_marquardt(objective.parameters())
+    optimizer.step(objective)
+    change()
+    before = float(objective.loss().detach())
+    record = optimizer.step(objective)
+    assert record.loss == pytest.approx(before, rel=1e-12)
+    assert record.new_loss == pytest.approx(float(objective.loss().detach()), rel=1e-12)
+    assert record.new_loss < before
+
+
+def test_global_number_changes(monkeypatch):
+    objective = Objective(_network(), [_term(lambda x, u, lap: GLOBAL * u + lap - 1)], [_points()])
+    optimizer = levenberg_marquardt(objective.parameters())
+    optimizer.step(objective)
+    monkeypatch.setitem(globals(), "GLOBAL", 3.0)
+    assert optimizer.step(objective).loss < optimizer.step(objective).loss * 1e9
+    fresh = float(objective.loss().detach())
+    monkeypatch.setitem(globals(), "GLOBAL", 5.0)
+    before = float(objective.loss().detach())
+    assert before != fresh
+    assert optimizer.step(objective).loss == pytest.approx(before, rel=1e-12)
+
+
+@pytest.mark.parametrize("what", ["weight", "direction", "matrix", "network"])
+def test_functions_with_numbers_are_followed(what):
+    """Weights and coefficients that are functions, and attributes of the network."""
+    scale = [1.0]
+    term = _term(lambda x, u, lap: u + lap)
+    model: nn.Module = _network()
+    if what == "weight":
+        term = _term(lambda x, u, lap: u + lap, weight=lambda x: scale[0] * torch.ones(len(x)))
+    elif what == "direction":
+        along = Directional(lambda x: scale[0] * x)
+        term = _term(lambda x, d: d, operators={"d": along})
+    elif what == "matrix":
+        second = SecondOrder(lambda x: scale[0] * torch.diag_embed(x))
+        term = _term(lambda x, d: d, operators={"d": second})
+    else:
+        model = Wrapped(lambda s, u, x: scale[0] * u)
+    objective = Objective(model, [term], [_points()])
+    one = float(objective.loss().detach())
+    scale[0] = 2.0
+    fresh = Objective(model, [term], [_points()])
+    expected = float(fresh.loss().detach())
+    assert expected == pytest.approx(one * (2 if what == "weight" else 4), rel=1e-12)
+    assert float(objective.loss().detach()) == expected
+    assert sum(objective.linearize().term_losses.values()) == pytest.approx(expected, rel=1e-12)
+    for p in objective.parameters():
+        p.grad = None
+    assert float(sum(objective.backward().values())) == pytest.approx(expected, rel=1e-12)
+
+
+def test_parameters_moved_behind_the_version_counter():
+    """A step after ``.data`` and ``vector_to_parameters`` starts where the parameters are."""
+    objective = Objective(_network(), [_term(lambda x, u, lap: u + lap)], [_points()])
+    optimizer = kfac_star(objective.parameters(), damping=1e-6)
+    optimizer.step(objective)
+    parameters = objective.parameters()
+    vector = nn.utils.parameters_to_vector(parameters).detach().clone()
+    for change in (
+        lambda: parameters[0].data.mul_(2),
+        lambda: nn.utils.vector_to_parameters(vector.clone(), parameters),
+    ):
+        change()
+        before = float(objective.loss().detach())
+        assert optimizer.step(objective).loss == pytest.approx(before, rel=1e-12)
+
+
+def test_layers_that_change_places():
+    """The same parameters in another order are another network."""
+    torch.manual_seed(1)
+    a, b = nn.Linear(4, 4).double(), nn.Linear(4, 4).double()
+    model = nn.Sequential(nn.Linear(2, 4).double(), nn.Tanh(), a, nn.Tanh(), b, nn.Tanh())
+    model.append(nn.Linear(4, 1).double())
+    objective = Objective(model, [_term(lambda x, u, lap: u + lap)], [_points()])
+    objective.linearize()
+    model[2], model[4] = b, a
+    linearized = objective.linearize()
+    expected = torch.autograd.grad(objective.loss(), linearized.parameters)
+    for ours, theirs in zip(linearized.gradient(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+# --- tensors per point ----------------------------------------------------------------------------
+
+DRAWING = {
+    "interior": Box.unit(2).interior(N),
+    "faces": Box.unit(2).faces(N),
+    "product": SpaceTimeBox.unit(1).initial(N),
+    "union": Union((Fixed(_points()), Box.unit(2).interior(N))),
+}
+PER_POINT = {
+    "data": {"data": {"y": torch.ones(N, 1)}},
+    "weight": {"weight": torch.ones(N)},
+    "weight per component": {"weight": torch.ones(N, 1)},
+    "direction": {"operators": {"u": Directional(torch.ones(N, 2))}},
+    "matrix": {"operators": {"u": SecondOrder(torch.ones(N, 2, 2))}},
+    "factors": {"operators": {"u": SecondOrder.from_factors(torch.ones(N, 2, 1))}},
+}
+
+
+@pytest.mark.parametrize("sampler", DRAWING.values(), ids=DRAWING)
+@pytest.mark.parametrize("given", PER_POINT.values(), ids=PER_POINT)
+def test_tensors_per_point_need_points_that_stay(given, sampler):
+    with pytest.raises(ValueError, match=r"would meet new points .* Use points=Fixed\(x\)"):
+        LossTerm(
+            **{
+                "operators": {"u": Value()},
+                "residual": lambda x, u, y=0: u - y,
+                "points": sampler,
+                **given,
+            }
+        )
+
+
+def test_points_that_stay():
+    halves = Product((Fixed(_points()[:, :1]), Fixed(_points()[:, 1:])))
+    for sampler in (Fixed(_points()), halves, Union((Fixed(_points()),))):
+        LossTerm({"u": Value()}, lambda x, u, y: u - y, sampler, data={"y": torch.ones(N, 1)})
