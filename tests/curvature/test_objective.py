@@ -257,7 +257,7 @@ def test_data_in_a_large_batch():
 
 def test_captured_data_in_a_large_batch_raise():
     model, x = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 1)).double(), points(9000)
-    message = r"Term 'fit': .* N = 5 points .* size of tensor a .* Pass tensors .* by data="
+    message = r"Term 'fit': .* N = 16 points .* size of tensor a .* Pass tensors .* by data="
     with pytest.raises(ValueError, match=message) as caught:
         Objective(model, [measured(x[:, :1], captured=True)], [x]).linearize()
     assert isinstance(caught.value.__cause__, RuntimeError)
