@@ -1,6 +1,8 @@
 """What is promised about residuals, networks and points is checked, or followed, never assumed."""
 
+import functools
 import math
+import time
 import types
 
 import numpy as np
@@ -353,6 +355,36 @@ def test_layers_that_change_places():
     expected = torch.autograd.grad(objective.loss(), linearized.parameters)
     for ours, theirs in zip(linearized.gradient(), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+class Deep:
+    """Objects in objects, with cycles, long lists and what makes new objects when it is asked."""
+
+    def __init__(self, depth=8):
+        self.inner = Deep(depth - 1) if depth else None
+        self.me, self.many, self.array = self, list(range(1000)), np.arange(1000)
+        self.few = [{"a": i, "b": [i]} for i in range(200)]
+
+    def method(self, x):
+        return torch.ones(len(x))
+
+
+def test_circumstances_are_the_same_while_nothing_changes():
+    """Else every step would start anew; and looking for them takes no longer than a step."""
+    deep = Deep()
+    residual = functools.partial(lambda x, u, lap, k: k.method(x)[:, None] * u + lap, k=deep)
+    term = _term(residual, weight=deep.method)
+    objective = Objective(Wrapped(lambda s, u, x: u), [term], [_points()])
+    first = objective.fingerprint()
+    bound = objective._bound[0]
+    parts = bound.parts
+    for _ in range(3):
+        assert objective.fingerprint() == first
+        bound.follow()
+        assert bound.parts is parts
+    start = time.perf_counter()
+    objective.fingerprint()
+    assert time.perf_counter() - start < 0.2
 
 
 # --- tensors per point ----------------------------------------------------------------------------

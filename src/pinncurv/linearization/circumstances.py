@@ -4,36 +4,42 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 from torch import Tensor
 from torch.nn import Module
 
 _DEPTH = 5
-_LONGEST = 256  # longer containers and arrays are told apart by identity
+_MOST = 200  # objects that are looked into
+_LONGEST = 64  # longer containers and arrays are told apart by identity
 _LIBRARIES = ("torch", "pinncurv", "math", "numpy", "jaxtyping", "builtins")
 
 
-def circumstances(given: Any, depth: int = _DEPTH) -> Any:
+def circumstances(given: Any, depth: int = _DEPTH, seen: dict[int, Any] | None = None) -> Any:
     """Return what changes when a number, tensor or function inside of an object does.
 
     Numbers and strings are themselves, tensors their identity and version, functions what they
     close over, their defaults and the global names that they use, modules and other objects their
-    attributes. Not seen: what lies deeper than five objects, in long containers, in libraries, and
-    writes through ``tensor.data``.
+    attributes. Not seen: what lies deeper than five objects or beyond the first 200, in long
+    containers, in libraries, and writes through ``tensor.data``.
 
     Args:
         given: Any object.
         depth: How deep to look.
+        seen: What has been looked into already, by identity.
     """
     if isinstance(given, bool | int | float | complex | str | bytes | None):
         return given if given == given else "nan"  # NaN differs from itself
     if isinstance(given, Tensor):
         return id(given), given.data_ptr(), None if given.is_inference() else given._version
-    if depth == 0 or isinstance(given, type | types.ModuleType):
+    seen = {} if seen is None else seen
+    if depth == 0 or isinstance(given, type | types.ModuleType) or len(seen) > _MOST:
         return id(given)
-    inner = functools.partial(circumstances, depth=depth - 1)
+    if id(given) in seen:
+        return id(given)
+    seen[id(given)] = given  # kept alive, or another object might get its identity
+    inner = functools.partial(circumstances, depth=depth - 1, seen=seen)
     if isinstance(given, types.FunctionType):
         if (given.__module__ or "").partition(".")[0] in _LIBRARIES:
             return id(given)
@@ -50,24 +56,28 @@ def circumstances(given: Any, depth: int = _DEPTH) -> Any:
         if len(given) > _LONGEST:
             return id(given), len(given)
         if isinstance(given, Mapping):
-            return tuple((inner(key), inner(value)) for key, value in given.items())
+            return _items(given, inner)
         return type(given), tuple(inner(part) for part in given)
     if type(given).__module__ == "numpy":
         small = getattr(given, "size", _LONGEST + 1) <= _LONGEST
         return (id(type(given)), given.tobytes()) if small else id(given)
     if isinstance(given, Module):
-        return tuple(_of_module(module, depth) for module in given.modules())
+        return tuple(_of_module(module, inner) for module in given.modules())
     attributes = getattr(given, "__dict__", None)
-    return id(given), inner(dict(attributes)) if attributes else None
+    return id(given), _items(attributes, inner) if attributes else None
 
 
-def _of_module(module: Module, depth: int) -> Any:
+def _items(mapping: Mapping[Any, Any], inner: Callable[[Any], Any]) -> Any:
+    return tuple((inner(key), inner(value)) for key, value in mapping.items())
+
+
+def _of_module(module: Module, inner: Callable[[Any], Any]) -> Any:
     """Return the identity of a module, its parameters and buffers, and its plain attributes."""
     own = {k: v for k, v in vars(module).items() if not k.startswith("_") or k == "_buffers"}
     # attributes such as a Sequential's list of modules are visited as modules
     plain = {k: v for k, v in own.items() if not isinstance(v, Module)}
     parameters = tuple(id(p) for p in module._parameters.values())
-    return id(module), parameters, circumstances(plain, depth - 1)
+    return id(module), parameters, _items(plain, inner)
 
 
 @functools.lru_cache(maxsize=1024)
