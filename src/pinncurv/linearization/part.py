@@ -88,7 +88,8 @@ class TermPart:
                 trained tensors are recorded.
         """
         x: Any = Jet(self.x[None], self.plan.without_derivatives) if as_jets else self.x
-        values = self.plan.read(x, model(self.seed), as_jets)
+        points = Jet(self.seed.data, self.plan.layout)  # which knows whether autograd is on now
+        values = self.plan.read(x, model(points), as_jets)
         inputs = {**values, **self.data}
         return call_residual(self.term.name, self.term.residual, x, inputs)
 
