@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pinncurv.diffops.operator import DifferentialOperator
-from pinncurv.jets import Jet, Layout, merge, seed
+from pinncurv.jets import Jet, Layout, check_output, merge, seed
 
 Operators = Mapping[str, DifferentialOperator]
 
@@ -119,6 +119,9 @@ def evaluate(
     Raises:
         KeyError: If an operator acts on an output that the network does not have.
         TypeError: If the network's output does not depend on its input.
+        ValueError: If the network does on jets something else than on tensors.
     """
     plan = Plan.of(operators, x)
-    return plan.read(x, model(seed(x, plan.layout)))
+    output = model(seed(x, plan.layout))
+    check_output(model, x, output)
+    return plan.read(x, output)

@@ -144,7 +144,7 @@ def _missing_rule(function: TorchFunction) -> str:
     """Say which function has no rule, where it was called, and what to do."""
     if isinstance(function, torch.ScriptMethod | torch.ScriptFunction):
         return (
-            f"Scripted and traced modules don't run on jets (called in {calling_module()}). Use the "
+            f"A scripted or traced module can't act on a jet (called in {calling_module()}). Use the "
             "nn.Module that it was made from."
         )
     name = public_name(function)

@@ -314,7 +314,20 @@ def _conversion(convert: Any) -> Any:
     return rule
 
 
-for _name in "to type_as double float half bfloat16 long int short bool cdouble cfloat".split():
+for _name in [
+    "to",
+    "type_as",
+    "double",
+    "float",
+    "half",
+    "bfloat16",
+    "long",
+    "int",
+    "short",
+    "bool",
+    "cdouble",
+    "cfloat",
+]:
     _function = getattr(Tensor, _name)
     register_rule(_function)(_conversion(_function))
 

@@ -76,8 +76,7 @@ class BoundTerm:
         """What a pass looks like."""
         if self._structure is None:
             check_differentiable(self.term.name)
-            few = self.whole.at(slice(0, 2))
-            found = find_structure(few, self.model, self.parameters, self.as_jets)
+            found = find_structure(self.whole, self.model, self.parameters, self.as_jets)
             scale = self.whole.scale
             if isinstance(scale, Tensor) and scale.shape[1] not in (1, found.components):
                 raise ValueError(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from pinncurv.jets import ConstantUse, LinearCall, Tape, record
+from pinncurv.jets import ConstantUse, LinearCall, Tape, check_hooks, check_network, record
 from pinncurv.linearization.part import TermPart
 
 Entry = LinearCall | ConstantUse
@@ -80,19 +80,26 @@ class Structure:
 def find_structure(
     part: TermPart, model: Module, parameters: Mapping[str, Tensor], as_jets: bool
 ) -> Structure:
-    """Run one pass at a few points, and find out what the trained tensors do.
+    """Check the network, run one pass at a few points, and find out what the trained tensors do.
 
     Args:
-        part: The term at a few points.
+        part: The term.
         model: The network.
         parameters: The trained tensors by name.
         as_jets: Whether the residual has trained tensors.
 
     Raises:
         UncapturedParameterError: If one is used where its rows cannot be found; names it.
+        ValueError: If the network does on jets or on all points something else than on tensors or
+            on some of them.
     """
-    with torch.enable_grad(), record(plain=True) as tape:
-        residual = part.evaluate(model, as_jets)
+    check_hooks(model, parameters)
+    if isinstance(part.term.residual, Module):
+        check_hooks(part.term.residual)
+    with torch.enable_grad():
+        check_network(model, part.x)
+        with record(plain=True) as tape:
+            residual = part.at(slice(0, 2)).evaluate(model, as_jets)
     names = {id(parameter): name for name, parameter in parameters.items()}
     reached = _reached(residual, tape, names, part.term.name)
     direct: dict[str, list[Use]] = {}
