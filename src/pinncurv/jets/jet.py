@@ -144,8 +144,8 @@ def _missing_rule(function: TorchFunction) -> str:
     """Say which function has no rule, where it was called, and what to do."""
     if isinstance(function, torch.ScriptMethod | torch.ScriptFunction):
         return (
-            f"A scripted or traced module can't act on a jet (called in {calling_module()}). Use the "
-            "nn.Module that it was made from."
+            f"A scripted or traced module can't act on a jet (called in {calling_module()}). Use "
+            "the nn.Module that it was made from."
         )
     name = public_name(function)
     remedy = _REMEDIES.get(name.removeprefix("Tensor."))

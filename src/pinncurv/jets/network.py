@@ -26,8 +26,8 @@ def check_network(network: Network, x: Float[Tensor, "N d"]) -> None:
 
     u(jet of x) = (u(x), ...),   u(x)_n = u(x_n)
 
-    Values tell jets that were taken for something else: by isinstance(x, Tensor) and the like, or by
-    augmented assignment to what has an alias or a view.
+    Values tell jets that were taken for something else: by isinstance(x, Tensor) and the like, or
+    by augmented assignment to what has an alias or a view.
 
     Args:
         network: The network, ``[N, d] -> [N, ...]``, or a tuple or dictionary of such outputs.
@@ -90,8 +90,8 @@ def check_output(network: Network, x: Float[Tensor, "N d"], output: Any) -> None
             "and call model.eval() for layers that do."
         )
     raise ValueError(
-        f"The network {_name(network)} must do on jets, by which it is differentiated, what it does "
-        f"on tensors, but{name} differs: {_difference(received.get(name), expected.get(name))}. "
+        f"The network {_name(network)} must do on jets, by which it is differentiated, what it "
+        f"does on tensors, but{name} differs: {_difference(received.get(name), expected.get(name))}. "
         "Don't branch on isinstance(x, Tensor), torch.is_tensor or hasattr, and write h = h + ... "
         "instead of h += ... where something else is, or is a view of, the same tensor."
     )
