@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from string import ascii_lowercase, ascii_uppercase
+from string import ascii_letters
 from typing import Any
 
 import torch
@@ -20,8 +20,6 @@ from pinncurv.jets.elementwise import weight_for
 from pinncurv.jets.jet import Jet, register_rule
 from pinncurv.jets.linear import linear_from_right, scale
 from pinncurv.jets.recording import active_tape, for_every_point, is_trained
-
-_LETTERS = ascii_uppercase + ascii_lowercase  # in torch's order
 
 
 def product_rule(
@@ -147,8 +145,6 @@ def einsum(equation: str, *operands: Any) -> Jet:
     Raises:
         NotImplementedError: With more than two jets.
     """
-    if not isinstance(equation, str):
-        equation, operands = _from_lists(equation, *operands)
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
         operands = tuple(operands[0])
     positions = [i for i, operand in enumerate(operands) if isinstance(operand, Jet)]
@@ -191,17 +187,6 @@ def einsum(equation: str, *operands: Any) -> Jet:
     return product_rule(contract, jets[0].data, jets[1].data, jet=jets[0])
 
 
-def _from_lists(*arguments: Any) -> tuple[str, list[Any]]:
-    """Return the equation and the operands of torch.einsum(a, [0, 1], b, [1, 2], [0, 2])."""
-    operands, terms = list(arguments[: len(arguments) // 2 * 2 : 2]), arguments[1::2]
-    output = arguments[-1:] if len(arguments) % 2 else ()
-    named = [
-        "".join("..." if i is Ellipsis else _LETTERS[i] for i in axes) for axes in (*terms, *output)
-    ]
-    equation = ",".join(named[: len(terms)])
-    return (f"{equation}->{named[-1]}" if output else equation), operands
-
-
 def _without_ellipsis(equation: str, operands: Sequence[Any]) -> str:
     """Name the axes that an ellipsis stands for, which align from the right."""
     if "..." not in equation:
@@ -212,7 +197,7 @@ def _without_ellipsis(equation: str, operands: Sequence[Any]) -> str:
         operand.ndim - len(term) + 3 if "..." in term else 0
         for term, operand in zip(terms, operands, strict=True)
     ]
-    names = "".join([c for c in _LETTERS if c not in equation][: max(counts)])
+    names = "".join([c for c in ascii_letters if c not in equation][: max(counts)])
     terms = [
         term.replace("...", names[len(names) - count :])
         for term, count in zip(terms, counts, strict=True)

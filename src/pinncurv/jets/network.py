@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from pinncurv.jets.jet import Jet, apply_rule, seed
 from pinncurv.jets.layout import Layout
-from pinncurv.jets.location import raising_module
+from pinncurv.jets.location import calling_module, raising_module
 
 Network = Callable[[Any], Any]
 
@@ -89,9 +89,10 @@ def check_output(network: Network, x: Float[Tensor, "N d"], output: Any) -> None
             "differs between two calls at the same points. Draw no random numbers, count no calls, "
             "and call model.eval() for layers that do."
         )
+    difference = _difference(received.get(name), expected.get(name))
     raise ValueError(
         f"The network {_name(network)} must do on jets, by which it is differentiated, what it "
-        f"does on tensors, but{name} differs: {_difference(received.get(name), expected.get(name))}. "
+        f"does on tensors, but{name} differs: {difference}. "
         "Don't branch on isinstance(x, Tensor), torch.is_tensor or hasattr, and write h = h + ... "
         "instead of h += ... where something else is, or is a view of, the same tensor."
     )
@@ -124,7 +125,7 @@ def check_hooks(module: Module, parameters: Mapping[str, Tensor] | None = None) 
 
 
 class _Conversions(TorchFunctionMode):
-    """Explains functions that make tensors of anything, and so never ask a jet."""
+    """Explains functions that do not ask a jet what to do."""
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None
@@ -133,6 +134,11 @@ class _Conversions(TorchFunctionMode):
         makes_tensor = func in (torch.tensor, torch.as_tensor, torch.asarray)
         if makes_tensor and any(isinstance(argument, Jet) for argument in args):
             apply_rule(func, args, {})
+        if func is torch.einsum and isinstance(args[0], Jet):
+            raise NotImplementedError(
+                "torch.einsum of jets must be given an equation, got lists of axes (called in "
+                f"{calling_module()}). Write it like torch.einsum('ni,ij->nj', h, W)."
+            )
         return func(*args, **(kwargs or {}))
 
 
@@ -151,9 +157,8 @@ def _on_jet(network: Network, x: Float[Tensor, "N d"]) -> Any:
             raise
         raise type(error)(
             f"The network {_name(network)} runs on tensors, but not on jets, by which it is "
-            f"differentiated: {error} (raised in {where}). Use functions of "
-            "pinncurv.jets.supported() in it, on arguments that don't depend on the points except "
-            "for the first."
+            f"differentiated: {error} (raised in {where}). Call "
+            "functions of pinncurv.jets.supported() directly, with tensors and numbers besides jets."
         ) from error
 
 

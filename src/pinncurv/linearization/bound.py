@@ -46,6 +46,7 @@ class BoundTerm:
     ) -> None:
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1 or None, got {chunk_size}.")
+        term.check_points(x)
         self.term = term
         self.model = model
         self.x = x
