@@ -157,8 +157,8 @@ def _on_jet(network: Network, x: Float[Tensor, "N d"]) -> Any:
             raise
         raise type(error)(
             f"The network {_name(network)} runs on tensors, but not on jets, by which it is "
-            f"differentiated: {error} (raised in {where}). Call "
-            "functions of pinncurv.jets.supported() directly, with tensors and numbers besides jets."
+            f"differentiated: {error} (raised in {where}). Call functions of "
+            "pinncurv.jets.supported() directly, with tensors and numbers besides jets."
         ) from error
 
 

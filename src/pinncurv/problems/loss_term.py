@@ -168,8 +168,8 @@ class LossTerm:
             weights = self.weight if isinstance(self.weight, Tensor) else self.weight(x)
         if not isinstance(weights, Tensor):
             raise TypeError(
-                f"Term '{self.name}': a function as weight must return a tensor, [N] or [N, V], got "
-                f"{type(weights).__name__}. Pass a number itself, or torch.full_like(x[:, 0], w)."
+                f"Term '{self.name}': a function as weight must return a tensor, [N] or [N, V], "
+                f"got {type(weights).__name__}. Pass a number itself, or torch.full_like(x[:, 0], w)."
             )
         _check_weights(self.name, weights)
         if weights.shape[0] != x.shape[0]:
@@ -216,7 +216,7 @@ class LossTerm:
         expected = f"Term '{self.name}': points must form a matrix [N, {self.points.dim}]"
         if not isinstance(x, Tensor):
             raise TypeError(
-                f"{expected}, got {type(x).__name__}. Convert them with torch.as_tensor(x, dtype=...)."
+                f"{expected}, got {type(x).__name__}. Convert them with torch.as_tensor."
             )
         if x.ndim != 2 or x.shape[1] != self.points.dim:
             raise ValueError(
