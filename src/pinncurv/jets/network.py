@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from pinncurv.jets.jet import Jet, apply_rule, seed
 from pinncurv.jets.layout import Layout
 from pinncurv.jets.location import calling_module, raising_module
+from pinncurv.jets.recording import record
 
 Network = Callable[[Any], Any]
 
@@ -145,7 +146,7 @@ class _Conversions(TorchFunctionMode):
 def _on_jet(network: Network, x: Float[Tensor, "N d"]) -> Any:
     """Call a network with a jet; an error says where, unless tensors raise one, too."""
     try:
-        with _Conversions():
+        with record(), _Conversions():  # recording refuses by name what mixes points
             return network(seed(x, Layout(x.new_ones(1, x.shape[-1]))))
     except Exception as error:
         try:

@@ -169,7 +169,7 @@ class LossTerm:
         if not isinstance(weights, Tensor):
             raise TypeError(
                 f"Term '{self.name}': a function as weight must return a tensor, [N] or [N, V], "
-                f"got {type(weights).__name__}. Pass a number itself, or torch.full_like(x[:, 0], w)."
+                f"got {type(weights).__name__}. Pass a number as it is, not as a function."
             )
         _check_weights(self.name, weights)
         if weights.shape[0] != x.shape[0]:
