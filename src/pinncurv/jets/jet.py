@@ -162,9 +162,10 @@ def _missing_rule(function: TorchFunction) -> str:
 def in_place_error(name: str) -> str:
     """Say that a function works in place, where it was called, and what to do."""
     plain = name.rstrip("_")
+    remedy = f"Use torch.{plain}" + (" without inplace=True" if plain == name else "")
     return (
         f"Jets are immutable, but torch.{name} works in place (called in {calling_module()}). "
-        f"Use torch.{plain} without inplace=True instead."
+        f"{remedy} instead."
     )
 
 

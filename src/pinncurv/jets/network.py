@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.modules import module as globally
 from torch.overrides import TorchFunctionMode
 
 from pinncurv.jets.jet import Jet, apply_rule, seed
@@ -114,6 +115,8 @@ def check_hooks(module: Module, parameters: Mapping[str, Tensor] | None = None) 
         for name, part in module.named_modules()
         if part._backward_hooks or part._backward_pre_hooks
     ]
+    for registered in (globally._global_backward_hooks, globally._global_backward_pre_hooks):
+        hooked += ["all modules"] if registered else []
     for name, parameter in (parameters or {}).items():
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
             hooked.append(name)

@@ -332,6 +332,18 @@ for _name in [
     register_rule(_function)(_conversion(_function))
 
 
+@register_rule(torch.is_floating_point)
+def is_floating_point(input: Jet) -> bool:
+    """Jets are."""
+    return True
+
+
+@register_rule(torch.is_complex)
+def is_complex(input: Jet) -> bool:
+    """Jets are not."""
+    return False
+
+
 @register_rule(Tensor.__pos__, torch.positive)
 def positive(input: Jet) -> Jet:
     """Return the jet itself."""

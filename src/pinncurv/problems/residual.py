@@ -40,7 +40,7 @@ def call_residual(
         raise ValueError(
             f"Term '{term}': the residual must have shape [N] or [N, V], V >= 1, with N = {N} "
             f"points, got {list(result.shape)} from values of shapes {_shapes(values)}. Keep the "
-            "points as first dimension and at most one more dimension, and pass tensors with one row per "
+            "points as first dimension and at most one more, and pass tensors with one row per "
             "point by data= of the LossTerm, since points are processed in blocks."
         )
     if result.dtype != x.dtype:
