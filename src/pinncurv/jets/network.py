@@ -19,7 +19,7 @@ from pinncurv.jets.recording import record
 
 Network = Callable[[Any], Any]
 
-_MOST_POINTS = 32
+MOST_POINTS = 32
 _EXPLAINED = (TypeError, ValueError, AttributeError, IndexError, RuntimeError)
 
 
@@ -42,7 +42,7 @@ def check_network(network: Network, x: Float[Tensor, "N d"]) -> None:
     """
     if isinstance(network, Module):
         check_hooks(network)
-    x = x[:_MOST_POINTS].detach()
+    x = x[:MOST_POINTS].detach()
     check_output(network, x, _on_jet(network, x))
     half = len(x) // 2
     for (name, alone), (_, all_points) in zip(
@@ -50,7 +50,7 @@ def check_network(network: Network, x: Float[Tensor, "N d"]) -> None:
         _outputs(network(x.clone())) if half else (),
         strict=True,
     ):
-        if not _equal(alone, all_points[:half]):
+        if not agree(alone, all_points[:half]):
             raise ValueError(
                 f"The network {_name(network)} must act on every point alone, but{name} of the "
                 f"first {half} points of {len(x)} differs without the others: got shapes "
@@ -78,14 +78,14 @@ def check_output(network: Network, x: Float[Tensor, "N d"], output: Any) -> None
             "Start with x = x.clone() or write x = x + ... instead of x += ..."
         )
     received = dict(_outputs(output))
-    different = [name for name in expected if not _equal(received.get(name), expected[name])] + [
+    different = [name for name in expected if not agree(received.get(name), expected[name])] + [
         name for name in received if name not in expected
     ]
     if not different:
         return
     name = different[0]
     again = dict(_outputs(network(x.detach().clone())))
-    if not all(_equal(again.get(name), tensor) for name, tensor in expected.items()):
+    if not all(agree(again.get(name), tensor) for name, tensor in expected.items()):
         raise ValueError(
             f"The network {_name(network)} must return the same whenever it is called, but{name} "
             "differs between two calls at the same points. Draw no random numbers, count no calls, "
@@ -179,7 +179,7 @@ def _outputs(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
         yield f" the output{name}", value.detach()
 
 
-def _equal(received: Tensor | None, expected: Tensor) -> bool:
+def agree(received: Tensor | None, expected: Tensor) -> bool:
     """Whether two values are the same but for rounding."""
     if received is None or received.shape != expected.shape or received.dtype != expected.dtype:
         return False

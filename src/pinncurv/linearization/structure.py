@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from pinncurv.jets import ConstantUse, LinearCall, Tape, check_hooks, check_network, record
+from pinncurv.jets import (
+    MOST_POINTS,
+    ConstantUse,
+    LinearCall,
+    Tape,
+    agree,
+    check_hooks,
+    check_network,
+    record,
+)
 from pinncurv.linearization.part import TermPart
 
 Entry = LinearCall | ConstantUse
@@ -98,6 +107,8 @@ def find_structure(
         check_hooks(part.term.residual)
     with torch.enable_grad():
         check_network(model, part.x)
+        if as_jets:
+            _check_residual(part.at(slice(0, MOST_POINTS)), model)
         with record(plain=True) as tape:
             residual = part.at(slice(0, 2)).evaluate(model, as_jets)
     names = {id(parameter): name for name, parameter in parameters.items()}
@@ -130,6 +141,17 @@ def find_structure(
         tuple(sorted(plain)),
         residual.shape[1],
     )
+
+
+def _check_residual(part: TermPart, model: Module) -> None:
+    """Check that a residual has the same values on jets, by which trained tensors are recorded."""
+    if not agree(part.evaluate(model, as_jets=True).detach(), part.evaluate(model).detach()):
+        raise ValueError(
+            f"Term '{part.term.name}': the residual must do on jets, by which its trained tensors "
+            "are recorded, what it does on tensors, but its values differ. Don't branch on "
+            "isinstance(u, Tensor), torch.is_tensor or hasattr, draw no random numbers, and write "
+            "u = u + ... instead of u += ..."
+        )
 
 
 def signature(tape: Tape, known: Mapping[int, Any]) -> tuple[tuple[int, ...], ...]:
