@@ -34,11 +34,11 @@ class Between(nn.Module):
         return self.last(torch.tanh(self.middle(h)))
 
 
-def poisson(x, u, l):
-    return l + u**2
+def poisson(x, u, u_xx):
+    return u_xx + u**2
 
 
-TERM = LossTerm({"u": Value(), "l": Laplacian()}, poisson, points=Fixed(X))
+TERM = LossTerm({"u": Value(), "u_xx": Laplacian()}, poisson, points=Fixed(X))
 
 
 def autograd(model):
@@ -87,7 +87,7 @@ AS_TORCH = {
     "rounded": lambda h: h * torch.div(9 * h, 2, rounding_mode="trunc") + (+h),
     "floor": lambda h: h * torch.div(9 * h, 2, rounding_mode="floor"),
     "diagonal": lambda h: h * torch.einsum("nii->ni", h.unflatten(1, (2, 2))).repeat(1, 2),
-    "trace": lambda h: h * torch.einsum("nii", h.unflatten(1, (2, 2))).sum() if h.ndim < 2 else h,
+    "trace": lambda h: h * torch.einsum("nii", h.unflatten(1, (2, 2)))[:, None],
     "ellipsis": lambda h: torch.einsum("...i,...i->...i", h, h.unflatten(1, (1, 4))[:, 0]),
     "lists": lambda h: torch.einsum(torch.ones(4, 4).double(), [2, 1], h, [0, 2], [0, 1]),
     "no_branch": lambda h: h if h.is_floating_point() and not h.is_complex() else 2 * h,
@@ -313,27 +313,27 @@ def test_a_mask_of_the_wrong_shape(chunk_size):
         Objective(Masked(), [TERM], [X], chunk_size=chunk_size)
 
 
-@pytest.mark.parametrize(
-    ("register", "name"),
-    [
-        (lambda m: m.middle.register_full_backward_hook(lambda *_: None), "on middle"),
-        (lambda m: m.middle.register_full_backward_pre_hook(lambda *_: None), "on middle"),
-        (lambda m: m.register_full_backward_hook(lambda *_: None), "on Between"),
-        (lambda m: m.last.bias.register_hook(lambda g: 0 * g), r"on last\.bias"),
-        (
-            lambda m: m.last.bias.register_post_accumulate_grad_hook(lambda p: None),
-            r"on last\.bias",
-        ),
-        (
-            lambda m: nn.modules.module.register_module_full_backward_hook(lambda *_: None),
-            "on all modules",
-        ),
-    ],
-)
-def test_backward_hooks(register, name):
-    model = Between()
+HOOKS = {
+    "full": (lambda m: m.middle.register_full_backward_hook(lambda *_: None), "middle"),
+    "pre": (lambda m: m.middle.register_full_backward_pre_hook(lambda *_: None), "middle"),
+    "model": (lambda m: m.register_full_backward_hook(lambda *_: None), "Between"),
+    "parameter": (lambda m: m.last.bias.register_hook(lambda g: 0 * g), r"last\.bias"),
+    "after": (
+        lambda m: m.last.bias.register_post_accumulate_grad_hook(lambda p: None),
+        r"last\.bias",
+    ),
+    "global": (
+        lambda m: nn.modules.module.register_module_full_backward_hook(lambda *_: None),
+        "all modules",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_backward_hooks(name):
+    model, (register, hooked) = Between(), HOOKS[name]
     handle = register(model)
-    with pytest.raises(NotImplementedError, match=f"no backward hooks.*{name}"):
+    with pytest.raises(NotImplementedError, match=f"no backward hooks.*on {hooked}"):
         Objective(model, [TERM], [X])
     handle.remove()
     Objective(model, [TERM], [X])
@@ -385,8 +385,8 @@ def scaled_identity(x, factor=FACTOR):
 )
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
 def test_coefficients_that_hide_trained_tensors(coefficient, mode):
-    term = LossTerm({"l": SecondOrder(coefficient)}, lambda x, l: l, points=Fixed(X))
-    with mode(), pytest.raises(ValueError, match="matrix .* must not depend on trained tensors"):
+    term = LossTerm({"u": SecondOrder(coefficient)}, lambda x, u: u, points=Fixed(X))
+    with mode(), pytest.raises(ValueError, match=r"matrix .* must not depend on trained tensors"):
         Objective(Between(), [term], [X])
 
 
@@ -402,9 +402,8 @@ def test_weights_that_hide_trained_tensors(mode):
 def test_a_direction_may_take_part_in_a_sum_several_times():
     """∂_00 + ∂_00 + ∂_11, of a product and of a function."""
     layout = Layout(torch.eye(2).double(), (Contraction((0, 0, 1)),))
-    once = Layout(
-        torch.eye(2).double(), (Contraction((0, 1), weights=torch.tensor([2.0, 1.0]).double()),)
-    )
+    weights = torch.tensor([2.0, 1.0]).double()
+    once = Layout(torch.eye(2).double(), (Contraction((0, 1), weights=weights),))
     for function in (torch.sin, lambda x: x * torch.exp(x)):
         torch.testing.assert_close(function(seed(X, layout)).data, function(seed(X, once)).data)
     received, wanted = (
@@ -427,32 +426,33 @@ def test_functions_of_the_same_name_as_methods():
         register_rule(sin)(lambda x: x)
 
 
-@pytest.mark.parametrize(
-    ("change", "kind", "words"),
-    [
-        (lambda: linearize(TERM, Between(), X.tolist()), TypeError, "matrix .* got list"),
-        (lambda: linearize(TERM, Between(), X.numpy()), TypeError, "matrix .* got ndarray"),
-        (
-            lambda: LossTerm({}, lambda x: x, points=Fixed(X), weight=lambda x: 2.0).weights(X),
-            TypeError,
-            "must return a tensor.*got float",
-        ),
-        (
-            lambda: linearize(
-                LossTerm({"u": Value()}, lambda x, u: u[:, :0], points=Fixed(X)), Between(), X
-            ),
-            ValueError,
-            r"V >= 1.*got \[\d, 0\]",
-        ),
-        (
-            lambda: linearize(
-                LossTerm({"u": Value()}, lambda x, u: u.sub_(1), points=Fixed(X)), Between(), X
-            ),
-            ValueError,
-            "must not write to its arguments",
-        ),
-    ],
-)
-def test_other_kinds_of_input(change, kind, words):
+def term_of(residual, **options):
+    return LossTerm({"u": Value()}, residual, points=Fixed(X), **options)
+
+
+KINDS = {
+    "list": (lambda: linearize(TERM, Between(), X.tolist()), TypeError, "matrix .* got list"),
+    "numpy": (lambda: linearize(TERM, Between(), X.numpy()), TypeError, "matrix .* got ndarray"),
+    "weight": (
+        lambda: term_of(lambda x, u: u, weight=lambda x: 2.0).weights(X),
+        TypeError,
+        r"must return a tensor.*got float",
+    ),
+    "no_component": (
+        lambda: linearize(term_of(lambda x, u: u[:, :0]), Between(), X),
+        ValueError,
+        r"V >= 1.*got \[\d, 0\]",
+    ),
+    "in_place": (
+        lambda: linearize(term_of(lambda x, u: u.sub_(1)), Between(), X),
+        ValueError,
+        "must not write to its arguments",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_other_kinds_of_input(name):
+    make, kind, words = KINDS[name]
     with pytest.raises(kind, match=words):
-        change()
+        make()
