@@ -211,7 +211,12 @@ REFUSED = {
         NotImplementedError,
         "torch.cat got a complex",
     ),
-    "cdouble": (lambda net, h: h.cdouble().real, NotImplementedError, "converted to torch.complex"),
+    "to_complex": (
+        lambda net, h: h.to(torch.complex128).real,
+        NotImplementedError,
+        "converted to torch.complex",
+    ),
+    "cdouble": (lambda net, h: h.cdouble().real, NotImplementedError, "Jets are real: compute"),
     "array": (lambda net, h: np.ones(4) * h.detach().double(), TypeError, "numpy"),
     "requires_grad_": (
         lambda net, h: h.requires_grad_(),

@@ -126,6 +126,7 @@ _AUTOGRAD = (
     "Jets carry the derivatives in x: request them by the term's operators, or inside of a network "
     "by pinncurv.jets.derivative"
 )
+_REAL = "Jets are real: compute real and imaginary part as two real outputs"
 # What to do instead of some functions, for which no rule could be registered.
 _REMEDIES = {
     "requires_grad_": f"Leave it out. {_AUTOGRAD}",
@@ -136,6 +137,7 @@ _REMEDIES = {
     "copy_": "Use the jet itself instead of a copy",
     **dict.fromkeys(("set_", "resize_", "zero_", "fill_"), "Make a new tensor instead"),
     **dict.fromkeys(("tensor", "as_tensor", "asarray", "from_numpy"), _AS_A_CONSTANT),
+    **dict.fromkeys(("cdouble", "cfloat", "complex", "polar", "view_as_complex"), _REAL),
     **dict.fromkeys(("item", "tolist", "numpy", "cpu"), _AS_A_CONSTANT),
 }
 

@@ -43,29 +43,30 @@ def check_network(network: Network, x: Float[Tensor, "N d"]) -> None:
     if isinstance(network, Module):
         check_hooks(network)
     x = x[:MOST_POINTS].detach()
-    check_output(network, x, _on_jet(network, x))
+    expected = check_output(network, x, _on_jet(network, x))
     half = len(x) // 2
-    for (name, alone), (_, all_points) in zip(
-        _outputs(network(x[:half].clone())) if half else (),
-        _outputs(network(x.clone())) if half else (),
-        strict=True,
-    ):
-        if not agree(alone, all_points[:half]):
+    alone = dict(_outputs(network(x[:half].clone()))) if half else {}
+    for name, part in alone.items():
+        whole = expected.get(name)
+        if whole is None or not agree(part, whole[:half]):
             raise ValueError(
                 f"The network {_name(network)} must act on every point alone, but{name} of the "
                 f"first {half} points of {len(x)} differs without the others: got shapes "
-                f"{list(alone.shape)} and {list(all_points.shape)}. Leave out what mixes points: "
-                "statistics over them, or a tensor [N] that is broadcast against [N, 1]."
+                f"{list(part.shape)} and {_shape(whole)}. Leave out what mixes points: statistics "
+                "over them, or a tensor [N] that is broadcast against [N, 1]."
             )
 
 
-def check_output(network: Network, x: Float[Tensor, "N d"], output: Any) -> None:
+def check_output(network: Network, x: Float[Tensor, "N d"], output: Any) -> dict[str, Tensor]:
     """Check that the output of a network for the jet of x has the values of that for x.
 
     Args:
         network: The network.
         x: The points.
         output: Its output, a jet, or a tuple or dictionary of jets.
+
+    Returns:
+        The values, by the names that errors give them.
 
     Raises:
         ValueError: If a value differs; names the output and the first point.
@@ -82,7 +83,7 @@ def check_output(network: Network, x: Float[Tensor, "N d"], output: Any) -> None
         name for name in received if name not in expected
     ]
     if not different:
-        return
+        return expected
     name = different[0]
     again = dict(_outputs(network(x.detach().clone())))
     if not all(agree(again.get(name), tensor) for name, tensor in expected.items()):
@@ -207,6 +208,10 @@ def _difference(received: Tensor | None, expected: Tensor | None) -> str:
         f"got {received.flatten()[worst].item():.6g} on a jet, "
         f"{expected.flatten()[worst].item():.6g} on a tensor, at point {point}"
     )
+
+
+def _shape(tensor: Tensor | None) -> list[int] | None:
+    return None if tensor is None else list(tensor.shape)
 
 
 def _name(network: Network) -> str:

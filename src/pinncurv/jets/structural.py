@@ -314,20 +314,8 @@ def _conversion(convert: Any) -> Any:
     return rule
 
 
-for _name in [
-    "to",
-    "type_as",
-    "double",
-    "float",
-    "half",
-    "bfloat16",
-    "long",
-    "int",
-    "short",
-    "bool",
-    "cdouble",
-    "cfloat",
-]:
+_REAL = ("to", "type_as", "double", "float", "half", "bfloat16")
+for _name in (*_REAL, "long", "int", "short", "bool"):
     _function = getattr(Tensor, _name)
     register_rule(_function)(_conversion(_function))
 
