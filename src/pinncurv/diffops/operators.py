@@ -374,8 +374,7 @@ def _evaluate(
         ValueError: If the shape, dtype or device does not fit the points.
     """
     constant = isinstance(coefficient, Tensor)
-    with torch.enable_grad():  # or what is trained would not show under torch.no_grad
-        tensor = _at_points(coefficient, x)
+    tensor = _at_points(coefficient, x)
     if tensor.requires_grad:
         raise ValueError(
             f"The {name} of a differential operator must not depend on trained tensors unless it "

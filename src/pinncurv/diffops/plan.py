@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -31,7 +32,8 @@ class Plan:
     @classmethod
     def of(cls, operators: Operators, x: Float[Tensor, "N d"]) -> Plan:
         """Merge what the operators need at points x."""
-        requests = {name: operator.requests(x) for name, operator in operators.items()}
+        with torch.enable_grad():  # or what is trained would not show under torch.no_grad
+            requests = {name: operator.requests(x) for name, operator in operators.items()}
         layout, channels = merge((r for asked in requests.values() for r in asked.values()), x)
         positions = iter(channels)
         return cls(

@@ -115,7 +115,7 @@ def public_name(function: TorchFunction) -> str:
     name = resolve_name(function) or getattr(function, "__name__", repr(function))
     name = name.removeprefix("torch.")
     plain = name.removeprefix("Tensor.").removeprefix("functional.")
-    return plain if hasattr(torch, plain) else name
+    return plain if callable(getattr(torch, plain, None)) else name
 
 
 _AS_A_CONSTANT = (
