@@ -335,10 +335,10 @@ def test_a_path_that_depends_on_the_number_of_points_is_refused():
             self.u, self.v = nn.Linear(2, 1), nn.Linear(2, 1)
 
         def forward(self, x):
-            return self.u(x) if x.shape[0] == 3 else self.u(x) + self.v(x)
+            return self.u(x) if x.shape[0] == 40 else self.u(x) + self.v(x)
 
-    objective = Objective(Branching().double(), [TERMS["first"]()], [points()])
-    with pytest.raises(RuntimeError, match=r"'first' must do the same at any points.*at 3 of them"):
+    objective = Objective(Branching().double(), [TERMS["first"]()], [points().repeat(20, 1)[:40]])
+    with pytest.raises(RuntimeError, match=r"'first' must do the same at any points.*at 40 of"):
         objective.linearize()
 
 

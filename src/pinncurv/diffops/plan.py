@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from pinncurv.diffops.operator import DifferentialOperator
-from pinncurv.jets import Jet, Layout, merge, seed
+from pinncurv.jets import Jet, Layout, check_output, merge, seed
 
 Operators = Mapping[str, DifferentialOperator]
 
@@ -31,7 +32,8 @@ class Plan:
     @classmethod
     def of(cls, operators: Operators, x: Float[Tensor, "N d"]) -> Plan:
         """Merge what the operators need at points x."""
-        requests = {name: operator.requests(x) for name, operator in operators.items()}
+        with torch.enable_grad():  # or what is trained would not show under torch.no_grad
+            requests = {name: operator.requests(x) for name, operator in operators.items()}
         layout, channels = merge((r for asked in requests.values() for r in asked.values()), x)
         positions = iter(channels)
         return cls(
@@ -119,6 +121,9 @@ def evaluate(
     Raises:
         KeyError: If an operator acts on an output that the network does not have.
         TypeError: If the network's output does not depend on its input.
+        ValueError: If the network does on jets something else than on tensors.
     """
     plan = Plan.of(operators, x)
-    return plan.read(x, model(seed(x, plan.layout)))
+    output = model(seed(x, plan.layout))
+    check_output(model, x, output)
+    return plan.read(x, output)

@@ -4,8 +4,8 @@
 ``requests.py`` how they are asked for, and ``recording.py`` keeps what trainable tensors do. The
 rules stand in ``linear.py``, ``elementwise.py`` (the functions themselves in ``functions.py``),
 ``bilinear.py`` and ``structural.py``, by their algebraic kind, and what is composed of them in
-``composite.py``; ``nested.py`` differentiates inside
-of a network.
+``composite.py``; ``nested.py`` differentiates inside of a network, and ``network.py`` checks that
+a network does on jets what it does on tensors.
 """
 
 from pinncurv.jets import (
@@ -25,6 +25,13 @@ from pinncurv.jets.jet import (
 )
 from pinncurv.jets.layout import Contraction as Contraction, Layout as Layout, merge as merge
 from pinncurv.jets.nested import derivative as derivative
+from pinncurv.jets.network import (
+    MOST_POINTS as MOST_POINTS,
+    agree as agree,
+    check_hooks as check_hooks,
+    check_network as check_network,
+    check_output as check_output,
+)
 from pinncurv.jets.recording import (
     ConstantUse as ConstantUse,
     LinearCall as LinearCall,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from string import ascii_letters
 from typing import Any
 
 import torch
@@ -67,8 +68,11 @@ def mul(input: Any, other: Any) -> Jet:
 
 
 @register_rule(torch.div, torch.divide, torch.true_divide, Tensor.__truediv__)
-def div(input: Any, other: Any) -> Jet:
+def div(input: Any, other: Any, *, rounding_mode: str | None = None) -> Jet:
     """Divide two jets elementwise, or a jet and a constant."""
+    if rounding_mode is not None:
+        quotient = div(input, other)
+        return quotient.floor() if rounding_mode == "floor" else quotient.trunc()
     if isinstance(other, Jet):
         return mul(input, other.reciprocal())
     data = trailing_view(input, getattr(other, "ndim", 0))
@@ -149,16 +153,18 @@ def einsum(equation: str, *operands: Any) -> Jet:
             f"torch.einsum on jets takes at most two jets, got {equation!r} with {len(positions)}. "
             "Contract pairwise."
         )
+    equation = _without_ellipsis(equation.replace(" ", ""), operands)
     if "->" not in equation:  # then the output has what appears once, in alphabetical order
         letters = sorted(c for c in set(equation) if c.isalpha() and equation.count(c) == 1)
-        equation = f"{equation}->{'...' if '...' in equation else ''}{''.join(letters)}"
+        equation = f"{equation}->{''.join(letters)}"
     channel = next(c for c in "zyxwvutsrqponmlkjihgfedcbaZYXWVUTSRQ" if c not in equation)
-    inputs, output = equation.replace(" ", "").split("->")
+    inputs, output = equation.split("->")
     terms = inputs.split(",")
     for i in positions:
-        if not output.startswith(terms[i][0]):
+        first = terms[i][:1]
+        if not first or not output.startswith(first) or terms[i].count(first) > 1:
             point_axis_mixed(operands[i], "einsum")
-    point = terms[positions[0]][0]
+    point = terms[positions[0]][:1]
     filled: list[Any] = [
         operand
         if k in positions
@@ -181,11 +187,34 @@ def einsum(equation: str, *operands: Any) -> Jet:
     return product_rule(contract, jets[0].data, jets[1].data, jet=jets[0])
 
 
+def _without_ellipsis(equation: str, operands: Sequence[Any]) -> str:
+    """Name the axes that an ellipsis stands for, which align from the right."""
+    if "..." not in equation:
+        return equation
+    inputs, arrow, output = equation.partition("->")
+    terms = inputs.split(",")
+    counts = [
+        operand.ndim - len(term) + 3 if "..." in term else 0
+        for term, operand in zip(terms, operands, strict=True)
+    ]
+    names = "".join([c for c in ascii_letters if c not in equation][: max(counts)])
+    terms = [
+        term.replace("...", names[len(names) - count :])
+        for term, count in zip(terms, counts, strict=True)
+    ]
+    if not arrow:
+        single = [c for c in sorted(set(inputs) - set(".,")) if inputs.count(c) == 1]
+        output = "..." + "".join(single)
+    return f"{','.join(terms)}->{output.replace('...', names)}"
+
+
 def _for_every_point(operand: Any, jet: Jet, point: str, k: int, terms: list[str]) -> Any:
     """Copy a trained operand of an einsum for every point, and let its indices say so."""
     if not is_trained(operand) or active_tape() is None:
         return operand
     if point in terms[k]:
+        operand = operand.movedim(terms[k].index(point), 0)
+        terms[k] = point + terms[k].replace(point, "")
         return for_every_point(operand, jet, operand.ndim)
     terms[k] = point + terms[k]
     return for_every_point(operand, jet, operand.ndim + 1)

@@ -213,7 +213,7 @@ def elementwise_rule(
         nonlocal warned
         if inplace:
             raise NotImplementedError(in_place_error(name))
-        _refuse_trained(name, [*args, *kwargs.values()])
+        _check_arguments(name, input, [*args, *kwargs.values()])
         if piecewise_linear and input.layout.C and not warned:
             warned = True
             warnings.warn(
@@ -230,8 +230,14 @@ def elementwise_rule(
     return rule
 
 
-def _refuse_trained(name: str, arguments: Sequence[Any]) -> None:
-    """Refuse arguments whose gradient would be dropped."""
+def _check_arguments(name: str, input: Any, arguments: Sequence[Any]) -> None:
+    """Refuse arguments whose derivatives would be dropped."""
+    if not isinstance(input, Jet) or any(isinstance(a, Jet) for a in arguments):
+        raise NotImplementedError(
+            f"torch.{name} must have one jet, its first argument, got one elsewhere (called in "
+            f"{calling_module()}). Write the function as products and sums, or by torch.where, "
+            "torch.maximum and torch.minimum."
+        )
     if any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
         raise NotImplementedError(
             f"The arguments of torch.{name} besides its input must not require a gradient, got one "

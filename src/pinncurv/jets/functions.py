@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, count, cycle
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from pinncurv.jets.elementwise import (
     register_elementwise,
 )
 from pinncurv.jets.jet import Jet, register_rule
+from pinncurv.jets.location import calling_module
 
 
 def _autonomous(f: Tensor, slope: Tensor, q: Sequence[float], start: int) -> Iterator[Tensor]:
@@ -418,18 +420,22 @@ def hardswish(x: Tensor) -> Iterator[Tensor]:
     yield from _piecewise_constant(between.to(x.dtype) / 3)
 
 
-def _step(function: Callable[..., Tensor]) -> DerivativesFunction:
-    """Make the derivatives of a function that is constant almost everywhere."""
+def _steps(function: Callable[..., Tensor], slope: float) -> DerivativesFunction:
+    """Make the derivatives of a function that has the same slope almost everywhere."""
 
-    def derivatives(x: Tensor, **kwargs: int) -> Iterator[Tensor]:
-        yield function(x, **kwargs)
-        yield from _piecewise_constant(torch.zeros_like(x))
+    def derivatives(x: Tensor, *args: Any, **kwargs: Any) -> Iterator[Tensor]:
+        f = function(x, *args, **kwargs)
+        yield f
+        yield from _piecewise_constant(torch.full_like(f, slope))
 
     return derivatives
 
 
 for _function in (torch.sign, torch.sgn, torch.floor, torch.ceil, torch.round, torch.trunc):
-    register_elementwise(_function, piecewise_linear=True)(_step(_function))
+    register_elementwise(_function, piecewise_linear=True)(_steps(_function, 0.0))
+register_elementwise(torch.floor_divide, piecewise_linear=True)(_steps(torch.floor_divide, 0.0))
+register_elementwise(torch.remainder, piecewise_linear=True)(_steps(torch.remainder, 1.0))
+register_elementwise(torch.fmod, piecewise_linear=True)(_steps(torch.fmod, 1.0))
 
 
 def _piecewise_constant(slope: Tensor) -> Iterator[Tensor]:
@@ -446,8 +452,15 @@ _scalar_power = elementwise_rule(_power_derivatives, "pow")
 def power(input: Jet | Tensor | float, exponent: Jet | Tensor | float) -> Jet:
     """Jet to a scalar power, scalar to the power of a jet, or both jets (base positive)."""
     if isinstance(exponent, Jet):
-        logarithm = math.log(input) if isinstance(input, float | int) else input.log()
-        return mul(logarithm, exponent).exp()
+        if isinstance(input, float | int):
+            if input <= 0:
+                raise ValueError(
+                    f"The base of a power whose exponent is a jet must be positive, got {input} "
+                    f"(in {calling_module()}). Write the function by torch.where and powers of "
+                    "positive numbers."
+                )
+            return mul(math.log(input), exponent).exp()
+        return mul(input.log(), exponent).exp()
     if isinstance(exponent, Tensor):
         if exponent.requires_grad:
             raise NotImplementedError(

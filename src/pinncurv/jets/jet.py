@@ -67,13 +67,47 @@ def apply_rule(function: TorchFunction, args: tuple[Any, ...], kwargs: dict[str,
     """Apply a torch function to jets by its rule.
 
     Raises:
-        NotImplementedError: If the function works in place or has no rule; names the function,
-            the module it was called in, and the remedy.
+        NotImplementedError: If the function works in place or has no rule, an argument is complex,
+            or autograd is off where it was on before; names the function, the module it was called
+            in, and the remedy.
+        TypeError: If an argument is a numpy array.
     """
     rule = _RULES.get(function)
     if rule is None:
-        raise NotImplementedError(_missing_rule(public_name(function)))
+        raise NotImplementedError(_missing_rule(function))
+    args = tuple([_checked(argument, function) for argument in args])
+    kwargs = {name: _checked(argument, function) for name, argument in kwargs.items()}
     return rule(*args, **kwargs)
+
+
+def _checked(argument: Any, function: TorchFunction) -> Any:
+    """Return an argument of a rule, numbers of numpy as such of Python."""
+    if isinstance(argument, Jet):
+        if argument.tracked and not torch.is_grad_enabled():
+            raise NotImplementedError(
+                "A network must not switch autograd off, which would cut its derivatives in x, too,"
+                f" but torch.{public_name(function)} is called (in {calling_module()}) under "
+                "torch.no_grad(), in the forward of a torch.autograd.Function, or in a reentrant "
+                "checkpoint. Freeze layers with requires_grad_(False), cut all derivatives with "
+                "detach(), register the function with @register_elementwise, or pass "
+                "use_reentrant=False."
+            )
+    elif isinstance(argument, complex) or (isinstance(argument, Tensor) and argument.is_complex()):
+        raise NotImplementedError(
+            f"Jets are real, but torch.{public_name(function)} got a complex argument (in "
+            f"{calling_module()}). Compute real and imaginary part as two real outputs."
+        )
+    elif isinstance(argument, list | tuple):
+        for part in argument:
+            _checked(part, function)
+    elif type(argument).__module__ == "numpy" and hasattr(argument, "item"):
+        if argument.ndim:
+            raise TypeError(
+                f"torch.{public_name(function)} of a jet takes tensors and numbers, got a numpy "
+                f"array (in {calling_module()}). Convert it with torch.as_tensor."
+            )
+        return argument.item()
+    return argument
 
 
 def public_name(function: TorchFunction) -> str:
@@ -81,23 +115,59 @@ def public_name(function: TorchFunction) -> str:
     name = resolve_name(function) or getattr(function, "__name__", repr(function))
     name = name.removeprefix("torch.")
     plain = name.removeprefix("Tensor.").removeprefix("functional.")
-    return plain if hasattr(torch, plain) else name
+    return plain if callable(getattr(torch, plain, None)) else name
 
 
-def _missing_rule(name: str) -> str:
+_AS_A_CONSTANT = (
+    "A jet is no tensor of numbers: write the network with torch functions, and take constants "
+    "from x.detach()"
+)
+_AUTOGRAD = (
+    "Jets carry the derivatives in x: request them by the term's operators, or inside of a network "
+    "by pinncurv.jets.derivative"
+)
+_REAL = "Jets are real: compute real and imaginary part as two real outputs"
+# What to do instead of some functions, for which no rule could be registered.
+_REMEDIES = {
+    "requires_grad_": f"Leave it out. {_AUTOGRAD}",
+    "autograd.grad": _AUTOGRAD,
+    "backward": _AUTOGRAD,
+    "retain_grad": _AUTOGRAD,
+    "register_hook": "Hooks of gradients are ignored by a linearization: leave it out",
+    "copy_": "Use the jet itself instead of a copy",
+    **dict.fromkeys(("set_", "resize_", "zero_", "fill_"), "Make a new tensor instead"),
+    **dict.fromkeys(("tensor", "as_tensor", "asarray", "from_numpy"), _AS_A_CONSTANT),
+    **dict.fromkeys(("cdouble", "cfloat", "complex", "polar", "view_as_complex"), _REAL),
+    **dict.fromkeys(("item", "tolist", "numpy", "cpu"), _AS_A_CONSTANT),
+}
+
+
+def _missing_rule(function: TorchFunction) -> str:
     """Say which function has no rule, where it was called, and what to do."""
-    where = f" (called in {calling_module()})"
+    if isinstance(function, torch.ScriptMethod | torch.ScriptFunction):
+        return (
+            f"A scripted or traced module can't act on a jet (called in {calling_module()}). Use "
+            "the nn.Module that it was made from."
+        )
+    name = public_name(function)
+    remedy = _REMEDIES.get(name.removeprefix("Tensor."))
+    if remedy is not None:
+        return f"torch.{name} can't act on a jet (called in {calling_module()}). {remedy}."
     if name.endswith("_") and not name.endswith("__"):
         return in_place_error(name)
-    return f"No jet rule for torch.{name}{where}. Register one with @register_rule(torch.{name})."
+    return (
+        f"No jet rule for torch.{name} (called in {calling_module()}). Register one with "
+        f"@register_rule(torch.{name})."
+    )
 
 
 def in_place_error(name: str) -> str:
     """Say that a function works in place, where it was called, and what to do."""
     plain = name.rstrip("_")
+    remedy = f"Use torch.{plain}" + (" without inplace=True" if plain == name else "")
     return (
         f"Jets are immutable, but torch.{name} works in place (called in {calling_module()}). "
-        f"Use torch.{plain} without inplace=True instead."
+        f"{remedy} instead."
     )
 
 
@@ -113,13 +183,18 @@ class Jet:
     Args:
         data: ``[S, N, ...]``, the channels first, then the points.
         layout: What the channels mean.
+        tracked: Whether autograd was on where the pass began; by default, whether it is on now.
     """
 
-    __slots__ = ("data", "layout")
+    __slots__ = ("data", "layout", "tracked")
+    __array_ufunc__ = None  # numpy's numbers leave arithmetic to the jet
 
-    def __init__(self, data: Float[Tensor, " S *value"], layout: Layout) -> None:
+    def __init__(
+        self, data: Float[Tensor, " S *value"], layout: Layout, tracked: bool | None = None
+    ) -> None:
         self.data = data
         self.layout = layout
+        self.tracked = torch.is_grad_enabled() if tracked is None else tracked
 
     @classmethod
     def __torch_function__(
@@ -134,7 +209,7 @@ class Jet:
 
     def like(self, data: Tensor) -> Jet:
         """Return a jet with other channels in the same layout."""
-        return Jet(data, self.layout)
+        return Jet(data, self.layout, self.tracked)
 
     @property
     def value(self) -> Tensor:
@@ -206,6 +281,10 @@ class Jet:
             "torch.where, or branch on something that does not depend on the points."
         )
 
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse to become an array of numpy."""
+        raise NotImplementedError(_missing_rule(Tensor.numpy))
+
     def __setitem__(self, index: Any, value: Any) -> None:
         """Refuse to be written to."""
         raise NotImplementedError(
@@ -245,12 +324,14 @@ _ARITHMETIC: dict[str, TorchFunction] = {
     "mul": torch.mul,
     "truediv": torch.div,
     "pow": torch.pow,
+    "mod": torch.remainder,
+    "floordiv": torch.floor_divide,
     "matmul": torch.matmul,
 }
 for _name, _function in _ARITHMETIC.items():
     _add_operator(f"__{_name}__", _function)
     _add_operator(f"__r{_name}__", _function, reflected=True)
-for _name in ("neg", "getitem", "abs", "gt", "lt", "ge", "le", "eq", "ne"):
+for _name in ("neg", "pos", "getitem", "abs", "gt", "lt", "ge", "le", "eq", "ne"):
     _add_operator(f"__{_name}__", getattr(Tensor, f"__{_name}__"))
 
 
@@ -274,4 +355,4 @@ def lift(constant: Tensor, like: Jet) -> Jet:
     """Return the jet of a constant: its value, and zero in every other channel."""
     data = constant.new_zeros(like.layout.S, *constant.shape, dtype=like.dtype)
     data[0] = constant
-    return Jet(data, like.layout)
+    return like.like(data)

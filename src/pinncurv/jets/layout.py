@@ -79,7 +79,7 @@ class Contraction:
     @property
     def terms(self) -> dict[Multiset, Coefficient]:
         """The coefficients c_rs of r <= s."""
-        k = range(len(self.indices))
+        k = range(len(self.indices))  # a direction may take part several times
         entries: dict[Multiset, Coefficient] = {}
         for i in k:
             for j in k[i:]:
@@ -90,7 +90,7 @@ class Contraction:
                 else:
                     continue
                 r, s = sorted((self.indices[i], self.indices[j]))
-                entries[r, s] = c
+                entries[r, s] = entries[r, s] + c if (r, s) in entries else c
         return entries
 
     @property

@@ -127,8 +127,8 @@ def _reduction(reduce: Callable[..., Tensor]) -> Callable[..., Jet]:
         axis: int | tuple[int, ...] | None = None,
     ) -> Jet:
         dim = axis if dim is None else dim
-        dims = range(input.ndim) if dim is None or dim == () else dim
-        shifted = channel_dims(input, [dims] if isinstance(dims, int) else list(dims))
+        dims = [dim] if isinstance(dim, int) else list(dim or range(input.ndim))
+        shifted = channel_dims(input, dims)
         if 1 in shifted:
             point_axis_mixed(input, reduce.__name__)
         if not shifted:

@@ -45,11 +45,11 @@ def derivative(network: Callable[[Any], Any], x: Jet | Tensor, dim: int) -> Any:
     data = jet.data.new_zeros(layout.S, *jet.shape)
     data = data.index_copy(0, torch.tensor(old, device=data.device), jet.data)
     data[new[0], :, dim] = 1
-    output = network(Jet(data, layout))
+    output = network(Jet(data, layout, jet.tracked))
     if not isinstance(output, Jet):
         raise TypeError(
             "A network that is differentiated must return one function of its input, got "
             f"{type(output).__name__}. Pass a function that returns the output in question."
         )
     channels = output.data[new]
-    return Jet(channels, jet.layout) if is_jet else channels[0]
+    return jet.like(channels) if is_jet else channels[0]

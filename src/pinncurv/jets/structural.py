@@ -20,6 +20,7 @@ from pinncurv.jets.axes import (
     trailing_view,
 )
 from pinncurv.jets.jet import Jet, lift, register_rule
+from pinncurv.jets.location import calling_module
 from pinncurv.jets.recording import for_every_point
 
 
@@ -31,6 +32,11 @@ def _as_sizes(sizes: tuple[Any, ...]) -> tuple[int, ...]:
 @register_rule(torch.reshape, Tensor.view)
 def reshape(input: Jet, *sizes: Any, shape: Sequence[int] = ()) -> Jet:
     """Reshape the value; the first axis stays the axis of the points."""
+    if any(isinstance(size, torch.dtype) for size in sizes):
+        raise NotImplementedError(
+            f"The channels of a jet can't be viewed as {sizes[0]} (in {calling_module()}). Convert "
+            "with .to(dtype) instead."
+        )
     data = input.data.reshape(input.layout.S, *(_as_sizes(sizes) if sizes else shape))
     if data.ndim < 2 or data.shape[1] != input.shape[0]:
         point_axis_mixed(input, "reshape")
@@ -281,16 +287,55 @@ def clone(input: Jet, *, memory_format: Any = None) -> Jet:
     return input
 
 
-@register_rule(Tensor.detach)
+@register_rule(torch.detach)
 def detach(input: Jet) -> Jet:
-    """Cut every channel from the autograd graph."""
-    return input.like(input.data.detach())
+    """Return the jet of a constant: what autograd does not see has no derivative in x, either."""
+    return lift(input.value.detach(), like=input)
 
 
-@register_rule(Tensor.to)
-def to(input: Jet, *args: Any, **kwargs: Any) -> Jet:
-    """Convert dtype or device of every channel."""
-    return input.like(input.data.to(*args, **kwargs))
+def _conversion(convert: Any) -> Any:
+    """Make the rule of a conversion of dtype or device: of every channel, if it stays real."""
+
+    def rule(input: Any, *args: Any, **kwargs: Any) -> Jet | Tensor:
+        args = tuple(part.value if isinstance(part, Jet) else part for part in args)
+        kwargs = {k: part.value if isinstance(part, Jet) else part for k, part in kwargs.items()}
+        if not isinstance(input, Jet):
+            return convert(input, *args, **kwargs)
+        value = convert(input.value.detach(), *args, **kwargs)
+        if value.is_complex():
+            raise NotImplementedError(
+                f"Jets are real, but one is converted to {value.dtype} (in {calling_module()}). "
+                "Compute real and imaginary part as two real outputs."
+            )
+        if not value.is_floating_point():  # constant almost everywhere, as a comparison
+            return value
+        return input.like(input.data.to(value.device, value.dtype))
+
+    return rule
+
+
+_REAL = ("to", "type_as", "double", "float", "half", "bfloat16")
+for _name in (*_REAL, "long", "int", "short", "bool"):
+    _function = getattr(Tensor, _name)
+    register_rule(_function)(_conversion(_function))
+
+
+@register_rule(torch.is_floating_point)
+def is_floating_point(input: Jet) -> bool:
+    """Jets are."""
+    return True
+
+
+@register_rule(torch.is_complex)
+def is_complex(input: Jet) -> bool:
+    """Jets are not."""
+    return False
+
+
+@register_rule(Tensor.__pos__, torch.positive)
+def positive(input: Jet) -> Jet:
+    """Return the jet itself."""
+    return input
 
 
 @register_rule(functional.dropout)

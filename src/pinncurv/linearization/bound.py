@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import Module
 
 from pinncurv.diffops import named_parameters_of
-from pinncurv.jets import record
+from pinncurv.jets import check_hooks, check_network, record
 from pinncurv.linearization.capture import blocks_of_pass
-from pinncurv.linearization.checks import check_derivatives, check_pointwise
+from pinncurv.linearization.checks import check_derivatives, check_pointwise, check_residual_on_jets
 from pinncurv.linearization.chunk import Chunk
 from pinncurv.linearization.circumstances import circumstances
 from pinncurv.linearization.part import TermPart
@@ -54,6 +54,7 @@ class BoundTerm:
     ) -> None:
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1 or None, got {chunk_size}.")
+        term.check_points(x)
         self.term = term
         self.model = model
         self.x = x
@@ -87,7 +88,14 @@ class BoundTerm:
             found = self._known()
             if found is None:
                 check_differentiable(self.term.name)
+                check_hooks(self.model, self.parameters)
+                if isinstance(self.term.residual, Module):
+                    check_hooks(self.term.residual)
+                with torch.enable_grad():
+                    check_network(self.model, self.x)
                 check_pointwise(self.whole, self.model)
+                if self.as_jets:
+                    check_residual_on_jets(self.whole, self.model)
                 few = self.whole.at(slice(0, 2))
                 found = find_structure(few, self.model, self.parameters, self.as_jets)
                 if self._check_derivatives:

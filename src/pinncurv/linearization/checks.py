@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.overrides import TorchFunctionMode
 
-from pinncurv.jets import Derivative, Jet, merge, seed
+from pinncurv.jets import Derivative, Jet, agree, merge, seed
 from pinncurv.linearization.part import TermPart
 
 _ROWS = 16  # points to look at
@@ -48,10 +48,30 @@ def check_pointwise(part: TermPart, model: Module) -> None:
                 raise _mixed(few, model, rows[group][bad].tolist(), alone, expected)
 
 
+def check_residual_on_jets(part: TermPart, model: Module) -> None:
+    """Check that a residual does on jets, by which trained tensors are recorded, the same.
+
+    Args:
+        part: The term at all points.
+        model: The network.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    few = part.at(slice(0, _ROWS))
+    if not agree(few.evaluate(model, as_jets=True).detach(), few.evaluate(model).detach()):
+        raise ValueError(
+            f"Term '{part.term.name}': the residual must do on jets, by which its trained tensors "
+            "are recorded, what it does on tensors, but its values differ. Don't branch on "
+            "isinstance(u, Tensor), torch.is_tensor or hasattr, and write u = u + ... instead of "
+            "u += ..."
+        )
+
+
 def _evaluate(part: TermPart, model: Module) -> Tensor:
     """Evaluate the residual; check that its arguments are left as they are."""
     x = part.x.clone()
-    given = part.plan.read(x, model(part.seed))
+    given = part.plan.read(x, model(Jet(part.seed.data, part.plan.layout)))
     values = {**given, **{name: tensor.clone() for name, tensor in part.data.items()}}
     before = {name: tensor._version for name, tensor in {"x": x, **values}.items()}
     residual = part.call(x, values)

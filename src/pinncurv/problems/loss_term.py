@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -183,7 +184,13 @@ class LossTerm:
         if isinstance(self.weight, tuple):
             return x.new_tensor([self.weight])
         assert not isinstance(self.weight, Sequence)
-        weights = self.weight if isinstance(self.weight, Tensor) else self.weight(x)
+        with torch.enable_grad():  # or what is trained would not show under torch.no_grad
+            weights = self.weight if isinstance(self.weight, Tensor) else self.weight(x)
+        if not isinstance(weights, Tensor):
+            raise TypeError(
+                f"Term '{self.name}': a function as weight must return a tensor, [N] or [N, V], "
+                f"got {type(weights).__name__}. Pass a number as it is, not as a function."
+            )
         _check_weights(self.name, weights)
         if weights.shape[0] != x.shape[0]:
             raise ValueError(
@@ -222,10 +229,15 @@ class LossTerm:
         """Check a batch of points: a non-empty, finite, floating point matrix [N, d].
 
         Raises:
+            TypeError: If it is no tensor.
             ValueError: If it is not, or the data have not one row per point; the error names the
                 term.
         """
         expected = f"Term '{self.name}': points must form a matrix [N, {self.points.dim}]"
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"{expected}, got {type(x).__name__}. Convert them with torch.as_tensor."
+            )
         if x.ndim != 2 or x.shape[1] != self.points.dim:
             raise ValueError(
                 f"{expected}, got shape {list(x.shape)}. Use x[:, None] for points on a line, or "

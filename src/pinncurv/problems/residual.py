@@ -36,11 +36,11 @@ def call_residual(
     N = x.shape[0]
     if result.ndim == 1:
         result = result.unsqueeze(1)
-    if result.ndim != 2 or result.shape[0] != N:
+    if result.ndim != 2 or result.shape[0] != N or not result.shape[1]:
         raise ValueError(
-            f"Term '{term}': the residual must have shape [N] or [N, V] with N = {N} points, got "
-            f"{list(result.shape)} from values of shapes {_shapes(values)}. Keep the points as "
-            "first dimension and at most one more dimension, and pass tensors with one row per "
+            f"Term '{term}': the residual must have shape [N] or [N, V], V >= 1, with N = {N} "
+            f"points, got {list(result.shape)} from values of shapes {_shapes(values)}. Keep the "
+            "points as first dimension and at most one more, and pass tensors with one row per "
             "point by data= of the LossTerm, since points are processed in blocks."
         )
     if result.dtype != x.dtype:
@@ -60,6 +60,11 @@ def _call(term: str, residual: Residual, x: Any, values: Mapping[str, Any]) -> A
     try:
         result = residual(x, **values)
     except RuntimeError as error:
+        if type(error) is RuntimeError and "inplace" in str(error):
+            raise ValueError(
+                f"Term '{term}': the residual must not write to its arguments, but torch says: "
+                f"{error}. Write u = u - ... instead of u -= ... or u.sub_(...)."
+            ) from error
         # subclasses (out of memory, not implemented) and other messages speak for themselves
         if type(error) is not RuntimeError or not re.search("size|shape", str(error).lower()):
             raise
