@@ -1,4 +1,4 @@
-"""What a network must do: on jets the same as on tensors, and point by point."""
+"""What a network must do: on jets the same as on tensors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _EXPLAINED = (TypeError, ValueError, AttributeError, IndexError, RuntimeError)
 def check_network(network: Network, x: Float[Tensor, "N d"]) -> None:
     """Check at a few points that a network does on jets what it does on tensors.
 
-    u(jet of x) = (u(x), ...),   u(x)_n = u(x_n)
+    u(jet of x) = (u(x), ...)
 
     Values tell jets that were taken for something else: by isinstance(x, Tensor) and the like, or
     by augmented assignment to what has an alias or a view.
@@ -36,37 +36,22 @@ def check_network(network: Network, x: Float[Tensor, "N d"]) -> None:
         x: The points.
 
     Raises:
-        ValueError: If values differ, from call to call, with the other points, or on jets; names
-            the output and the first point.
+        ValueError: If values differ on jets, or from call to call; names the output and the point.
         NotImplementedError: If a module has backward hooks, which no operator would contain.
     """
     if isinstance(network, Module):
         check_hooks(network)
     x = x[:MOST_POINTS].detach()
-    expected = check_output(network, x, _on_jet(network, x))
-    half = len(x) // 2
-    alone = dict(_outputs(network(x[:half].clone()))) if half else {}
-    for name, part in alone.items():
-        whole = expected.get(name)
-        if whole is None or not agree(part, whole[:half]):
-            raise ValueError(
-                f"The network {_name(network)} must act on every point alone, but{name} of the "
-                f"first {half} points of {len(x)} differs without the others: got shapes "
-                f"{list(part.shape)} and {_shape(whole)}. Leave out what mixes points: statistics "
-                "over them, or a tensor [N] that is broadcast against [N, 1]."
-            )
+    check_output(network, x, _on_jet(network, x))
 
 
-def check_output(network: Network, x: Float[Tensor, "N d"], output: Any) -> dict[str, Tensor]:
+def check_output(network: Network, x: Float[Tensor, "N d"], output: Any) -> None:
     """Check that the output of a network for the jet of x has the values of that for x.
 
     Args:
         network: The network.
         x: The points.
         output: Its output, a jet, or a tuple or dictionary of jets.
-
-    Returns:
-        The values, by the names that errors give them.
 
     Raises:
         ValueError: If a value differs; names the output and the first point.
@@ -83,7 +68,7 @@ def check_output(network: Network, x: Float[Tensor, "N d"], output: Any) -> dict
         name for name in received if name not in expected
     ]
     if not different:
-        return expected
+        return
     name = different[0]
     again = dict(_outputs(network(x.detach().clone())))
     if not all(agree(again.get(name), tensor) for name, tensor in expected.items()):
@@ -208,10 +193,6 @@ def _difference(received: Tensor | None, expected: Tensor | None) -> str:
         f"got {received.flatten()[worst].item():.6g} on a jet, "
         f"{expected.flatten()[worst].item():.6g} on a tensor, at point {point}"
     )
-
-
-def _shape(tensor: Tensor | None) -> list[int] | None:
-    return None if tensor is None else list(tensor.shape)
 
 
 def _name(network: Network) -> str:
