@@ -449,7 +449,7 @@ KINDS = {
     "in_place": (
         lambda: linearize(term_of(lambda x, u: u.sub_(1)), Between(), X),
         ValueError,
-        "must not write to its arguments",
+        "must leave its arguments as they are",
     ),
 }
 
