@@ -466,7 +466,7 @@ KINDS = {
     "in_place": (
         lambda: term_of(lambda x, u: u.sub_(1)).evaluate(Between(), X),
         ValueError,
-        "must not write to its arguments",
+        "must leave its arguments as they are",
     ),
 }
 
