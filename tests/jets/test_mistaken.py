@@ -358,7 +358,11 @@ def test_backward_hooks(name):
     with pytest.raises(NotImplementedError, match=f"no backward hooks.*on {hooked}"):
         Objective(model, [TERM], [X])
     handle.remove()
-    Objective(model, [TERM], [X])
+    objective = Objective(model, [TERM], [X])
+    handle = register(model)  # later
+    with pytest.raises(NotImplementedError, match="no backward hooks"):
+        objective.linearize()
+    handle.remove()
 
 
 @pytest.mark.parametrize("make", [torch.jit.script, lambda m: torch.jit.trace(m, X)])

@@ -66,6 +66,9 @@ class BoundTerm:
 
     def follow(self) -> None:
         """Find out again what has changed since the last time, if anything has."""
+        check_hooks(self.model, trained_tensors(self.model, self.term))
+        if isinstance(self.term.residual, Module):
+            check_hooks(self.term.residual)
         state = self.state()
         if state == self._state:
             return
@@ -88,9 +91,6 @@ class BoundTerm:
             found = self._known()
             if found is None:
                 check_differentiable(self.term.name)
-                check_hooks(self.model, self.parameters)
-                if isinstance(self.term.residual, Module):
-                    check_hooks(self.term.residual)
                 with torch.enable_grad():
                     check_network(self.model, self.x)
                 check_pointwise(self.whole, self.model)
