@@ -470,7 +470,7 @@ KINDS = {
     "in_place": (
         lambda: term_of(lambda x, u: u.sub_(1)).evaluate(Between(), X),
         ValueError,
-        "must leave its arguments as they are",
+        "must not write to its arguments",
     ),
 }
 
