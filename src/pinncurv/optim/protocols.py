@@ -86,7 +86,7 @@ def offers(part: Any, *capabilities: str) -> bool:
     return all(getattr(part, capability, None) is not None for capability in capabilities)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StepRecord:
     """What happened in one step.
 
@@ -119,6 +119,22 @@ class StepRecord:
     reason: str = ""
     scale: float = 1.0
     solver: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """Return what happened on one line; ``solver`` holds tensors and is left out."""
+        numbers = {
+            "step": self.step_size,
+            "momentum": self.momentum or math.nan,
+            "damping": self.damping,
+            "predicted": self.predicted_decrease,
+        }
+        shown = [f"{name} {value:.3g}" for name, value in numbers.items() if not math.isnan(value)]
+        terms = ", ".join(f"{name} {loss:.3g}" for name, loss in self.term_losses.items())
+        after = "" if math.isnan(self.new_loss) else f" -> {self.new_loss:.6g}"
+        why = f" ({self.reason})" if self.reason else ""
+        return f"loss {self.loss:.6g}{after} [{terms}], {', '.join(shown)}{why}"
+
+    __repr__ = __str__
 
 
 def finite_loss(term_losses: Mapping[str, float]) -> float:
