@@ -118,7 +118,8 @@ def test_pickle(name: str, generator: torch.Generator) -> None:
     network = torch.nn.Sequential(*layers).double()
     for term, twin in zip(problem.terms, copied.terms, strict=True):
         x, y = (
-            t.points.sample(generator.manual_seed(0), torch.float64, "cpu") for t in (term, twin)
+            one.points.sample(generator.manual_seed(0), torch.float64, "cpu")
+            for one in (term, twin)
         )
         assert torch.equal(x, y)
         x = x[:7]

@@ -132,7 +132,7 @@ class StepRecord:
         terms = ", ".join(f"{name} {loss:.3g}" for name, loss in self.term_losses.items())
         after = "" if math.isnan(self.new_loss) else f" -> {self.new_loss:.6g}"
         why = f" ({self.reason})" if self.reason else ""
-        return f"loss {self.loss:.6g}{after} [{terms}], {', '.join(shown)}{why}"
+        return ", ".join([f"loss {self.loss:.6g}{after} [{terms}]", *shown]) + why
 
     __repr__ = __str__
 
