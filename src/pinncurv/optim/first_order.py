@@ -30,7 +30,8 @@ class FirstOrder:
             What happened; the loss is that of the first evaluation.
 
         Raises:
-            FloatingPointError: If the loss is not finite; names the terms.
+            FloatingPointError: If the loss or its gradient is not finite; names the terms. The
+                parameters are those of before.
             TypeError: If the objective has no ``backward``.
         """
         if not offers(objective, "backward"):
@@ -49,7 +50,15 @@ class FirstOrder:
                 finite_loss(evaluations[0])  # before the parameters are touched
             return sum(evaluations[-1].values())
 
-        self.optimizer.step(closure)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        before = [p.detach().clone() for p in parameters]
+        try:
+            self.optimizer.step(closure)
+        except BaseException:  # in a later evaluation, the parameters have moved
+            with torch.no_grad():
+                for parameter, old in zip(parameters, before, strict=True):
+                    parameter.copy_(old)
+            raise
         first = evaluations[0]
         return StepRecord(
             loss=sum(first.values()),

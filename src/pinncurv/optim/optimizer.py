@@ -21,6 +21,7 @@ from pinncurv.optim.protocols import (
     LeastSquares,
     LinearizedLoss,
     StepRecord,
+    finite_gradient,
     finite_loss,
 )
 from pinncurv.optim.step_sizes import QuadraticModel, Situation, StepSize, dot
@@ -108,7 +109,8 @@ class CurvatureOptimizer(Optimizer):
             What happened.
 
         Raises:
-            FloatingPointError: If the loss is not finite before the step; names the terms.
+            FloatingPointError: If the loss or its gradient is not finite before the step; names the
+                terms and, for the gradient, the first point.
             TypeError: If the objective is none, or the operator lacks what an average or an
                 interval above one needs.
             ValueError: If the objective's parameters are not those of the optimizer.
@@ -124,6 +126,7 @@ class CurvatureOptimizer(Optimizer):
             self.preconditioner.refresh(linearized)
             gradient = linearized.gradient()
             finite_loss(linearized.term_losses)
+            finite_gradient(gradient)
             for left in reversed(range(self.damping_rule.retries + 1)):
                 record, direction, update = self._propose(linearized, gradient, trial)
                 outlives = left and _is_kept(linearized) and self.preconditioner.is_kept

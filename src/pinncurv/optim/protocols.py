@@ -150,3 +150,18 @@ def finite_loss(term_losses: Mapping[str, float]) -> float:
             "Check that the residual is defined at all points, and the parameters' initialization."
         )
     return sum(term_losses.values())
+
+
+def finite_gradient(gradient: Sequence[Tensor]) -> None:
+    """Check that a gradient is finite, for objectives that do not.
+
+    Raises:
+        FloatingPointError: If it is not.
+    """
+    bad = [i for i, part in enumerate(gradient) if not bool(part.isfinite().all())]
+    if bad:
+        raise FloatingPointError(
+            "The gradient must be finite before a step, as the loss is, but it is not for the "
+            f"parameters {bad} of {len(gradient)}. Look for a square root, norm or power whose "
+            "derivative is infinite where its value is guarded."
+        )
