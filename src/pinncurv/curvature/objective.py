@@ -110,6 +110,11 @@ class LinearizedObjective(Sequence[Linearization]):
         """The trained tensors: the network's in its order, then those of the terms."""
         return list(self.space.parameters.values())
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the trained tensors, in the same order."""
+        return self.space.names
+
     @cached_property
     def jacobian(self) -> JacobianLinearOperator:
         """J, from the list of parameters to one tensor ``[N_t, V_t]`` per term."""

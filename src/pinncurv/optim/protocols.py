@@ -17,6 +17,8 @@ class LinearizedLoss(Protocol):
     """A sum of squares, linearized at the current parameters.
 
     L(θ + v) ≈ ½‖r̃ + J v‖²,  ∇L = Jᵀ r̃
+
+    It may offer ``names`` of the parameters, by which an optimizer tells them apart.
     """
 
     @property
@@ -60,8 +62,9 @@ class LeastSquares(Protocol):
 
 # From linearizations to an operator. A curvature may offer ``at_step``, which returns the one that
 # draws the random numbers of a step. Operators may offer ``tensors`` and ``with_tensors``, which
-# intervals above one need, ``identity``, which averages start from, and ``jacobian``, if they see
-# the network through it alone.
+# intervals above one need, ``tensor_names`` of them, a function of the names of the parameters,
+# ``identity``, which averages start from, and ``jacobian``, if they see the network through it
+# alone.
 Curvature = Callable[[Sequence[Any]], PyTorchLinearOperator]
 
 
