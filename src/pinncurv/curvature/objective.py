@@ -244,6 +244,10 @@ class Objective:
         """Return all trained tensors, for an optimizer: of the network and of the terms."""
         return list(self.space.parameters.values())
 
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the same with their names."""
+        yield from self.space.parameters.items()
+
     @property
     def space(self) -> ParameterSpace:
         """The trained tensors and the blocks they belong to."""

@@ -84,9 +84,11 @@ def merged(saved: Sequence[str | None] | None, present: Sequence[str | None]) ->
     return [new or old for old, new in zip(saved, present, strict=True)]
 
 
-def names_in_groups(groups: Iterable[Mapping[str, Any]], objective: Any) -> list[str | None]:
-    """Return the names of the parameters of groups, None for those the objective doesn't train."""
-    known = {id(p): name for p, name in zip(objective.parameters, names_of(objective), strict=True)}
+def names_in_groups(
+    groups: Iterable[Mapping[str, Any]], named: Iterable[tuple[str, Tensor]]
+) -> list[str | None]:
+    """Return the names of the parameters of groups, None for those that are not among the named."""
+    known = {id(p): name for name, p in named}
     return [known.get(id(p)) for group in groups for p in group["params"]]
 
 

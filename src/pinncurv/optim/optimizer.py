@@ -23,6 +23,7 @@ from pinncurv.optim.identity import (
     describe,
     merged,
     names_in_groups,
+    names_of,
 )
 from pinncurv.optim.momentum import Momentum
 from pinncurv.optim.preconditioner import ExponentialAverage, Intervals, Preconditioner
@@ -186,7 +187,8 @@ class CurvatureOptimizer(Optimizer):
                 f"{len(theirs - mine)} of the objective's. Build the optimizer from "
                 "model.parameters() of the same model."
             )
-        names, state = names_in_groups(self.param_groups, linearized), self.preconditioner.state
+        state, known = self.preconditioner.state, names_of(linearized)
+        names = names_in_groups(self.param_groups, zip(known, linearized.parameters, strict=True))
         remembers = self._loaded or state["average"] is not None or state["inverted"] is not None
         if remembers and state["names"] is not None:
             check_same_names(state["names"], names)
@@ -347,6 +349,11 @@ class CurvatureOptimizer(Optimizer):
             )
         shared = dict(state_dict["state"][_SHARED])
         check_same_method(shared.pop("method", {}), self._method())
+        if set(shared) != set(self.preconditioner.state):
+            raise ValueError(
+                f"The state must have the entries {sorted(self.preconditioner.state)}, got "
+                f"{sorted(shared)}. It was saved by another version: start without it."
+            )
         check_numbers(state_dict)
         check_damping(shared["damping"])
         for group in state_dict["param_groups"]:

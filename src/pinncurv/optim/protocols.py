@@ -49,8 +49,9 @@ class LinearizedLoss(Protocol):
 class LeastSquares(Protocol):
     """A loss on one frozen batch.
 
-    It may offer ``evaluate``, which keeps what the next linearization needs, and ``backward``,
-    which adds the gradient to ``.grad`` and returns the terms of the loss by name.
+    It may offer ``evaluate``, which keeps what the next linearization needs, ``backward``, which
+    adds the gradient to ``.grad`` and returns the terms of the loss by name, and
+    ``named_parameters``.
     """
 
     def loss(self) -> Tensor:
