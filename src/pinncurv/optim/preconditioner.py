@@ -189,6 +189,7 @@ class Preconditioner:
         self._operator: Any = None
         self._inverted: Any = None  # what is inverted: an older one, where intervals differ
         self._inverse: tuple[float, Any] | None = None  # with its damping
+        self._like: Any = None  # device, dtype and names of the parameters that they act on
 
     def refresh(self, linearized: LinearizedLoss) -> None:
         """Estimate and average the curvature, and choose what to invert, where due.
@@ -196,10 +197,11 @@ class Preconditioner:
         Raises:
             TypeError: If the operator lacks what an average or an interval above one needs.
         """
-        like, kept, state = linearized.parameters[0], self._operator, self.state
-        names = names_of(linearized)
-        if kept is not None and (kept.device, kept.dtype) != (like.device, like.dtype):
+        state, names = self.state, names_of(linearized)
+        like = (linearized.parameters[0].device, linearized.parameters[0].dtype, names)
+        if like != self._like:
             self.forget()
+            self._like = like
         due = state["step"] % self.intervals.curvature == 0
         if due or self._operator is None:
             operator = self._build(linearized)
