@@ -151,3 +151,22 @@ def test_another_operator_has_no_linearizations():
 def test_damping_must_be_valid():
     with pytest.raises(ValueError, match="damping must be a finite number >= 0"):
         PreconditionedCG(-1.0)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7])
+def test_chunks_change_rounding_only(chunk_size):
+    """A truncated solve with KFAC's ill-conditioned inverse ends in the same place, to 1e-7."""
+    problem = poisson2d(30, 10)
+    batch = problem.sample(torch.Generator().manual_seed(0), torch.float64, "cpu")
+    ends = []
+    for size in (None, chunk_size):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            layers = [nn.Linear(2, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 1)]
+        model = nn.Sequential(*layers).double()
+        objective = Objective(model, problem.terms, batch, size)
+        optimizer = gauss_newton_cg(model.parameters())
+        record = [optimizer.step(objective) for _ in range(2)][-1]
+        assert record.solver["last_records"][0].residual_norm > 1e-5  # it is truncated
+        ends.append(nn.utils.parameters_to_vector(model.parameters()).detach())
+    torch.testing.assert_close(*ends, rtol=1e-7, atol=1e-7)

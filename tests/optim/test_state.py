@@ -174,7 +174,7 @@ def test_state_of_another_curvature(name):
     ("saved", "message"),
     [
         ("kfac_star", r"step_size QuadraticModel\(\) instead of GridLineSearch\(\); momentum None"),
-        ("kfac_star_reduce", r"KFAC\(sharing=reduce.* instead of KFAC\(sharing=expand"),
+        ("kfac_star_reduce", r"KFAC\(sharing=Reduce.* instead of KFAC\(sharing=Expand"),
         ("engd_diagonal", r"curvature DiagonalGaussNewton\(\) instead of KFAC\("),
         ("adaptive", r"damping_rule LevenbergMarquardt\(\) instead of ConstantDamping\(\)"),
     ],
