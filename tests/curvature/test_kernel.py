@@ -1,8 +1,10 @@
 """The kernel JJᵀ against nested torch.func, and the Gauss-Newton inverse through it."""
 
 import dataclasses
+import re
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from pinncurv.curvature import (
     KFAC,
+    DampingBelowResolution,
     GaussNewton,
     GaussNewtonLinearOperator,
     Kernel,
@@ -19,6 +22,7 @@ from pinncurv.curvature import (
 from pinncurv.curvature.kernel import KernelLinearOperator
 from pinncurv.curvature.nystroem import Nystroem
 from pinncurv.curvature.woodbury import KernelInverseLinearOperator, Woodbury
+from pinncurv.diffops import Laplacian, Value
 from pinncurv.linearization import Empirical, linearize
 from pinncurv.linops import (
     CGInverseLinearOperator,
@@ -27,6 +31,7 @@ from pinncurv.linops import (
     FactorizedInverseLinearOperator,
 )
 from pinncurv.optim import CurvatureOptimizer, FixedStep
+from pinncurv.problems import Fixed, LossTerm
 from tests import oracles
 from tests.conformance import check_operator
 from tests.networks import KINDS, build, points
@@ -355,3 +360,41 @@ def test_memory():
         [sys.executable, "-c", MEMORY], check=True, capture_output=True, text=True
     ).stdout
     assert float(output) < 300
+
+
+def heavy(seed):
+    """A float32 loss of weight 100 of a small network: ‖JᵀJ‖ is some hundreds."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1))
+        x = torch.rand(6, 2)
+    operators = {"u": Value(), "lap": Laplacian()}
+    term = LossTerm(operators, lambda x, u, lap: u + lap, Fixed(x), weight=100.0)
+    return MatrixFreeGaussNewton()([linearize(term, model, x)])
+
+
+@pytest.mark.filterwarnings("ignore:A damping below")
+def test_positive_or_an_error_that_names_a_damping_that_is():
+    """With less damping than float32 resolves; that of the message always is enough."""
+    named, generator = 0, torch.Generator().manual_seed(0)
+    for seed in range(8):
+        C = heavy(seed)
+        for damping in (1e-6, 1e-8, 1e-10):
+            v = torch.randn(C.shape[1], generator=generator)
+            try:
+                assert v @ (Woodbury(damping)(C) @ v) > 0
+            except FactorizationError as error:
+                enough = float(re.search(r"Pass damping >= (\S+), which does", str(error))[1])
+                named += 1
+                for w in (v, C @ v, torch.randn(C.shape[1], generator=generator)):
+                    assert w @ (Woodbury(enough)(C) @ w) > 0
+    assert named >= 3
+
+
+def test_a_damping_below_the_resolution_warns():
+    C = heavy(0)
+    with pytest.warns(DampingBelowResolution, match=r"A damping below 1e-04 is less than round"):
+        Woodbury(1e-7)(C)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Woodbury(1e-4)(C)

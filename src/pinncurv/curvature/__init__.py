@@ -86,6 +86,7 @@ from pinncurv.curvature.treatment import (
     coverage as coverage,
 )
 from pinncurv.curvature.woodbury import (
+    DampingBelowResolution as DampingBelowResolution,
     KernelInverseLinearOperator as KernelInverseLinearOperator,
     Woodbury as Woodbury,
 )
