@@ -184,3 +184,38 @@ def test_adaptive_damping_with_a_fixed_step():
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         LevenbergMarquardt(**settings)
+
+
+RULES = [ConstantDamping(), LevenbergMarquardt(), LevenbergMarquardt(max_retries=0)]
+RULES += [ShortStepDamping(), ShortStepDamping(short=0.4, long=0.5)]
+
+
+def still(model, how):
+    """Return an objective and a rate with which no step can move the parameters."""
+    if how == "converged":
+        x = points(5)
+        term = LossTerm({"u": Value()}, lambda x, u, y: u - y, Fixed(x), data={"y": model(x).detach()})
+        return Objective(model, [term], [x]), 1.0
+    if how == "flat":
+        x = points(5)
+        return Objective(model, [LossTerm({"u": Value()}, lambda x, u: 0 * u + 1, Fixed(x))], [x]), 1.0
+    return poisson(model), {"warm-up": 0.0, "below the resolution": 1e-30}[how]
+
+
+@pytest.mark.parametrize("how", ["warm-up", "below the resolution", "converged", "flat"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_no_rule_learns_from_a_step_that_cannot_move(rule, name, how):
+    """The record says so, the damping stays, and so do the parameters, in every preset."""
+    model = network()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    optimizer.damping_rule = rule
+    objective, lr = still(model, how)
+    optimizer.param_groups[0]["lr"] = lr
+    before, damping = values(model), optimizer.preconditioner.damping
+    for _ in range(2):
+        record = optimizer.step(objective)
+        assert (record.accepted, record.stalled, record.scale) == (False, True, 0)
+        assert "no longer moves the parameters" in record.reason
+        assert record.damping == damping == optimizer.preconditioner.damping
+    assert same(before, values(model))

@@ -85,9 +85,9 @@ class KernelInverseLinearOperator(SymmetricLinearOperator):
         bound = resolved_damping(kernel.jacobian, factorization, damping)
         if damping < bound / 10:  # rounded up to a power of ten, so that it warns once
             warnings.warn(
-                f"A damping below {bound:.0e} is less than rounding in {kernel.dtype} leaves of the "
-                f"Gauss-Newton matrix, got {damping:.1e}. Pass that, or parameters of a higher "
-                "precision.",
+                f"A damping below {bound:.0e} is less than rounding in {kernel.dtype} makes of the "
+                f"Gauss-Newton matrix, got {damping:.1e}. Pass {bound:.0e}, or parameters of a "
+                "higher precision.",
                 DampingBelowResolution,
                 stacklevel=3,
             )
