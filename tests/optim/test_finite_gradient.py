@@ -63,13 +63,12 @@ def test_the_term_and_the_points_are_named(name, chunk_size):
     model, twin = network(), network()
     optimizer, reference = (ALL[name](m.parameters()) for m in (model, twin))
     assert math.isfinite(guarded(model).loss().item())
-    for step in range(2):
-        before = values(model)
-        with pytest.raises(FloatingPointError, match=WHERE):
-            optimizer.step(guarded(model, chunk_size))
-        assert same(before, values(model))
-        optimizer.step(poisson(model, step))
-        reference.step(poisson(twin, step))
+    before = values(model)
+    with pytest.raises(FloatingPointError, match=WHERE):
+        optimizer.step(guarded(model, chunk_size))
+    assert same(before, values(model))
+    optimizer.step(poisson(model))
+    reference.step(poisson(twin))
     assert same(values(model), values(twin))
 
 
