@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from pinncurv.curvature import (
     KFAC,
-    DampingBelowResolution,
     GaussNewton,
     GaussNewtonLinearOperator,
     Kernel,
@@ -27,6 +26,7 @@ from pinncurv.linearization import Empirical, linearize
 from pinncurv.linops import (
     CGInverseLinearOperator,
     Damped,
+    DampingBelowResolution,
     FactorizationError,
     FactorizedInverseLinearOperator,
 )

@@ -86,7 +86,6 @@ from pinncurv.curvature.treatment import (
     coverage as coverage,
 )
 from pinncurv.curvature.woodbury import (
-    DampingBelowResolution as DampingBelowResolution,
     KernelInverseLinearOperator as KernelInverseLinearOperator,
     Woodbury as Woodbury,
 )

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil, log10
 from typing import Any
 
 import torch
@@ -22,11 +20,9 @@ from pinncurv.linops import (
     PyTorchLinearOperator,
     SymmetricLinearOperator,
     check_damping,
+    resolved_damping,
+    warn_below_resolution,
 )
-
-
-class DampingBelowResolution(UserWarning):
-    """A damping is smaller than what rounding makes of the matrix that it is added to."""
 
 
 class KernelInverseLinearOperator(SymmetricLinearOperator):
@@ -82,15 +78,7 @@ class KernelInverseLinearOperator(SymmetricLinearOperator):
         """
         check_positive(damping, kernel.jacobian)
         factorization = kernel.factorize(damping)
-        bound = resolved_damping(kernel.jacobian, factorization, damping)
-        if damping < bound / 10:  # rounded up to a power of ten, so that it warns once
-            warnings.warn(
-                f"A damping below {bound:.0e} is less than rounding in {kernel.dtype} makes of the "
-                f"Gauss-Newton matrix, got {damping:.1e}. Pass {bound:.0e}, or parameters of a "
-                "higher precision.",
-                DampingBelowResolution,
-                stacklevel=3,
-            )
+        warn_below_resolution(damping, _trace(factorization, damping), kernel.dtype)
         return cls(kernel.jacobian, factorization, damping, refine)
 
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
@@ -109,7 +97,7 @@ class KernelInverseLinearOperator(SymmetricLinearOperator):
         forms = torch.stack([(x * y).sum(0) for x, y in pairs]).sum(0)
         present = torch.stack([x.any(0) for x, _ in pairs]).any(0)
         if bool((present & ~(forms > 0)).any()):
-            bound = resolved_damping(self.jacobian, self.factorization, self.damping)
+            bound = resolved_damping(_trace(self.factorization, self.damping), self.dtype)
             raise FactorizationError(
                 "The inverse of JᵀJ + λI must be positive definite, but vᵀ (JᵀJ + λI)⁻¹ v is not "
                 f"positive for a v, with λ = {self.damping:.1e} below what {self.dtype} resolves. "
@@ -157,23 +145,13 @@ class KernelInverseLinearOperator(SymmetricLinearOperator):
         return torch.where(norms[0] <= 0.5 * norms[1], y + correction, y)
 
 
-def resolved_damping(
-    jacobian: JacobianLinearOperator, factorization: Factorization, damping: float
-) -> float:
-    """Return the power of ten above ε tr K, the damping that rounding of v does not outweigh.
-
-    Args:
-        jacobian: J, whose data type ε is that of.
-        factorization: The factorization of K + λI.
-        damping: λ.
-    """
+def _trace(factorization: Factorization, damping: float) -> float:
+    """Return tr K from the factorization of K + λI."""
     if isinstance(factorization, EigenFactorization):
-        trace = float(factorization.eigenvalues.sum())
+        total = float(factorization.eigenvalues.sum())
     else:
-        trace = float(factorization.root.square().sum())
-    trace = max(trace - damping * len(factorization.root), 0.0)
-    smallest = torch.finfo(jacobian.dtype).eps * trace
-    return 10.0 ** ceil(log10(smallest)) if smallest > 0 else 0.0
+        total = float(factorization.root.square().sum())
+    return max(total - damping * len(factorization.root), 0.0)
 
 
 def check_positive(damping: float, jacobian: JacobianLinearOperator) -> float:
