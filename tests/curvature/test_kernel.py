@@ -1,8 +1,10 @@
 """The kernel JJᵀ against nested torch.func, and the Gauss-Newton inverse through it."""
 
 import dataclasses
+import re
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -19,14 +21,17 @@ from pinncurv.curvature import (
 from pinncurv.curvature.kernel import KernelLinearOperator
 from pinncurv.curvature.nystroem import Nystroem
 from pinncurv.curvature.woodbury import KernelInverseLinearOperator, Woodbury
+from pinncurv.diffops import Laplacian, Value
 from pinncurv.linearization import Empirical, linearize
 from pinncurv.linops import (
     CGInverseLinearOperator,
     Damped,
+    DampingBelowResolution,
     FactorizationError,
     FactorizedInverseLinearOperator,
 )
 from pinncurv.optim import CurvatureOptimizer, FixedStep
+from pinncurv.problems import Fixed, LossTerm
 from tests import oracles
 from tests.conformance import check_operator
 from tests.networks import KINDS, build, points
@@ -145,6 +150,7 @@ def test_scale():
     torch.testing.assert_close(pair, once.repeat(2, 2))
 
 
+@pytest.mark.filterwarnings("ignore:A damping below")
 def test_single_precision():
     model = build("gated").float()
     terms = [TERMS["allen_cahn"], TERMS["vector"]]
@@ -230,6 +236,7 @@ def test_residuals_keep_digits_that_the_gradient_loses():
     assert (inverse @ (J.T @ u) - expected).norm() > 1e-6 * expected.norm()
 
 
+@pytest.mark.filterwarnings("ignore:A damping below")
 @pytest.mark.parametrize("damping", [1e-15, 1e-18, 1e-30])
 def test_dampings_below_rounding_do_no_harm(damping):
     """A refinement that would not improve is left out: finite, positive and no larger."""
@@ -355,3 +362,41 @@ def test_memory():
         [sys.executable, "-c", MEMORY], check=True, capture_output=True, text=True
     ).stdout
     assert float(output) < 300
+
+
+def heavy(seed):
+    """A float32 loss of weight 100 of a small network: ‖JᵀJ‖ is some hundreds."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1))
+        x = torch.rand(6, 2)
+    operators = {"u": Value(), "lap": Laplacian()}
+    term = LossTerm(operators, lambda x, u, lap: u + lap, Fixed(x), weight=100.0)
+    return MatrixFreeGaussNewton()([linearize(term, model, x)])
+
+
+@pytest.mark.filterwarnings("ignore:A damping below")
+def test_positive_or_an_error_that_names_a_damping_that_is():
+    """With less damping than float32 resolves; that of the message always is enough."""
+    named, generator = 0, torch.Generator().manual_seed(0)
+    for seed in range(8):
+        C = heavy(seed)
+        for damping in (1e-6, 1e-8, 1e-10):
+            v = C @ torch.randn(C.shape[1], generator=generator)  # where it is smallest
+            try:
+                assert v @ (Woodbury(damping)(C) @ v) > 0
+            except FactorizationError as error:
+                enough = float(re.search(r"Pass damping >= (\S+), which does", str(error))[1])
+                named += 1
+                for w in (v, C @ v, torch.randn(C.shape[1], generator=generator)):
+                    assert w @ (Woodbury(enough)(C) @ w) > 0
+    assert named >= 3
+
+
+def test_a_damping_below_the_resolution_warns():
+    C = heavy(0)
+    with pytest.warns(DampingBelowResolution, match=r"A damping below 1e-04 is less than round"):
+        Woodbury(1e-7)(C)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Woodbury(1e-4)(C)

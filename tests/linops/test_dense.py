@@ -1,5 +1,6 @@
 """Operators that are given by their entries."""
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from pinncurv.linops import (
     Damped,
+    DampingBelowResolution,
     DenseBlockDiagonalLinearOperator,
     DenseLinearOperator,
     DiagonalLinearOperator,
@@ -174,3 +176,15 @@ def test_which_matrices_are_large(generator):
     for n, damping, method in ((1024, 1.0, "eigh"), (1025, 1.0, "cholesky"), (1025, 0.0, "eigh")):
         operator = DenseLinearOperator(torch.eye(n, dtype=torch.float64), [(n,)])
         assert operator.inverse(damping).reports[0].method == method
+
+
+@pytest.mark.parametrize("factor", [1.0, 1e3])
+def test_a_damping_below_the_resolution_warns(factor, generator):
+    """Rounding of C is some ε tr C, in the data type that C comes in; the number would do."""
+    C = dense([2, 3, 1], True, generator)
+    C = DenseLinearOperator(factor * C.matrix.float(), C.shapes)
+    enough = 10.0 ** math.ceil(math.log10(torch.finfo(torch.float32).eps * float(C.trace())))
+    with pytest.warns(DampingBelowResolution, match=f"Pass {enough:.0e}, or parameters"):
+        Damped(enough / 1e3)(C)
+    Damped(enough)(C)  # warnings are errors here
+    Damped(enough / 1e3)(DenseLinearOperator(C.matrix.double(), C.shapes))

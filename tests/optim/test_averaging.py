@@ -92,7 +92,7 @@ def test_average_against_its_formula(name, start):
             }[start]()
         expected = [beta * old + (1 - beta) * t for old, t in zip(expected, T, strict=True)]
         optimizer.step(objective)
-        received = optimizer.state_dict()["state"]["curvature"]["average"]
+        received = optimizer.state_dict()["state"]["curvature"]["average"].values()
         for a, b in zip(received, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
@@ -128,7 +128,7 @@ def test_average_and_factors_are_not_aliases():
     model = network()
     optimizer = fixed(model.parameters(), 1e-3, average=ExponentialAverage(0.5, from_first))
     optimizer.step(poisson(model))
-    kept = optimizer.state_dict()["state"]["curvature"]["average"]
+    kept = list(optimizer.state_dict()["state"]["curvature"]["average"].values())
     before = [tensor.clone() for tensor in kept]
     optimizer.step(poisson(model))
     assert all(map(torch.equal, kept, before))

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from pinncurv import presets
-from pinncurv.curvature import KFAC, GaussNewton
+from pinncurv.curvature import KFAC, GaussNewton, Objective
+from pinncurv.diffops import Value
 from pinncurv.linops import Damped, DenseLinearOperator, FactorDamping
 from pinncurv.optim import (
     ConstantDamping,
@@ -14,8 +15,20 @@ from pinncurv.optim import (
     FixedStep,
     LevenbergMarquardt,
     QuadraticModel,
+    ShortStepDamping,
 )
-from tests.optim.cases import Obstacle, flat, linear_fit, network, poisson, same, values
+from pinncurv.problems import Fixed, LossTerm
+from tests.networks import points
+from tests.optim.cases import (
+    OPTIMIZERS,
+    Obstacle,
+    flat,
+    linear_fit,
+    network,
+    poisson,
+    same,
+    values,
+)
 
 
 def dense(linearizations):
@@ -184,3 +197,69 @@ def test_adaptive_damping_with_a_fixed_step():
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         LevenbergMarquardt(**settings)
+
+
+RULES = [ConstantDamping(), LevenbergMarquardt(), LevenbergMarquardt(max_retries=0)]
+RULES += [ShortStepDamping(), ShortStepDamping(short=0.4, long=0.5)]
+STILL = ["warm-up", "below the resolution", "converged", "flat"]
+
+
+def still(model, how):
+    """Return an objective and a rate with which no step can move the parameters."""
+    x = points(5)
+    if how == "converged":
+        data = {"y": model(x).detach()}
+        term = LossTerm({"u": Value()}, lambda x, u, y: u - y, Fixed(x), data=data)
+        return Objective(model, [term], [x]), 1.0
+    if how == "flat":
+        term = LossTerm({"u": Value()}, lambda x, u: 0 * u + 1, Fixed(x))
+        return Objective(model, [term], [x]), 1.0
+    return poisson(model), {"warm-up": 0.0, "below the resolution": 1e-30}[how]
+
+
+@pytest.mark.parametrize("how", STILL)
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        *((name, LevenbergMarquardt()) for name in OPTIMIZERS),
+        *(("gauss_newton", rule) for rule in RULES),
+    ],
+)
+def test_no_rule_learns_from_a_step_that_cannot_move(name, rule, how):
+    """The record says so, the damping stays, and so do the parameters, in every preset."""
+    model = network()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    optimizer.damping_rule = rule
+    objective, lr = still(model, how)
+    optimizer.param_groups[0]["lr"] = lr
+    before, damping = values(model), optimizer.preconditioner.damping
+    for _ in range(2):
+        record = optimizer.step(objective)
+        assert (record.accepted, record.stalled, record.scale) == (False, True, 0)
+        assert "no longer moves the parameters" in record.reason
+        assert record.damping == damping == optimizer.preconditioner.damping
+    assert same(before, values(model))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_halvings_act_under_every_rule_or_are_refused(rule):
+    model = network()
+    tried = Obstacle(poisson(model), lambda loss, d: 1e300)
+
+    def make():
+        return CurvatureOptimizer(
+            model.parameters(),
+            GaussNewton(),
+            Damped(1e-1),
+            FixedStep(1.0),
+            damping_rule=rule,
+            max_halvings=3,
+        )
+
+    if rule.retries:
+        with pytest.raises(ValueError, match=r"max_halvings must be left out .* got 3 and Lev"):
+            make()
+        return
+    record = make().step(tried)
+    assert not record.accepted
+    assert len(tried.evaluated) == 4

@@ -72,14 +72,20 @@ def test_record():
     assert record.solver["evaluations"] == 3
 
 
-def test_gradients_do_not_accumulate():
+def test_gradients_that_somebody_left_are_refused():
+    """They would be ignored; a step itself leaves none, so that another optimizer may follow."""
     model = network()
     optimizer = FirstOrder(torch.optim.SGD(model.parameters(), lr=1e-3))
     objective = poisson(model)
     objective.backward()
     kept = [p.grad.clone() for p in model.parameters()]
     before = values(model)
+    with pytest.raises(ValueError, match=r"got gradients of 4 of 4 .* Call zero_grad\(\) first"):
+        optimizer.step(objective)
+    assert same(before, values(model))
+    optimizer.zero_grad()
     optimizer.step(objective)
+    assert all(p.grad is None for p in model.parameters())
     for old, p, g in zip(before, model.parameters(), kept, strict=True):
         torch.testing.assert_close(p.detach(), old - 1e-3 * g)
 

@@ -313,3 +313,20 @@ def test_parameters_never_overflow_behind_a_saturated_network():
     assert not record.accepted
     assert "non-finite" in record.reason
     assert same(values(model), before)
+
+
+@pytest.mark.parametrize("step", [1e-2, 1e-30], ids=["taken", "stalled"])
+@pytest.mark.parametrize("name", ["kfac", "hessian_free"])
+def test_a_record_prints_on_one_line(name, step):
+    """With what one looks for in a log, and without the tensors of the solver."""
+    model = network()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    optimizer.step_size = FixedStep(step)
+    record = optimizer.step(poisson(model))
+    line = str(record)
+    assert line == repr(record)
+    assert "\n" not in line
+    assert len(line) < 250
+    assert line.startswith(f"loss {record.loss:.6g} -> {record.new_loss:.6g} [interior ")
+    assert f"damping {record.damping:.3g}" in line
+    assert record.reason in line

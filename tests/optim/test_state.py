@@ -4,12 +4,13 @@ import copy
 import io
 import math
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
 
 from pinncurv import presets
-from pinncurv.curvature import EKFAC
+from pinncurv.curvature import EKFAC, Objective
 from pinncurv.linops import Damped
 from pinncurv.optim import CurvatureOptimizer, ExponentialAverage, FirstOrder, Intervals
 from tests.optim.cases import (
@@ -66,8 +67,16 @@ def test_round_trip_in_the_middle_of_a_run(name):
 
 def assert_equal_states(left, right):
     a, b = left.state_dict(), right.state_dict()
-    torch.testing.assert_close(a["state"], b["state"], rtol=0, atol=0)
+    assert_equal(a["state"], b["state"])
     assert a["param_groups"] == b["param_groups"]
+
+
+def assert_equal(left, right):
+    """Bit for bit; torch compares no strings."""
+    left, right = ({**state, "curvature": dict(state["curvature"])} for state in (left, right))
+    for key in ("names", "method"):
+        assert left["curvature"].pop(key) == right["curvature"].pop(key)
+    torch.testing.assert_close(left, right, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["kfac_star", "kfac_intervals"])
@@ -79,7 +88,7 @@ def test_loading_does_not_tie_two_optimizers_together(name):
     second.load_state_dict(first.state_dict())
     before = copy.deepcopy(first.state_dict())
     second.step(poisson(model))
-    torch.testing.assert_close(first.state_dict()["state"], before["state"], rtol=0, atol=0)
+    assert_equal(first.state_dict()["state"], before["state"])
     assert second.state_dict()["state"]["curvature"]["step"] == 2
 
 
@@ -156,11 +165,180 @@ def test_state_of_another_curvature(name):
     source = OPTIMIZERS["kfac"](model.parameters())
     source.step(poisson(model))
     optimizer = OPTIMIZERS[name](model.parameters())
-    optimizer.load_state_dict(source.state_dict())
+    with pytest.raises(ValueError, match=r"saved with momentum HeavyBall\(\) instead of None; cur"):
+        optimizer.load_state_dict(source.state_dict())
+    assert optimizer.step(poisson(model)).accepted  # nothing of it was taken
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        ("kfac_star", r"step_size QuadraticModel\(\) instead of GridLineSearch\(\); momentum None"),
+        ("kfac_star_reduce", r"KFAC\(sharing=Reduce.* instead of KFAC\(sharing=Expand"),
+        ("engd_diagonal", r"curvature DiagonalGaussNewton\(\) instead of KFAC\("),
+        ("adaptive", r"damping_rule LevenbergMarquardt\(\) instead of ConstantDamping\(\)"),
+    ],
+)
+def test_state_of_another_preset(saved, message):
+    model = network()
+    source, optimizer = (OPTIMIZERS[n](model.parameters()) for n in (saved, "kfac"))
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(source.state_dict())
+
+
+def test_numbers_may_differ():
+    """Another decay or damping goes on with the average; the damping is that of the state."""
+    model = network()
+    source = presets.kfac_star(model.parameters(), damping=1e-3, decay=0.9)
+    source.step(poisson(model))
+    optimizer = presets.kfac_star(model.parameters(), damping=1e-5, decay=0.5)
+    optimizer.load_state_dict(through_a_file(source.state_dict()))
+    assert optimizer.step(poisson(model)).damping == 1e-3
+
+
+def square_network():
+    """Two layers of the same shape, which only their names tell apart."""
+    return network(2, 2, 2, 1)
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize("name", ["gauss_newton", "kfac", "engd_diagonal"])
+def test_state_for_parameters_in_another_order(name, first_order):
+    """Where shapes fit, the names say that momentum would go to another layer."""
+    model = square_network()
+    swapped = [*model[2].parameters(), *model[0].parameters(), *model[4].parameters()]
+    make = (lambda p: FirstOrder(torch.optim.Adam(p))) if first_order else OPTIMIZERS[name]
+    source, optimizer = make(model.parameters()), make(swapped)
+    source.step(poisson(model))
+    optimizer.load_state_dict(through_a_file(source.state_dict()))
     before = values(model)
-    with pytest.raises(ValueError, match=r"must have the shapes .* of the present one, got"):
+    with pytest.raises(ValueError, match=r"4 have another name: '0.weight' is now '2.weight'"):
         optimizer.step(poisson(model))
     assert same(before, values(model))
+    optimizer.load_state_dict(make(swapped).state_dict())  # of no step: belongs to anybody
+    optimizer.step(poisson(model))
+
+
+def test_state_of_a_network_of_the_same_shapes():
+    model, other = network(), torch.nn.Sequential(network())
+    source, optimizer = (OPTIMIZERS["gauss_newton"](m.parameters()) for m in (model, other))
+    source.step(poisson(model))
+    optimizer.load_state_dict(source.state_dict())
+    with pytest.raises(ValueError, match=r"4 have another name: '0.weight' is now '0.0.weight'"):
+        optimizer.step(poisson(other))
+
+
+@pytest.mark.parametrize("name", ["kfac", "engd", "engd_per_layer", "engd_diagonal"])
+def test_layers_that_change_places(name):
+    """What was averaged belongs to a name: a layer that goes by another one is not mixed in."""
+    model = square_network()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    optimizer.step(poisson(model))
+    model[0], model[2] = model[2], model[0]
+    before = values(model)
+    with pytest.raises(ValueError, match=r"have another name: '0.weight' is now '2.weight'"):
+        optimizer.step(poisson(model))
+    assert same(before, values(model))
+
+
+@pytest.mark.parametrize("name", ["kfac_star", "kfac_intervals"])
+def test_terms_in_another_order(name):
+    """The average of a term goes on with that term."""
+    runs = []
+    for swap in (False, True):
+        model = network()
+        optimizer = OPTIMIZERS[name](model.parameters())
+        for step in range(4):
+            made = poisson(model, step, n=8)  # both terms have factors of the same shapes
+            order = (1, 0) if swap and step >= 2 else (0, 1)
+            terms, xs = [made.terms[i] for i in order], [made.points[i] for i in order]
+            optimizer.step(Objective(model, terms, xs))
+        runs.append(values(model))
+    for a, b in zip(*runs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_other_terms():
+    model = network()
+    optimizer = presets.kfac_star(model.parameters())
+    optimizer.step(poisson(model))
+    made = poisson(model)
+    terms = [made.terms[0], replace(made.terms[1], name="wall")]
+    with pytest.raises(
+        ValueError, match=r"differ in 8: 0.weight in wall, A: missing instead of \[3, 3\]"
+    ):
+        optimizer.step(Objective(model, terms, made.points))
+
+
+@pytest.mark.parametrize("name", ["kfac", "engd_per_layer", "adaptive", "kfac_intervals"])
+def test_halves_that_are_trained_in_turns(name):
+    """The average of one half never leaks into the other: it is refused, or there is none."""
+    model = square_network()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    model[2].requires_grad_(False)
+    optimizer.step(poisson(model))
+    model[2].requires_grad_(True)
+    model[0].requires_grad_(False)
+    before = values(model)
+    if name == "adaptive":
+        assert optimizer.step(poisson(model)).accepted
+        return
+    with pytest.raises(ValueError, match=r"choice of frozen layers: build a new optimizer"):
+        optimizer.step(poisson(model))
+    assert same(before, values(model))
+
+
+def corrupted(state, *path):
+    """Return a copy of a state with NaN at a place."""
+    state = copy.deepcopy(state)
+    place = state
+    for key in path[:-1]:
+        place = place[key]
+    old = place[path[-1]]
+    place[path[-1]] = torch.full_like(old, math.nan) if torch.is_tensor(old) else math.nan
+    return state
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("kfac", ("param_groups", 0, "lr")),
+        ("adaptive", ("state", "curvature", "damping")),
+        ("kfac", ("state", "curvature", "average", "0.weight in interior, A")),
+        ("kfac", ("state", 1, "momentum_buffer")),
+        ("adam", ("param_groups", 0, "lr")),
+        ("adam", ("state", 0, "exp_avg")),
+    ],
+)
+def test_nan_in_a_state(name, path):
+    model = network()
+    adam = name == "adam"
+    optimizer = (FirstOrder if adam else lambda o: o)(
+        torch.optim.Adam(model.parameters()) if adam else OPTIMIZERS[name](model.parameters())
+    )
+    optimizer.step(poisson(model))
+    state = optimizer.state_dict()
+    where = "".join(rf"\[{key!r}\]" for key in path)
+    with pytest.raises(ValueError, match=f"must contain no NaN, but state{where} is or has one"):
+        optimizer.load_state_dict(corrupted(state, *path))
+    optimizer.load_state_dict(state)
+    optimizer.step(poisson(model))
+
+
+def test_first_order_states_of_another_class():
+    model = network()
+    source = FirstOrder(torch.optim.SGD(model.parameters(), lr=0.1))
+    optimizer = FirstOrder(torch.optim.Adam(model.parameters()))
+    with pytest.raises(ValueError, match="same class, Adam, got SGD"):
+        optimizer.load_state_dict(source.state_dict())
+
+
+def test_states_of_an_older_version():
+    optimizer = OPTIMIZERS["kfac"](network().parameters())
+    state = optimizer.state_dict()
+    del state["state"]["curvature"]["names"]
+    with pytest.raises(ValueError, match="saved by another version"):
+        optimizer.load_state_dict(state)
 
 
 def test_state_is_data():
@@ -169,9 +347,12 @@ def test_state_is_data():
     optimizer = OPTIMIZERS["kfac_intervals"](model.parameters())
     optimizer.step(poisson(model))
     shared = optimizer.state_dict()["state"]["curvature"]
-    assert set(shared) == {"step", "damping", "average", "inverted", "halvings"}
+    mine = {"step", "damping", "average", "inverted", "halvings", "names", "method"}
+    assert set(shared) == mine
     assert (shared["step"], shared["damping"]) == (1, 1e-3)
-    assert all(isinstance(tensor, torch.Tensor) for tensor in shared["average"])
+    assert shared["names"] == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert list(shared["average"])[:2] == ["0.weight in interior, A", "0.weight in interior, B"]
+    assert all(isinstance(tensor, torch.Tensor) for tensor in shared["average"].values())
 
 
 @pytest.mark.parametrize("chunk_size", [None, 5])

@@ -146,16 +146,21 @@ def test_parameters_of_another_model():
     assert same(before, values(model))
 
 
-def test_zero_grad_and_grads_do_not_matter():
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradients_that_somebody_left_are_refused(set_to_none):
+    """They would be ignored; after zero_grad the step is that without them."""
     model, twin = network(), network()
     optimizer, reference = (presets.kfac_star(m.parameters()) for m in (model, twin))
-    for step in range(3):
-        optimizer.zero_grad(set_to_none=step == 0)
+    for step in range(2):
         objective = poisson(model, seed=step)
         objective.backward()
-        kept = [p.grad.clone() for p in model.parameters()]
+        before = values(model)
+        model[0].zero_grad()
+        with pytest.raises(ValueError, match=r"got gradients of 2 of 4 .* Call zero_grad\(\)"):
+            optimizer.step(objective)
+        assert same(before, values(model))
+        optimizer.zero_grad(set_to_none=set_to_none)
         optimizer.step(objective)
-        assert same(kept, [p.grad for p in model.parameters()])
         reference.step(poisson(twin, seed=step))
     assert same(values(model), values(twin))
     assert all(p.grad is None for p in twin.parameters())
@@ -224,6 +229,28 @@ def test_rates_must_be_positive(lr):
         optimizer.add_param_group({"params": model[2].parameters(), "lr": lr})
     optimizer.add_param_group({"params": model[2].parameters()})
     assert optimizer.step(poisson(model)).accepted
+    optimizer.param_groups[1]["lr"] = lr
+    if lr != 0:  # where a schedule may end
+        with pytest.raises(ValueError, match="lr must be finite and positive, got"):
+            optimizer.step(poisson(model))
+
+
+@pytest.mark.parametrize("option", ["weight_decay", "betas", "momentum", "learning_rate"])
+def test_unknown_options_of_a_group(option):
+    """They would be ignored: at the start, added later, or written into a group."""
+    model = network()
+    message = f"no options but lr, got {option}, which would be ignored"
+    with pytest.raises(ValueError, match=message):
+        fixed([{"params": model.parameters(), option: 0.1}])
+    optimizer = fixed(model[0].parameters())
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": model[2].parameters(), option: 0.1})
+    optimizer.add_param_group({"params": model[2].parameters()})
+    optimizer.param_groups[1][option] = 0.1
+    before = values(model)
+    with pytest.raises(ValueError, match=message):
+        optimizer.step(poisson(model))
+    assert same(before, values(model))
 
 
 def test_no_parameters():

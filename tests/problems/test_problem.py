@@ -1,5 +1,6 @@
 """Problems: batches, errors against the solution, and checks that the parts fit."""
 
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from pinncurv.diffops import Value
 from pinncurv.problems import Box, LossTerm, Problem, dirichlet, heat1d, poisson, poisson2d
+from tests.problems.shipped import SHIPPED
 
 
 def _vector_problem() -> Problem:
@@ -105,3 +107,21 @@ def test_parts_must_fit() -> None:
         replace(problem, terms=(problem.terms[0], other))
     with pytest.raises(ValueError, match="points of 'evaluation' must have dimension"):
         replace(problem, evaluation=Box.unit(3).interior(2))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_pickle(name: str, generator: torch.Generator) -> None:
+    """A problem that went through a file draws the same points and has the same residuals."""
+    problem = SHIPPED[name]()
+    copied = pickle.loads(pickle.dumps(problem))
+    layers = [torch.nn.Linear(problem.d_in, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1)]
+    network = torch.nn.Sequential(*layers).double()
+    for term, twin in zip(problem.terms, copied.terms, strict=True):
+        x, y = (
+            one.points.sample(generator.manual_seed(0), torch.float64, "cpu")
+            for one in (term, twin)
+        )
+        assert torch.equal(x, y)
+        x = x[:7]
+        assert torch.equal(term.evaluate(network, x), twin.evaluate(network, x))
+        assert torch.equal(problem.solution(x), copied.solution(x))

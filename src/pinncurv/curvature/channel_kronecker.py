@@ -156,6 +156,11 @@ class ChannelKroneckerLinearOperator(LayerwiseLinearOperator):
         """The factors, in the order layer, term, (A, B)."""
         return [M for layer in self.factors for f in layer for M in (f.A, f.B)]
 
+    def tensor_names(self, parameters: Sequence[str]) -> list[str]:
+        """Names of ``tensors``, in their order, from those of the parameters."""
+        weights = [parameters[block.weight] for block in self.blocks]
+        return [f"{w} in {t}, {M}" for w in weights for t in self.terms for M in "AB"]
+
     def with_tensors(self, tensors: Sequence[Tensor]) -> ChannelKroneckerLinearOperator:
         """The operator with other factors, in the order of ``tensors``."""
         factors = [ChannelFactors(*f) for f in zip(tensors[::2], tensors[1::2], strict=True)]

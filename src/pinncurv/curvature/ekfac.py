@@ -184,6 +184,11 @@ class EKFACLinearOperator(KroneckerEigenLinearOperator):
         layers = zip(self.bases, self.term_scales, strict=True)
         return [tensor for basis, scales in layers for tensor in (basis.A, basis.B, *scales)]
 
+    def tensor_names(self, parameters: Sequence[str]) -> list[str]:
+        """Names of ``tensors``, in their order, from those of the parameters."""
+        weights = [parameters[block.weight] for block in self.blocks]
+        return [f"{w}, {part}" for w in weights for part in ("A", "B", *self.terms)]
+
     def with_tensors(self, tensors: Sequence[Tensor]) -> EKFACLinearOperator:
         """The operator with other bases and moments, in the order of ``tensors``."""
         width = 2 + len(self.terms)

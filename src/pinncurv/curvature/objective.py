@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import overload
 
 import torch
@@ -12,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Module
 
+from pinncurv.curvature.finiteness import all_finite, raise_for_gradient
 from pinncurv.curvature.jacobian import JacobianLinearOperator
 from pinncurv.curvature.parameters import ParameterSpace
 from pinncurv.linearization import BoundTerm, Chunk, Linearization, Visitor, visit_all
@@ -36,6 +38,7 @@ class LinearizedObjective(Sequence[Linearization]):
         self._terms = tuple(linearizations)
         self._residuals: list[list[Tensor]] = [[] for _ in linearizations]
         self._gradient: list[Tensor] | None = None
+        self._flawed: bool | None = None  # whether it is not finite though the loss is
 
     @overload
     def __getitem__(self, index: int) -> Linearization: ...
@@ -61,8 +64,14 @@ class LinearizedObjective(Sequence[Linearization]):
 
         Args:
             visitors: Functions of the position of the term and the chunk.
+
+        Raises:
+            FloatingPointError: If the gradient is not finite though the residuals are; names the
+                term and the first point.
         """
         if self._gradient is not None:
+            if visitors:
+                self._check_gradient()
             visit_all(self._terms, visitors)
             return
         residuals: list[list[Tensor]] = [[] for _ in self._terms]
@@ -80,16 +89,31 @@ class LinearizedObjective(Sequence[Linearization]):
                     gradient[i] = part[0] if known is None else known.add_(part[0])
 
         visit_all(self._terms, (*visitors, collect))
-        self._residuals = residuals
         zeros = self.space.parameters.values()
+        self._residuals = residuals
         self._gradient = [
             torch.zeros_like(p) if g is None else g for g, p in zip(gradient, zeros, strict=True)
         ]
+        if visitors:
+            self._check_gradient()
+
+    def _check_gradient(self) -> None:
+        """Check that the gradient is finite if the loss is, which alone may be asked for."""
+        if self._flawed is None:
+            finite = all_finite(self._gradient or [])
+            self._flawed = not finite and all_finite(list(chain.from_iterable(self._residuals)))
+        if self._flawed:
+            raise_for_gradient(self._terms)
 
     @property
     def parameters(self) -> list[Tensor]:
         """The trained tensors: the network's in its order, then those of the terms."""
         return list(self.space.parameters.values())
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the trained tensors, in the same order."""
+        return self.space.names
 
     @cached_property
     def jacobian(self) -> JacobianLinearOperator:
@@ -111,9 +135,14 @@ class LinearizedObjective(Sequence[Linearization]):
         return dict(zip(names, losses.tolist(), strict=True))
 
     def gradient(self) -> list[Tensor]:
-        """Return ∇L = Jᵀ r̃, one tensor per parameter."""
+        """Return ∇L = Jᵀ r̃, one tensor per parameter.
+
+        Raises:
+            FloatingPointError: As ``run`` does.
+        """
         if self._gradient is None:
             self.run()
+        self._check_gradient()
         assert self._gradient is not None
         return list(self._gradient)
 
@@ -222,6 +251,10 @@ class Objective:
         """Return all trained tensors, for an optimizer: of the network and of the terms."""
         return list(self.space.parameters.values())
 
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the same with their names."""
+        yield from self.space.parameters.items()
+
     @property
     def space(self) -> ParameterSpace:
         """The trained tensors and the blocks they belong to."""
@@ -245,6 +278,10 @@ class Objective:
 
         Returns:
             L_t by the name of the term, detached.
+
+        Raises:
+            FloatingPointError: If the gradient is not finite though the loss is; names the term and
+                the first point. ``.grad`` is then None.
         """
         losses: dict[str, Tensor] = {}
         for bound in self._bound:
@@ -253,6 +290,13 @@ class Objective:
                 part.backward()
                 parts.append(part.detach())
             losses[bound.term.name] = torch.stack(parts).sum()
+        parameters = [p for p in self.parameters() if p.grad is not None]
+        gradient = [p.grad for p in parameters if p.grad is not None]
+        if not all_finite(gradient) and all_finite(list(losses.values())):
+            for parameter in parameters:
+                parameter.grad = None
+            self.linearize().gradient()  # says where
+            raise_for_gradient([])
         return losses
 
     def linearize(self) -> LinearizedObjective:

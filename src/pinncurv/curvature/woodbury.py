@@ -14,11 +14,14 @@ from pinncurv.curvature.jacobian import JacobianLinearOperator
 from pinncurv.curvature.kernel import KernelLinearOperator
 from pinncurv.linearization import Linearization
 from pinncurv.linops import (
+    EigenFactorization,
     Factorization,
     FactorizationError,
     PyTorchLinearOperator,
     SymmetricLinearOperator,
     check_damping,
+    resolved_damping,
+    warn_below_resolution,
 )
 
 
@@ -31,6 +34,9 @@ class KernelInverseLinearOperator(SymmetricLinearOperator):
     ε ‖K‖ / λ of the result. One step of iterative refinement, whose residual is formed by products
     with J and not with K, brings that down to ε √(‖K‖ / λ), to which rounding of v adds ε ‖v‖ / λ:
     that is what a QR factorization of J would do, and less than a dense inverse of JᵀJ loses.
+
+    Where λ is below ε tr K, rounding of v may still make vᵀ (JᵀJ + λI)⁻¹ v negative. That is a
+    ``DampingBelowResolution`` warning, and an error in a product in which it happens.
 
     Cost: the dense kernel and R³ / 3 to build, R² numbers besides the kernel's; a product takes 2
     R² and four products with J or its transpose, without refinement half of that.
@@ -71,7 +77,9 @@ class KernelInverseLinearOperator(SymmetricLinearOperator):
             FactorizationError: If the damping is zero, or an entry of the kernel is not finite.
         """
         check_positive(damping, kernel.jacobian)
-        return cls(kernel.jacobian, kernel.factorize(damping), damping, refine)
+        factorization = kernel.factorize(damping)
+        warn_below_resolution(damping, _trace(factorization, damping), kernel.dtype)
+        return cls(kernel.jacobian, factorization, damping, refine)
 
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
         y = self._solve(to_data(self.jacobian, X))
@@ -79,7 +87,22 @@ class KernelInverseLinearOperator(SymmetricLinearOperator):
         if self.refine:
             error = to_data(self.jacobian, rest) - self.damping * y
             rest = self._subtract(X, self._improve(y, error))
-        return [part.div_(self.damping) for part in rest]
+        result = [part.div_(self.damping) for part in rest]
+        self._check_positive(X, result)
+        return result
+
+    def _check_positive(self, X: list[Tensor], Y: list[Tensor]) -> None:
+        """Check that vᵀ (JᵀJ + λI)⁻¹ v is positive for every column v other than zero."""
+        pairs = [(x.flatten(0, -2), y.flatten(0, -2)) for x, y in zip(X, Y, strict=True)]
+        forms = torch.stack([(x * y).sum(0) for x, y in pairs]).sum(0)
+        present = torch.stack([x.any(0) for x, _ in pairs]).any(0)
+        if bool((present & ~(forms > 0)).any()):
+            bound = resolved_damping(_trace(self.factorization, self.damping), self.dtype)
+            raise FactorizationError(
+                "The inverse of JᵀJ + λI must be positive definite, but vᵀ (JᵀJ + λI)⁻¹ v is not "
+                f"positive for a v, with λ = {self.damping:.1e} below what {self.dtype} resolves. "
+                f"Pass damping >= {bound:.0e}, which does, or parameters of a higher precision."
+            )
 
     @property
     def linearizations(self) -> Sequence[Linearization]:
@@ -120,6 +143,15 @@ class KernelInverseLinearOperator(SymmetricLinearOperator):
         correction = self._solve(error)
         norms = torch.linalg.vector_norm(torch.stack([correction, y]), dim=1)
         return torch.where(norms[0] <= 0.5 * norms[1], y + correction, y)
+
+
+def _trace(factorization: Factorization, damping: float) -> float:
+    """Return tr K from the factorization of K + λI."""
+    if isinstance(factorization, EigenFactorization):
+        total = float(factorization.eigenvalues.sum())
+    else:
+        total = float(factorization.root.square().sum())
+    return max(total - damping * len(factorization.root), 0.0)
 
 
 def check_positive(damping: float, jacobian: JacobianLinearOperator) -> float:

@@ -93,6 +93,11 @@ from pinncurv.linops.psd import (
     factorize as factorize,
     symmetrize as symmetrize,
 )
+from pinncurv.linops.resolution import (
+    DampingBelowResolution as DampingBelowResolution,
+    resolved_damping as resolved_damping,
+    warn_below_resolution as warn_below_resolution,
+)
 from pinncurv.linops.restriction import (
     BlockDiagonalLinearOperator as BlockDiagonalLinearOperator,
     RestrictedLinearOperator as RestrictedLinearOperator,

@@ -100,6 +100,10 @@ class DenseLinearOperator(SymmetricLinearOperator):
     def tensors(self) -> list[Tensor]:
         return [self.matrix]
 
+    def tensor_names(self, parameters: Sequence[str]) -> list[str]:
+        """Names of ``tensors``, from those of the parameters."""
+        return [", ".join(parameters)]
+
     def with_tensors(self, tensors: Sequence[Tensor]) -> DenseLinearOperator:
         (matrix,) = tensors
         return type(self)(matrix, self._in_shape)
@@ -181,6 +185,10 @@ class DenseBlockDiagonalLinearOperator(LayerwiseLinearOperator):
     def tensors(self) -> list[Tensor]:
         return list(self.matrices)
 
+    def tensor_names(self, parameters: Sequence[str]) -> list[str]:
+        """Names of ``tensors``, in their order, from those of the parameters."""
+        return [parameters[block.weight] for block in self.blocks]
+
     def with_tensors(self, tensors: Sequence[Tensor]) -> DenseBlockDiagonalLinearOperator:
         return type(self)(tensors, self.blocks, self._in_shape)
 
@@ -228,6 +236,10 @@ class DiagonalLinearOperator(SymmetricLinearOperator):
 
     def tensors(self) -> list[Tensor]:
         return list(self.diagonals)
+
+    def tensor_names(self, parameters: Sequence[str]) -> list[str]:
+        """Names of ``tensors``, in their order, from those of the parameters."""
+        return list(parameters)
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> DiagonalLinearOperator:
         return type(self)(tensors)

@@ -18,6 +18,7 @@ from pinncurv.linops.operator import (
     check_damping,
 )
 from pinncurv.linops.psd import Factorization, FactorizationError, cholesky, factorize, symmetrize
+from pinncurv.linops.resolution import warn_below_resolution
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Damped:
     C ↦ (C + λ I)⁻¹
 
     Not the same as ``FactorDamping``, which adds λ to every Kronecker factor. It is the operator's
-    own ``inverse``, at its cost, or conjugate gradients where there is none.
+    own ``inverse``, at its cost, or conjugate gradients where there is none. Where λ is below what
+    rounding makes of a dense C, it warns with the damping that is not.
 
     Attributes:
         damping: The damping λ, a finite number >= 0.
@@ -40,6 +42,9 @@ class Damped:
 
     def __call__(self, operator: PyTorchLinearOperator) -> PyTorchLinearOperator:
         """Return the damped inverse of an operator."""
+        matrix = getattr(operator, "matrix", None)
+        if self.damping > 0 and isinstance(matrix, Tensor):
+            warn_below_resolution(self.damping, float(matrix.trace()), matrix.dtype)
         inverse = getattr(type(operator), "inverse", None)
         if inverse is None or inverse is SymmetricLinearOperator.inverse:
             return CGInverseLinearOperator(operator, self.damping)

@@ -110,6 +110,11 @@ class SumKroneckerLinearOperator(LayerwiseLinearOperator):
         """The factors, in the order layer, term, (A, B)."""
         return [M for layer in self.factors for pair in layer for M in (pair.A, pair.B)]
 
+    def tensor_names(self, parameters: Sequence[str]) -> list[str]:
+        """Names of ``tensors``, in their order, from those of the parameters."""
+        weights = [parameters[block.weight] for block in self.blocks]
+        return [f"{w} in {t}, {M}" for w in weights for t in self.terms for M in "AB"]
+
     def with_tensors(self, tensors: Sequence[Tensor]) -> SumKroneckerLinearOperator:
         pairs = [KroneckerFactors(*pair) for pair in zip(tensors[::2], tensors[1::2], strict=True)]
         T = len(self.terms)

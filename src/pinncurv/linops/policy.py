@@ -16,5 +16,11 @@ LARGEST_BLOCK = 1024
 # longer, which grows into minutes.
 LARGEST_EIGH = 1024
 
+# How many residuals of conjugate gradients are kept, for the next to be conjugate to them, and
+# how many numbers they may have. In a system with condition 1e10, rounding otherwise decides within
+# a dozen iterations where a truncated solve ends.
+KEPT_RESIDUALS = 256
+KEPT_NUMBERS = 1 << 26
+
 # Relative norm of the residual that conjugate gradients reach.
 TOLERANCE = 1e-10

@@ -4,7 +4,8 @@
 momentum (``momentum.py``), a step size (``step_sizes.py``) and a damping that may adapt
 (``damping.py``); ``trial.py`` tries an update before it is taken.
 ``protocols.py`` says what is asked of each, so that none needs to come from this package.
-``first_order.py`` steps optimizers of torch the same way.
+``identity.py`` says what a saved state belongs to. ``first_order.py`` steps optimizers of torch the
+same way.
 """
 
 from pinncurv.optim.damping import (

@@ -7,11 +7,21 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from pinncurv.optim.identity import (
+    check_no_stray_gradients,
+    check_numbers,
+    check_same_names,
+    merged,
+    names_in_groups,
+)
 from pinncurv.optim.protocols import StepRecord, finite_loss, offers
 
 
 class FirstOrder:
     """Steps any optimizer of torch (SGD, Adam, L-BFGS, ...) on an objective.
+
+    A step differentiates its objective itself: gradients that somebody left in ``.grad`` are an
+    error, and it leaves none.
 
     Args:
         optimizer: The optimizer.
@@ -19,6 +29,8 @@ class FirstOrder:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
+        self._names: list[str | None] | None = None  # of the parameters, once an objective is known
+        self._loaded = False
 
     def step(self, objective: Any) -> StepRecord:
         """Take one step on one batch.
@@ -30,14 +42,25 @@ class FirstOrder:
             What happened; the loss is that of the first evaluation.
 
         Raises:
-            FloatingPointError: If the loss is not finite; names the terms.
+            FloatingPointError: If the loss or its gradient is not finite; names the terms. The
+                parameters are those of before.
             TypeError: If the objective has no ``backward``.
+            ValueError: If a parameter has a gradient already, or the state that was loaded belongs
+                to parameters of other names.
         """
         if not offers(objective, "backward"):
             raise TypeError(
                 "A step must be given an objective with the method backward, such as "
                 f"pinncurv.Objective, got {type(objective).__name__}."
             )
+        groups = self.optimizer.param_groups
+        parameters = [p for group in groups for p in group["params"]]
+        check_no_stray_gradients(parameters)
+        if offers(objective, "named_parameters"):
+            names = names_in_groups(groups, objective.named_parameters())
+            if self._loaded and self._names is not None:
+                check_same_names(self._names, names)
+            self._names = merged(self._names, names)
         evaluations: list[dict[str, float]] = []
 
         def closure() -> float:
@@ -49,7 +72,17 @@ class FirstOrder:
                 finite_loss(evaluations[0])  # before the parameters are touched
             return sum(evaluations[-1].values())
 
-        self.optimizer.step(closure)
+        before = [p.detach().clone() for p in parameters]
+        try:
+            self.optimizer.step(closure)
+        except BaseException:  # in a later evaluation, the parameters have moved
+            with torch.no_grad():
+                for parameter, old in zip(parameters, before, strict=True):
+                    parameter.copy_(old)
+            raise
+        finally:
+            self.optimizer.zero_grad()
+        self._loaded = False
         first = evaluations[0]
         return StepRecord(
             loss=sum(first.values()),
@@ -59,9 +92,26 @@ class FirstOrder:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the optimizer."""
-        return self.optimizer.state_dict()
+        """Return the state of the optimizer, with its class and its parameters' names."""
+        state = self.optimizer.state_dict()
+        return {**state, "optimizer": type(self.optimizer).__name__, "names": self._names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state of the optimizer."""
+        """Load the state of the optimizer; the next step checks the names of the parameters.
+
+        Raises:
+            ValueError: If it is of another class, or a number in it is NaN.
+        """
+        present = type(self.optimizer).__name__
+        if state_dict.get("optimizer") != present:
+            raise ValueError(
+                f"The state must come from a FirstOrder of the same class, {present}, got "
+                f"{state_dict.get('optimizer')}. Load a state of torch's own into its optimizer."
+            )
+        check_numbers(state_dict)
         self.optimizer.load_state_dict(state_dict)
+        self._names, self._loaded = state_dict["names"], True
+
+    def zero_grad(self) -> None:
+        """Drop gradients that somebody left."""
+        self.optimizer.zero_grad()

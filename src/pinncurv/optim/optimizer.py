@@ -12,7 +12,19 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pinncurv.linops import check_damping
 from pinncurv.optim.damping import ConstantDamping, DampingRule
+from pinncurv.optim.identity import (
+    check_group,
+    check_no_stray_gradients,
+    check_numbers,
+    check_same_method,
+    check_same_names,
+    describe,
+    merged,
+    names_in_groups,
+    names_of,
+)
 from pinncurv.optim.momentum import Momentum
 from pinncurv.optim.preconditioner import ExponentialAverage, Intervals, Preconditioner
 from pinncurv.optim.protocols import (
@@ -21,6 +33,7 @@ from pinncurv.optim.protocols import (
     LeastSquares,
     LinearizedLoss,
     StepRecord,
+    finite_gradient,
     finite_loss,
 )
 from pinncurv.optim.step_sizes import QuadraticModel, Situation, StepSize, dot
@@ -40,8 +53,13 @@ class CurvatureOptimizer(Optimizer):
     halved a few times and then rejected, with the parameters restored. A step after one that was
     shortened starts from two to four times its scale, which saves the trials that would fail again.
 
+    A step differentiates its objective itself: gradients that somebody left in ``.grad`` are an
+    error, not ignored. What is remembered belongs to parameters and terms by their names; a state
+    is loaded into an optimizer of the same parts, whose numbers may differ.
+
     Args:
-        params: Parameters or parameter groups; ``lr`` (default 1) multiplies a group's update.
+        params: Parameters or parameter groups; ``lr`` (default 1) multiplies a group's update and
+            is their only option.
         curvature: Builds the operator C from the objective's linearizations.
         inverse: Builds the damped inverse from C.
         step_size: How far to go.
@@ -95,6 +113,7 @@ class CurvatureOptimizer(Optimizer):
         self.damping_rule = ConstantDamping() if damping_rule is None else damping_rule
         self.max_halvings = 30 if max_halvings is None else max_halvings
         self._last: Trial | None = None
+        self._loaded = False
         self.state[_SHARED] = self.preconditioner.state  # type: ignore[index]
 
     @torch.no_grad()
@@ -108,22 +127,29 @@ class CurvatureOptimizer(Optimizer):
             What happened.
 
         Raises:
-            FloatingPointError: If the loss is not finite before the step; names the terms.
+            FloatingPointError: If the loss or its gradient is not finite before the step; names the
+                terms and, for the gradient, the first point.
             TypeError: If the objective is none, or the operator lacks what an average or an
                 interval above one needs.
-            ValueError: If the objective's parameters are not those of the optimizer.
+            ValueError: If the objective's parameters are not those of the optimizer, by name if
+                something is remembered of them, if a parameter has a gradient already, or a group
+                an unknown option.
         """
         if not isinstance(objective, LeastSquares):
             raise TypeError(
                 "A step must be given an objective with the methods loss and linearize, such as "
                 f"pinncurv.curvature.Objective, got {type(objective).__name__}."
             )
+        for group in self.param_groups:
+            check_group(group, zero_rate=True)
+            check_no_stray_gradients(group["params"])
         linearized = self._linearize(objective)
         trial, before = Trial(objective, linearized.parameters), dict(self.preconditioner.state)
         try:
             self.preconditioner.refresh(linearized)
             gradient = linearized.gradient()
             finite_loss(linearized.term_losses)
+            finite_gradient(gradient)
             for left in reversed(range(self.damping_rule.retries + 1)):
                 record, direction, update = self._propose(linearized, gradient, trial)
                 outlives = left and _is_kept(linearized) and self.preconditioner.is_kept
@@ -161,6 +187,12 @@ class CurvatureOptimizer(Optimizer):
                 f"{len(theirs - mine)} of the objective's. Build the optimizer from "
                 "model.parameters() of the same model."
             )
+        state, known = self.preconditioner.state, names_of(linearized)
+        names = names_in_groups(self.param_groups, zip(known, linearized.parameters, strict=True))
+        remembers = self._loaded or state["average"] is not None or state["inverted"] is not None
+        if remembers and state["names"] is not None:
+            check_same_names(state["names"], names)
+        state["names"] = merged(state["names"], names)
         return linearized
 
     def _propose(
@@ -265,7 +297,7 @@ class CurvatureOptimizer(Optimizer):
         self, trial: Trial, record: StepRecord, direction: list[Tensor], update: list[Tensor]
     ) -> None:
         """Remember what the next step needs."""
-        self._last, state = trial, self.preconditioner.state
+        self._last, self._loaded, state = trial, False, self.preconditioner.state
         for i, parameter in enumerate(trial.parameters):
             mine = self.state[parameter]
             if not record.accepted:
@@ -296,30 +328,55 @@ class CurvatureOptimizer(Optimizer):
         """Add a group of parameters.
 
         Raises:
-            ValueError: If its ``lr`` is not finite and positive.
+            ValueError: If it has another option than ``lr``, or that is not finite and positive.
         """
-        lr = float(param_group.get("lr", self.defaults["lr"]))
-        if not (math.isfinite(lr) and lr > 0):
-            raise ValueError(f"lr must be finite and positive, got {lr}.")
+        check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; operators and inverses are rebuilt from it at the next step.
 
+        That step checks the names of the parameters, which only an objective knows.
+
         Raises:
-            ValueError: If the state is not of this class, or of a network of other shapes.
+            ValueError: If the state is not of this class, of an optimizer of other parts (numbers
+                may differ), or of a network of other shapes, or a number in it is NaN.
         """
         if _SHARED not in state_dict["state"]:
             raise ValueError(
                 "The state must come from a CurvatureOptimizer, but it has no entry "
                 f"'{_SHARED}'. Load the checkpoint of the same optimizer."
             )
+        shared = dict(state_dict["state"][_SHARED])
+        check_same_method(shared.pop("method", {}), self._method())
+        if set(shared) != set(self.preconditioner.state):
+            raise ValueError(
+                f"The state must have the entries {sorted(self.preconditioner.state)}, got "
+                f"{sorted(shared)}. It was saved by another version: start without it."
+            )
+        check_numbers(state_dict)
+        check_damping(shared["damping"])
+        for group in state_dict["param_groups"]:
+            check_group(group, zero_rate=True)
         self._check_shapes(state_dict)
         super().load_state_dict(state_dict)
         # torch shares this entry with the optimizer that it came from
-        self.preconditioner.restore(self.state[_SHARED])  # type: ignore[index]
+        self.preconditioner.restore(shared)
         self.state[_SHARED] = self.preconditioner.state  # type: ignore[index]
-        self._last = None
+        self._last, self._loaded = None, True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state: numbers, strings and tensors, by parameter and by names."""
+        state = super().state_dict()
+        shared = {**self.preconditioner.state, "method": self._method()}
+        return {**state, "state": {**state["state"], _SHARED: shared}}
+
+    def _method(self) -> dict[str, str]:
+        """Describe the parts that a state belongs to."""
+        parts = {name: getattr(self, name) for name in ("step_size", "momentum", "damping_rule")}
+        mine = self.preconditioner
+        parts |= {"curvature": mine.curvature, "inverse": mine.inverse, "average": mine.average}
+        return {name: describe(part) for name, part in parts.items()}
 
     def _check_shapes(self, state_dict: dict[str, Any]) -> None:
         """Check that what is remembered of each parameter has its shape, which torch does not."""
@@ -338,7 +395,7 @@ class CurvatureOptimizer(Optimizer):
         """Return what a copy needs: torch's attributes and those of this class."""
         names = ("preconditioner", "step_size", "momentum", "damping_rule", "max_halvings")
         mine = {name: getattr(self, name) for name in names}
-        return {**super().__getstate__(), **mine, "_last": None}
+        return {**super().__getstate__(), **mine, "_last": None, "_loaded": self._loaded}
 
 
 def _linearize(source: Any) -> LinearizedLoss:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pinncurv.optim.identity import names_of
 from pinncurv.optim.protocols import Curvature, Inverse, LinearizedLoss, offers
 
 STORED = ("tensors", "with_tensors")  # what an operator offers that can be kept over steps
@@ -62,30 +63,45 @@ class ExponentialAverage:
 
         Args:
             operator: The new estimate.
-            average: The average so far; None at the start.
+            average: The average so far, in the order of its tensors; None at the start.
         """
-        previous = self.start(operator) if average is None else fitted(average, operator)
+        previous = self.start(operator) if average is None else average
         return [
             torch.lerp(tensor, old, self.decay)
             for tensor, old in zip(operator.tensors(), previous, strict=True)
         ]
 
 
-def fitted(saved: Sequence[Tensor], operator: Any) -> list[Tensor]:
-    """Return saved tensors in dtype and on the device of those that define an operator.
+def named(operator: Any, parameters: Sequence[str]) -> dict[str, Tensor]:
+    """Return the tensors that define an operator, by names of parameters and terms."""
+    tensors = operator.tensors()
+    if offers(operator, "tensor_names"):
+        names = operator.tensor_names(parameters)
+    else:
+        names = [f"tensor {i} of {', '.join(parameters)}" for i in range(len(tensors))]
+    return dict(zip(names, tensors, strict=True))
+
+
+def fitted(saved: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> list[Tensor]:
+    """Return saved tensors in order, dtype and on the device of those that define an operator.
 
     Raises:
-        ValueError: If their shapes differ.
+        ValueError: If their names or shapes differ.
     """
-    tensors = operator.tensors()
-    if [tensor.shape for tensor in saved] != [tensor.shape for tensor in tensors]:
-        got, expected = ([list(tensor.shape) for tensor in part] for part in (saved, tensors))
+    expected, got = ({name: list(t.shape) for name, t in part.items()} for part in (present, saved))
+    if expected != got:
+        differences = [
+            f"{name}: {got.get(name, 'missing')} instead of {expected.get(name, 'nothing')}"
+            for name in {**expected, **got}
+            if expected.get(name) != got.get(name)
+        ]
         raise ValueError(
-            f"The curvature that was saved or averaged must have the shapes {expected} of the "
-            f"present one, got {got}. It belongs to another network, curvature or choice of "
-            "frozen layers: build a new optimizer."
+            "The curvature that was saved or averaged must have the tensors of the present one, "
+            f"by names and shapes, but they differ in {len(differences)}: "
+            f"{'; '.join(differences[:3])}. It belongs to another network, curvature, set of terms "
+            "or choice of frozen layers: build a new optimizer."
         )
-    return [old.to(tensor) for old, tensor in zip(saved, tensors, strict=True)]
+    return [saved[name].to(tensor) for name, tensor in present.items()]
 
 
 @dataclass(frozen=True)
@@ -147,6 +163,7 @@ class Preconditioner:
             "average": None,
             "inverted": None,
             "halvings": 0,
+            "names": None,
         }
         self.forget()
 
@@ -172,6 +189,7 @@ class Preconditioner:
         self._operator: Any = None
         self._inverted: Any = None  # what is inverted: an older one, where intervals differ
         self._inverse: tuple[float, Any] | None = None  # with its damping
+        self._like: Any = None  # device, dtype and names of the parameters that they act on
 
     def refresh(self, linearized: LinearizedLoss) -> None:
         """Estimate and average the curvature, and choose what to invert, where due.
@@ -179,27 +197,32 @@ class Preconditioner:
         Raises:
             TypeError: If the operator lacks what an average or an interval above one needs.
         """
-        like, kept, state = linearized.parameters[0], self._operator, self.state
-        if kept is not None and (kept.device, kept.dtype) != (like.device, like.dtype):
+        state, names = self.state, names_of(linearized)
+        like = (linearized.parameters[0].device, linearized.parameters[0].dtype, names)
+        if like != self._like:
             self.forget()
+            self._like = like
         due = state["step"] % self.intervals.curvature == 0
         if due or self._operator is None:
             operator = self._build(linearized)
             self._check(operator)
             if due and self.average is not None:
-                state["average"] = self.average.update(operator, state["average"])
-                operator = operator.with_tensors(state["average"])
+                present, known = named(operator, names), state["average"]
+                previous = None if known is None else fitted(known, present)
+                averaged = self.average.update(operator, previous)
+                state["average"] = dict(zip(present, averaged, strict=True))
+                operator = operator.with_tensors(averaged)
             elif due and self.intervals.curvature > 1:
-                state["average"] = operator.tensors()
+                state["average"] = named(operator, names)
             elif not due:
-                operator = _rebuilt(operator, state["average"])
+                operator = _rebuilt(operator, state["average"], names)
             self._operator = operator
         if state["step"] % self.intervals.inverse == 0:
             self._inverted, self._inverse = self._operator, None
             if self.intervals.inverse > 1:
-                state["inverted"] = self._operator.tensors()
+                state["inverted"] = named(self._operator, names)
         elif self._inverted is None:  # loaded between two inversions
-            self._inverted = _rebuilt(self._operator, state["inverted"])
+            self._inverted = _rebuilt(self._operator, state["inverted"], names)
 
     def relinearize(self, linearized: LinearizedLoss) -> None:
         """Build a matrix-free operator again, on a linearization that replaces this step's."""
@@ -247,6 +270,8 @@ class Preconditioner:
             )
 
 
-def _rebuilt(operator: Any, tensors: Sequence[Tensor] | None) -> Any:
+def _rebuilt(operator: Any, saved: Mapping[str, Tensor] | None, names: Sequence[str]) -> Any:
     """Return an operator with saved tensors, if there are any."""
-    return operator if tensors is None else operator.with_tensors(fitted(tensors, operator))
+    if saved is None:
+        return operator
+    return operator.with_tensors(fitted(saved, named(operator, names)))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from pinncurv.linops import PyTorchLinearOperator
@@ -17,6 +18,8 @@ class LinearizedLoss(Protocol):
     """A sum of squares, linearized at the current parameters.
 
     L(θ + v) ≈ ½‖r̃ + J v‖²,  ∇L = Jᵀ r̃
+
+    It may offer ``names`` of the parameters, by which an optimizer tells them apart.
     """
 
     @property
@@ -47,8 +50,9 @@ class LinearizedLoss(Protocol):
 class LeastSquares(Protocol):
     """A loss on one frozen batch.
 
-    It may offer ``evaluate``, which keeps what the next linearization needs, and ``backward``,
-    which adds the gradient to ``.grad`` and returns the terms of the loss by name.
+    It may offer ``evaluate``, which keeps what the next linearization needs, ``backward``, which
+    adds the gradient to ``.grad`` and returns the terms of the loss by name, and
+    ``named_parameters``.
     """
 
     def loss(self) -> Tensor:
@@ -60,8 +64,9 @@ class LeastSquares(Protocol):
 
 # From linearizations to an operator. A curvature may offer ``at_step``, which returns the one that
 # draws the random numbers of a step. Operators may offer ``tensors`` and ``with_tensors``, which
-# intervals above one need, ``identity``, which averages start from, and ``jacobian``, if they see
-# the network through it alone.
+# intervals above one need, ``tensor_names`` of them, a function of the names of the parameters,
+# ``identity``, which averages start from, and ``jacobian``, if they see the network through it
+# alone.
 Curvature = Callable[[Sequence[Any]], PyTorchLinearOperator]
 
 
@@ -86,7 +91,7 @@ def offers(part: Any, *capabilities: str) -> bool:
     return all(getattr(part, capability, None) is not None for capability in capabilities)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StepRecord:
     """What happened in one step.
 
@@ -120,6 +125,22 @@ class StepRecord:
     scale: float = 1.0
     solver: Mapping[str, Any] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        """Return what happened on one line; ``solver`` holds tensors and is left out."""
+        numbers = {
+            "step": self.step_size,
+            "momentum": self.momentum or math.nan,
+            "damping": self.damping,
+            "predicted": self.predicted_decrease,
+        }
+        shown = [f"{name} {value:.3g}" for name, value in numbers.items() if not math.isnan(value)]
+        terms = ", ".join(f"{name} {loss:.3g}" for name, loss in self.term_losses.items())
+        after = "" if math.isnan(self.new_loss) else f" -> {self.new_loss:.6g}"
+        why = f" ({self.reason})" if self.reason else ""
+        return ", ".join([f"loss {self.loss:.6g}{after} [{terms}]", *shown]) + why
+
+    __repr__ = __str__
+
 
 def finite_loss(term_losses: Mapping[str, float]) -> float:
     """Return the sum of the terms after checking that each is finite.
@@ -134,3 +155,20 @@ def finite_loss(term_losses: Mapping[str, float]) -> float:
             "Check that the residual is defined at all points, and the parameters' initialization."
         )
     return sum(term_losses.values())
+
+
+def finite_gradient(gradient: Sequence[Tensor]) -> None:
+    """Check that a gradient is finite, for objectives that do not.
+
+    Raises:
+        FloatingPointError: If it is not.
+    """
+    if math.isfinite(torch.stack([part.sum() for part in gradient]).sum()):
+        return  # by one synchronization with the device; the converse fails on overflow
+    bad = [i for i, part in enumerate(gradient) if not bool(part.isfinite().all())]
+    if bad:
+        raise FloatingPointError(
+            "The gradient must be finite before a step, as the loss is, but it is not for the "
+            f"parameters {bad} of {len(gradient)}. Look for a square root, norm or power whose "
+            "derivative is infinite where its value is guarded."
+        )

@@ -1,6 +1,7 @@
 """Conditions that prescribe the unknown itself: boundary, initial, data."""
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 
@@ -27,8 +28,12 @@ def dirichlet(
     """
     return LossTerm(
         operators={"u": Value()},
-        residual=lambda x, u: u - values(x),
+        residual=partial(_difference, values),
         points=points,
         weight=weight,
         name=name,
     )
+
+
+def _difference(values: Callable[[Tensor], Tensor], x: Tensor, u: Tensor) -> Tensor:
+    return u - values(x)

@@ -1,6 +1,7 @@
 """The Fokker-Planck equation for the density of a diffusion process, and for its logarithm."""
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 
@@ -156,19 +157,13 @@ def density_equation(process: DiffusionProcess, points: Sampler) -> LossTerm:
 
     p_t + (div μ - 1/2 div div D) p + (μ - div D)·∇p - 1/2 Σ_ij D_ij ∂_i∂_j p = 0
     """
-    strength = process.strength
-
-    def residual(x: Tensor, p: Tensor, p_t: Tensor, grad_p: Tensor, diffused: Tensor) -> Tensor:
-        transport = (process.velocity(x) * grad_p.squeeze(1)).sum(dim=1, keepdim=True)
-        return p_t + process.rate(x) * p + transport - 0.5 * strength * diffused
-
     operators = {
         "p": Value(),
         "p_t": Partial(0),
         "grad_p": Gradient(dims=tuple(range(1, 1 + process.dim))),
         "diffused": process.second_order,
     }
-    return LossTerm(operators, residual, points, name="interior")
+    return LossTerm(operators, partial(_density, process), points, name="interior")
 
 
 def log_density_equation(process: DiffusionProcess, points: Sampler) -> LossTerm:
@@ -176,20 +171,28 @@ def log_density_equation(process: DiffusionProcess, points: Sampler) -> LossTerm
 
     q_t + div μ - 1/2 div div D + (μ - div D)·∇q - 1/2 (∇qᵀ D ∇q + Σ_ij D_ij ∂_i∂_j q) = 0
     """
-    strength = process.strength
-
-    def residual(x: Tensor, q_t: Tensor, grad_q: Tensor, diffused: Tensor) -> Tensor:
-        gradient = grad_q.squeeze(1)
-        transport = (process.velocity(x) * gradient).sum(dim=1, keepdim=True)
-        diffusion = process.energy(x, gradient) + strength * diffused
-        return q_t + process.rate(x) + transport - 0.5 * diffusion
-
     operators = {
         "q_t": Partial(0),
         "grad_q": Gradient(dims=tuple(range(1, 1 + process.dim))),
         "diffused": process.second_order,
     }
-    return LossTerm(operators, residual, points, name="interior")
+    return LossTerm(operators, partial(_log_density, process), points, name="interior")
+
+
+def _density(
+    process: DiffusionProcess, x: Tensor, p: Tensor, p_t: Tensor, grad_p: Tensor, diffused: Tensor
+) -> Tensor:
+    transport = (process.velocity(x) * grad_p.squeeze(1)).sum(dim=1, keepdim=True)
+    return p_t + process.rate(x) * p + transport - 0.5 * process.strength * diffused
+
+
+def _log_density(
+    process: DiffusionProcess, x: Tensor, q_t: Tensor, grad_q: Tensor, diffused: Tensor
+) -> Tensor:
+    gradient = grad_q.squeeze(1)
+    transport = (process.velocity(x) * gradient).sum(dim=1, keepdim=True)
+    diffusion = process.energy(x, gradient) + process.strength * diffused
+    return q_t + process.rate(x) + transport - 0.5 * diffusion
 
 
 def _check_process(dim: int, process: DiffusionProcess | None) -> DiffusionProcess:

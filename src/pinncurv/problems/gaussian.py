@@ -5,7 +5,8 @@ Points are (t, x) with time first. The variance is s = 2 - exp(-t), so that s' =
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -48,9 +49,9 @@ def ornstein_uhlenbeck(dim: int) -> IsotropicDiffusion:
     """
     return IsotropicDiffusion(
         dim,
-        drift=lambda x: -0.5 * x[:, 1:],
+        drift=_pull,
         scale=math.sqrt(2),
-        drift_divergence=lambda x: torch.full_like(x[:, :1], -0.5 * dim),
+        drift_divergence=partial(_constant, -0.5 * dim),
     )
 
 
@@ -73,33 +74,15 @@ def gaussian_preserving(
         diffusion_divergence: div D, see `FullDiffusion`.
         diffusion_double_divergence: div div D, see `FullDiffusion`.
     """
-
-    def carry(x: Tensor) -> Tensor:
-        variance = _variance(x)
-        return 0.5 * (2 - variance) / variance * x[:, 1:]
-
     carried = FullDiffusion(
         dim,
-        carry,
+        _carry,
         diffusivity,
         diffusion_divergence=diffusion_divergence,
         diffusion_double_divergence=diffusion_double_divergence,
     )
-
-    def drift(x: Tensor) -> Tensor:
-        score = -x[:, 1:] / _variance(x)
-        diffused = (carried.matrix(x) @ score.unsqueeze(2)).squeeze(2)
-        return carry(x) + 0.5 * (carried.row_divergence(x) + diffused)
-
-    def drift_divergence(x: Tensor) -> Tensor:
-        variance = _variance(x)
-        score = -x[:, 1:] / variance
-        trace = carried.matrix(x).diagonal(dim1=1, dim2=2).sum(dim=1, keepdim=True)
-        diffused = (carried.row_divergence(x) * score).sum(dim=1, keepdim=True) - trace / variance
-        spread = 0.5 * dim * (2 - variance) / variance
-        return spread + 0.5 * (carried.double_divergence(x) + diffused)
-
-    return replace(carried, drift=drift, drift_divergence=drift_divergence)
+    balance = _Balance(carried)
+    return replace(carried, drift=balance.drift, drift_divergence=balance.drift_divergence)
 
 
 def waves(dim: int) -> FullDiffusion:
@@ -109,17 +92,59 @@ def waves(dim: int) -> FullDiffusion:
 
     As D = S Sᵀ depends on φ only, div D = D'(φ) 1 and div div D = 1ᵀ D''(φ) 1 in closed form.
     """
-
-    def diffusivity(x: Tensor) -> Tensor:
-        wave = torch.sin(_phase(x)) * _triangle(x, dim)
-        return math.sqrt(2) * torch.eye(dim, dtype=x.dtype, device=x.device) + 0.5 * wave
-
     return gaussian_preserving(
-        dim,
-        diffusivity,
-        diffusion_divergence=lambda x: _wave_derivative(x, dim, 1).sum(dim=2),
-        diffusion_double_divergence=lambda x: _wave_derivative(x, dim, 2).sum(dim=(1, 2))[:, None],
+        dim, _wave, diffusion_divergence=_wave_divergence, diffusion_double_divergence=_wave_double
     )
+
+
+@dataclass(frozen=True)
+class _Balance:
+    """The drift that keeps the Gaussian the density of a process whose drift carries it along."""
+
+    carried: FullDiffusion
+
+    def drift(self, x: Tensor) -> Tensor:
+        score = -x[:, 1:] / _variance(x)
+        diffused = (self.carried.matrix(x) @ score.unsqueeze(2)).squeeze(2)
+        return _carry(x) + 0.5 * (self.carried.row_divergence(x) + diffused)
+
+    def drift_divergence(self, x: Tensor) -> Tensor:
+        carried, variance = self.carried, _variance(x)
+        score = -x[:, 1:] / variance
+        trace = carried.matrix(x).diagonal(dim1=1, dim2=2).sum(dim=1, keepdim=True)
+        diffused = (carried.row_divergence(x) * score).sum(dim=1, keepdim=True) - trace / variance
+        spread = 0.5 * carried.dim * (2 - variance) / variance
+        return spread + 0.5 * (carried.double_divergence(x) + diffused)
+
+
+# Module-level functions, not closures, so that processes can be pickled.
+
+
+def _pull(x: Tensor) -> Tensor:
+    return -0.5 * x[:, 1:]
+
+
+def _constant(value: float, x: Tensor) -> Tensor:
+    return torch.full_like(x[:, :1], value)
+
+
+def _carry(x: Tensor) -> Tensor:
+    variance = _variance(x)
+    return 0.5 * (2 - variance) / variance * x[:, 1:]
+
+
+def _wave(x: Tensor) -> Tensor:
+    dim = x.shape[1] - 1
+    wave = torch.sin(_phase(x)) * _triangle(x, dim)
+    return math.sqrt(2) * torch.eye(dim, dtype=x.dtype, device=x.device) + 0.5 * wave
+
+
+def _wave_divergence(x: Tensor) -> Tensor:
+    return _wave_derivative(x, x.shape[1] - 1, 1).sum(dim=2)
+
+
+def _wave_double(x: Tensor) -> Tensor:
+    return _wave_derivative(x, x.shape[1] - 1, 2).sum(dim=(1, 2))[:, None]
 
 
 def _variance(x: TensorOrJet) -> TensorOrJet:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ def heat(
     """
     interior = LossTerm(
         operators={"u_t": Partial(0), "lap_u": Laplacian(dims=tuple(range(1, domain.dim)))},
-        residual=lambda x, u_t, lap_u: u_t - conductivity * lap_u,
+        residual=partial(_residual, conductivity),
         points=domain.interior(n_interior),
         name="interior",
     )
@@ -58,12 +59,8 @@ def heat1d(n_interior: int = 900, n_boundary: int = 120) -> Problem:
 
     Source: arXiv 2405.15603 (the problem definitions of its experiments).
     """
-
-    def solution(x: TensorOrJet) -> TensorOrJet:
-        return torch.exp(-(math.pi**2) / 4 * x[:, :1]) * torch.sin(math.pi * x[:, 1:])
-
     domain = SpaceTimeBox.unit(1)
-    return heat(domain, 0.25, solution, n_interior, n_boundary, solution, "heat1d")
+    return heat(domain, 0.25, _sine, n_interior, n_boundary, _sine, "heat1d")
 
 
 def heat4d(n_interior: int = 3000, n_boundary: int = 500) -> Problem:
@@ -73,9 +70,17 @@ def heat4d(n_interior: int = 3000, n_boundary: int = 500) -> Problem:
 
     Source: arXiv 2405.15603 (the problem definitions of its experiments).
     """
-
-    def solution(x: TensorOrJet) -> TensorOrJet:
-        return torch.exp(-x[:, :1]) * torch.sin(2 * x[:, 1:]).sum(dim=-1, keepdim=True)
-
     domain = SpaceTimeBox.unit(4)
-    return heat(domain, 0.25, solution, n_interior, n_boundary, solution, "heat4d")
+    return heat(domain, 0.25, _sines, n_interior, n_boundary, _sines, "heat4d")
+
+
+def _residual(conductivity: float, x: Tensor, u_t: Tensor, lap_u: Tensor) -> Tensor:
+    return u_t - conductivity * lap_u
+
+
+def _sine(x: TensorOrJet) -> TensorOrJet:
+    return torch.exp(-(math.pi**2) / 4 * x[:, :1]) * torch.sin(math.pi * x[:, 1:])
+
+
+def _sines(x: TensorOrJet) -> TensorOrJet:
+    return torch.exp(-x[:, :1]) * torch.sin(2 * x[:, 1:]).sum(dim=-1, keepdim=True)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ def poisson(
     """
     interior = LossTerm(
         operators={"lap_u": Laplacian()},
-        residual=lambda x, lap_u: -lap_u - source(x),
+        residual=partial(_residual, source),
         points=domain.interior(n_interior),
         name="interior",
     )
@@ -57,13 +58,8 @@ def poisson2d(n_interior: int = 900, n_boundary: int = 120) -> Problem:
 
     Source: arXiv 2405.15603 (the problem definitions of its experiments).
     """
-
-    def solution(x: TensorOrJet) -> TensorOrJet:
-        return torch.sin(math.pi * x[:, :1]) * torch.sin(math.pi * x[:, 1:])
-
-    return _with_solution(
-        "poisson2d", 2, lambda x: 2 * math.pi**2 * solution(x), solution, n_interior, n_boundary
-    )
+    source = partial(_scaled, 2 * math.pi**2, _sines)
+    return _with_solution("poisson2d", 2, source, _sines, n_interior, n_boundary)
 
 
 def poisson5d(n_interior: int = 3000, n_boundary: int = 500) -> Problem:
@@ -73,13 +69,8 @@ def poisson5d(n_interior: int = 3000, n_boundary: int = 500) -> Problem:
 
     Source: arXiv 2405.15603 (the problem definitions of its experiments).
     """
-
-    def solution(x: TensorOrJet) -> TensorOrJet:
-        return torch.cos(math.pi * x).sum(dim=-1, keepdim=True)
-
-    return _with_solution(
-        "poisson5d", 5, lambda x: math.pi**2 * solution(x), solution, n_interior, n_boundary
-    )
+    source = partial(_scaled, math.pi**2, _cosines)
+    return _with_solution("poisson5d", 5, source, _cosines, n_interior, n_boundary)
 
 
 def poisson10d(n_interior: int = 3000, n_boundary: int = 500) -> Problem:
@@ -89,13 +80,8 @@ def poisson10d(n_interior: int = 3000, n_boundary: int = 500) -> Problem:
 
     Source: arXiv 2405.15603 (the problem definitions of its experiments).
     """
-
-    def solution(x: TensorOrJet) -> TensorOrJet:
-        return (x[:, 0::2] * x[:, 1::2]).sum(dim=-1, keepdim=True) / 1.34
-
-    return _with_solution(
-        "poisson10d", 10, lambda x: torch.zeros_like(x[:, :1]), solution, n_interior, n_boundary
-    )
+    source = partial(_constant, 0.0)
+    return _with_solution("poisson10d", 10, source, _harmonic, n_interior, n_boundary)
 
 
 def poisson100d(n_interior: int = 100, n_boundary: int = 50) -> Problem:
@@ -105,18 +91,8 @@ def poisson100d(n_interior: int = 100, n_boundary: int = 50) -> Problem:
 
     Source: arXiv 2405.15603 (the problem definitions of its experiments).
     """
-
-    def solution(x: TensorOrJet) -> TensorOrJet:
-        return (x**2).sum(dim=-1, keepdim=True) / 33.47
-
-    return _with_solution(
-        "poisson100d",
-        100,
-        lambda x: torch.full_like(x[:, :1], -200 / 33.47),
-        solution,
-        n_interior,
-        n_boundary,
-    )
+    source = partial(_constant, -200 / 33.47)
+    return _with_solution("poisson100d", 100, source, _squares, n_interior, n_boundary)
 
 
 def _with_solution(
@@ -129,3 +105,34 @@ def _with_solution(
 ) -> Problem:
     """Build a problem on the unit cube whose boundary values are the solution's."""
     return poisson(Box.unit(dim), source, solution, n_interior, n_boundary, solution, name)
+
+
+# Module-level functions and ``partial``, not closures, so that problems can be pickled.
+
+
+def _residual(source: Callable[[Tensor], Tensor], x: Tensor, lap_u: Tensor) -> Tensor:
+    return -lap_u - source(x)
+
+
+def _scaled(factor: float, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return factor * function(x)
+
+
+def _constant(value: float, x: Tensor) -> Tensor:
+    return torch.full_like(x[:, :1], value)
+
+
+def _sines(x: TensorOrJet) -> TensorOrJet:
+    return torch.sin(math.pi * x[:, :1]) * torch.sin(math.pi * x[:, 1:])
+
+
+def _cosines(x: TensorOrJet) -> TensorOrJet:
+    return torch.cos(math.pi * x).sum(dim=-1, keepdim=True)
+
+
+def _harmonic(x: TensorOrJet) -> TensorOrJet:
+    return (x[:, 0::2] * x[:, 1::2]).sum(dim=-1, keepdim=True) / 1.34
+
+
+def _squares(x: TensorOrJet) -> TensorOrJet:
+    return (x**2).sum(dim=-1, keepdim=True) / 33.47
