@@ -29,11 +29,9 @@ class InverseRecipe(Protocol):
     @property
     def damping(self) -> float:
         """λ."""
-        ...
 
     def __call__(self, operator: Any) -> PyTorchLinearOperator:
         """Return the inverse of an operator."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,6 @@ class PreconditionedCG:
     spacing: float | None = None
 
     def __post_init__(self) -> None:
-        """Check the damping."""
         check_damping(self.damping)
 
     def __call__(self, operator: PyTorchLinearOperator) -> CGInverseLinearOperator:

@@ -118,9 +118,6 @@ class JacobianAdjointLinearOperator(PyTorchLinearOperator):
     """The transpose of the Jacobian.
 
     Jᵀ: one tensor ``[N_t, V_t]`` per term -> the list of parameters
-
-    Args:
-        jacobian: The Jacobian.
     """
 
     def __init__(self, jacobian: JacobianLinearOperator) -> None:
@@ -157,14 +154,7 @@ class JacobianAdjointLinearOperator(PyTorchLinearOperator):
 def chunk_rows(
     space: ParameterSpace, linearization: Linearization, chunk: Chunk, points: slice
 ) -> Float[Tensor, "rows D"]:
-    """Return rows of the Jacobian of some of a chunk's points, ordered by point, then component.
-
-    Args:
-        space: The parameters.
-        linearization: The term.
-        chunk: The chunk.
-        points: Which of its points.
-    """
+    """Return rows of the Jacobian of some of a chunk's points, ordered by point, then component."""
     n, V = chunk.residual[points].shape
     matrix = chunk.residual.new_zeros(n, V, space.dimension)
     columns = matrix.split([shape.numel() for shape in space.shapes], 2)
@@ -185,5 +175,4 @@ class Jacobian:
     """
 
     def __call__(self, linearizations: Sequence[Linearization]) -> JacobianLinearOperator:
-        """Build the operator."""
         return JacobianLinearOperator(linearizations)

@@ -17,10 +17,7 @@ from pinncurv.linearization import (
     Linearization,
     LinearLayer,
 )
-from pinncurv.linops import KroneckerFactors, SumKroneckerLinearOperator, merge
-
-# A parameter that is no weight of a linear layer gets an exact block of so many rows at most.
-DENSE_LIMIT = 4096
+from pinncurv.linops import KroneckerFactors, SumKroneckerLinearOperator, merge, policy
 
 
 def gram(X: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
@@ -50,7 +47,6 @@ class Expand(WeightSharing):
     """
 
     def input_moment(self, layer: LinearLayer) -> Float[Tensor, "d_joint d_joint"]:
-        """Return 1/S Σ_ns z_ns z_nsᵀ."""
         S, N, d_in = layer.Z.shape
         rows = layer.Z.reshape(-1, d_in)
         if layer.bias is None:
@@ -62,7 +58,6 @@ class Expand(WeightSharing):
         return moment.div_(S)
 
     def gradient_moment(self, layer: LinearLayer) -> Float[Tensor, "d_out d_out"]:
-        """Return Σ_ns g_ns g_nsᵀ, summed over the residual components."""
         return gram(layer.gradients.reshape(-1, layer.d_out))
 
 
@@ -76,7 +71,6 @@ class Reduce(WeightSharing):
     """
 
     def input_moment(self, layer: LinearLayer) -> Float[Tensor, "d_joint d_joint"]:
-        """Return Σ_n (mean_s z_ns)(mean_s z_ns)ᵀ."""
         mean = layer.Z.mean(0)
         if layer.bias is not None:
             share = len(layer.value_channels) / layer.Z.shape[0]
@@ -84,7 +78,6 @@ class Reduce(WeightSharing):
         return gram(mean)
 
     def gradient_moment(self, layer: LinearLayer) -> Float[Tensor, "d_out d_out"]:
-        """Return Σ_n (Σ_s g_ns)(Σ_s g_ns)ᵀ, summed over the residual components."""
         return gram(layer.gradients.sum(1).flatten(0, 1))
 
 
@@ -128,7 +121,7 @@ class KFAC:
     sharing: WeightSharing = expand
     fisher: Fisher | None = None
     merge_terms: bool = False
-    dense_limit: int = DENSE_LIMIT
+    dense_limit: int = policy.LARGEST_PARAMETER
 
     def __call__(self, linearizations: Sequence[Linearization]) -> KFACLinearOperator:
         """Build the operator.

@@ -53,10 +53,7 @@ def nystroem_sketch(operator: PyTorchLinearOperator, rank: int, seed: int) -> Ny
     The shift ν is the rounding error of the products. Ω is drawn on the CPU from a generator of its
     own: it depends on the seed, the size and the rank alone.
 
-    Args:
-        operator: K, of R rows.
-        rank: m, the number of products; R if that is less.
-        seed: Of Ω.
+    K has R rows, and ``rank`` m is the number of products; R if that is less.
 
     Raises:
         ValueError: If the rank is less than one.
@@ -185,7 +182,6 @@ class Nystroem:
     complement: bool = False
 
     def __post_init__(self) -> None:
-        """Check damping and rank."""
         check_damping(self.damping)
         _check_rank(self.rank)
 

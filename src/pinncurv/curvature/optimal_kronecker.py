@@ -43,6 +43,10 @@ class OptimalKroneckerLinearOperator(SumKroneckerLinearOperator):
 
     Cost: to build, see ``optimal_kronecker``; otherwise that of KFAC with one term, whose damped
     inverse takes O(d_in³ + d_out³) per layer.
+
+    Args:
+        factors: ``factors[l][t]`` are the factors of layer l and (merged) term t.
+        records: How the factors were found; nothing for averages.
     """
 
     def __init__(
@@ -53,15 +57,6 @@ class OptimalKroneckerLinearOperator(SumKroneckerLinearOperator):
         terms: Sequence[str] | None = None,
         records: Sequence[KroneckerRecord] = (),
     ) -> None:
-        """Store the factors.
-
-        Args:
-            factors: ``factors[l][t]`` are the factors of layer l and (merged) term t.
-            blocks: The layers, which cover each parameter exactly once.
-            shapes: The shapes of all parameters.
-            terms: Names of the terms.
-            records: How the factors were found; nothing for averages.
-        """
         super().__init__(factors, blocks, shapes, terms)
         self.records = tuple(records)
 
@@ -301,7 +296,6 @@ class OptimalKronecker:
     def __call__(
         self, linearizations: Sequence[Linearization]
     ) -> OptimalKroneckerLinearOperator | KroneckerExpansionLinearOperator:
-        """Build the operator."""
         return optimal_kronecker(
             linearizations, self.rank, self.per_term, self.iterations, self.tolerance
         )

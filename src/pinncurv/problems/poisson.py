@@ -109,14 +109,10 @@ def poisson100d(n_interior: int = 100, n_boundary: int = 50) -> Problem:
     def solution(x: TensorOrJet) -> TensorOrJet:
         return (x**2).sum(dim=-1, keepdim=True) / 33.47
 
-    return _with_solution(
-        "poisson100d",
-        100,
-        lambda x: torch.full_like(x[:, :1], -200 / 33.47),
-        solution,
-        n_interior,
-        n_boundary,
-    )
+    def source(x: Tensor) -> Tensor:
+        return torch.full_like(x[:, :1], -200 / 33.47)
+
+    return _with_solution("poisson100d", 100, source, solution, n_interior, n_boundary)
 
 
 def _with_solution(
