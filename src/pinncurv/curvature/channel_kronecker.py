@@ -24,6 +24,7 @@ from pinncurv.linops import (
     policy,
     term_position,
 )
+from pinncurv.linops.factors import check_factors, grouped
 from pinncurv.linops.layerwise import Joint
 
 # A product takes so many numbers of memory at most, and no less than one pair of channels needs.
@@ -90,27 +91,7 @@ class ChannelKroneckerLinearOperator(LayerwiseLinearOperator):
         super().__init__(blocks, shapes, first.device, first.dtype)
         self.factors = tuple(tuple(layer) for layer in factors)
         self.terms = tuple(terms)
-        self._check_factors()
-
-    def _check_factors(self) -> None:
-        counts = {len(layer) for layer in self.factors}
-        if len(self.factors) != len(self.blocks) or counts != {len(self.terms)}:
-            raise ValueError(
-                f"There must be factors for each of the {len(self.blocks)} layers and the terms "
-                f"{self.terms}, got {len(self.factors)} layers with {sorted(counts)} terms. "
-                "Pass factors[layer][term]."
-            )
-        for block, layer in zip(self.blocks, self.factors, strict=True):
-            d_out, d_joint = block.shape
-            for term, f in zip(self.terms, layer, strict=True):
-                pairs = f.A.shape[0]
-                expected = (pairs, d_joint, d_joint), (pairs, d_out, d_out)
-                if (tuple(f.A.shape), tuple(f.B.shape)) != expected:
-                    raise ValueError(
-                        f"The factors of layer {block.name}, term {term} must have shapes "
-                        f"{expected[0]} and {expected[1]}, got {tuple(f.A.shape)} and "
-                        f"{tuple(f.B.shape)}. A acts on the inputs (and bias), B on the outputs."
-                    )
+        check_factors(self.factors, self.blocks, self.terms)
 
     def term(self, term: int | str) -> ChannelKroneckerLinearOperator:
         """Return the operator of one term alone.
@@ -146,14 +127,11 @@ class ChannelKroneckerLinearOperator(LayerwiseLinearOperator):
         return torch.stack(diagonals).sum(0)
 
     def tensors(self) -> list[Tensor]:
-        """The factors, in the order layer, term, (A, B)."""
         return [M for layer in self.factors for f in layer for M in (f.A, f.B)]
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> ChannelKroneckerLinearOperator:
-        factors = [ChannelFactors(*f) for f in zip(tensors[::2], tensors[1::2], strict=True)]
-        T = len(self.terms)
-        by_layer = [factors[i : i + T] for i in range(0, len(factors), T)]
-        return type(self)(by_layer, self.blocks, self.shapes, self.terms)
+        factors = grouped(ChannelFactors, tensors, len(self.terms))
+        return type(self)(factors, self.blocks, self.shapes, self.terms)
 
     def identity(self) -> ChannelKroneckerLinearOperator:
         return self.with_tensors(

@@ -1,7 +1,5 @@
 """The exact Gauss-Newton step by conjugate gradients, preconditioned by any other curvature."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable

@@ -1,7 +1,5 @@
 """The Jacobian of the scaled residuals of all terms, matrix-free."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

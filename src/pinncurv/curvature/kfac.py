@@ -1,7 +1,5 @@
 """KFAC: one Kronecker product per layer and term, with expand or reduce weight sharing."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass

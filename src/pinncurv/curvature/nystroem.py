@@ -1,7 +1,5 @@
 """The kernel sketched by a randomized Nyström approximation, and the Gauss-Newton inverse by it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

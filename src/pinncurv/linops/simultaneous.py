@@ -1,7 +1,5 @@
 """Simultaneous diagonalization of two symmetric positive definite matrices."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Methods that invert the exact Gauss-Newton matrix, or a part of it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

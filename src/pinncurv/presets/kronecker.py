@@ -1,7 +1,5 @@
 """KFAC and its relatives."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Checks of an elementwise function: its registered derivatives."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import math

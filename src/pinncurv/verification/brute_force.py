@@ -4,8 +4,6 @@ Networks are functions of one point, differential operators are evaluated by the
 sums are loops. No jet, no recorded layer and no structured product takes part.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Making checks, where nothing that a check runs into may end the verification."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace

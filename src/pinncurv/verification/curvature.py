@@ -1,7 +1,5 @@
 """Checks of a curvature: a function from linearizations to a linear operator."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any

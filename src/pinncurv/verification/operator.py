@@ -1,7 +1,5 @@
 """Checks of a linear operator: the laws of a symmetric matrix and of its inverse."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """All checks of a training problem in one call."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor

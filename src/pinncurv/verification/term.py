@@ -1,7 +1,5 @@
 """Checks of a loss term, of a network in it, and of a network alone."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from functools import partial
