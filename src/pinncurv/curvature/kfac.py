@@ -18,11 +18,6 @@ from pinncurv.linearization import (
 from pinncurv.linops import KroneckerFactors, SumKroneckerLinearOperator, merge, policy
 
 
-def gram(X: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
-    """Return XᵀX."""
-    return X.t() @ X
-
-
 class WeightSharing(ABC):
     """How the S channels of a layer enter the two Kronecker factors."""
 
@@ -48,15 +43,16 @@ class Expand(WeightSharing):
         S, N, d_in = layer.Z.shape
         rows = layer.Z.reshape(-1, d_in)
         if layer.bias is None:
-            return gram(rows).div_(S)
+            return (rows.mT @ rows).div_(S)
         moment = rows.new_empty(d_in + 1, d_in + 1)
-        moment[:-1, :-1] = gram(rows)
+        moment[:-1, :-1] = rows.mT @ rows
         moment[-1, :-1] = moment[:-1, -1] = layer.sum_values(layer.Z, 0).sum(0)
         moment[-1, -1] = len(layer.value_channels) * N
         return moment.div_(S)
 
     def gradient_moment(self, layer: LinearLayer) -> Float[Tensor, "d_out d_out"]:
-        return gram(layer.gradients.reshape(-1, layer.d_out))
+        G = layer.gradients.reshape(-1, layer.d_out)
+        return G.mT @ G
 
 
 @dataclass(frozen=True)
@@ -73,10 +69,11 @@ class Reduce(WeightSharing):
         if layer.bias is not None:
             share = len(layer.value_channels) / layer.Z.shape[0]
             mean = torch.cat([mean, mean.new_full((mean.shape[0], 1), share)], 1)
-        return gram(mean)
+        return mean.mT @ mean
 
     def gradient_moment(self, layer: LinearLayer) -> Float[Tensor, "d_out d_out"]:
-        return gram(layer.gradients.sum(1).flatten(0, 1))
+        G = layer.gradients.sum(1).flatten(0, 1)
+        return G.mT @ G
 
 
 expand = Expand()
@@ -154,7 +151,7 @@ class KFAC:
         """Return the sums over points of one block; no B without output gradients."""
         if not isinstance(block, LinearLayer):
             rows = block.joint_rows(slice(None))
-            return gram(rows), rows.new_zeros(())
+            return rows.mT @ rows, rows.new_zeros(())
         A = self.sharing.input_moment(block)
         return A, A.new_zeros(()) if block.G is None else self.sharing.gradient_moment(block)
 
