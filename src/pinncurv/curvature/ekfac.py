@@ -182,8 +182,6 @@ class EKFAC:
 
     diag_l (U_B ⊗ U_A) diag(Σ_t S_lt) (U_B ⊗ U_A)ᵀ
 
-    Cost: see ``EKFACLinearOperator``.
-
     Args:
         sharing: How the channels enter the factors of the basis: ``expand`` or ``reduce``.
         fisher: Which output gradients to take; those of the linearizations by default.

@@ -145,8 +145,6 @@ class MatrixFreeGaussNewton:
     """Recipe: the exact Gauss-Newton matrix by products with the Jacobian.
 
     JᵀJ
-
-    Cost: see ``GaussNewtonLinearOperator``.
     """
 
     def __call__(self, linearizations: Sequence[Linearization]) -> GaussNewtonLinearOperator:

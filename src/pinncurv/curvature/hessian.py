@@ -204,8 +204,6 @@ class ResidualHessian:
     """Recipe: what the Hessian has beyond the Gauss-Newton matrix, matrix-free.
 
     ∇²L - JᵀJ
-
-    Cost: see ``SecondDerivativeLinearOperator``.
     """
 
     def __call__(self, linearizations: Sequence[Linearization]) -> SecondDerivativeLinearOperator:

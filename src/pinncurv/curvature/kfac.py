@@ -102,8 +102,6 @@ class KFAC:
 
     diag_l Σ_t B_lt ⊗ A_lt
 
-    Cost: see ``KFACLinearOperator``.
-
     Args:
         sharing: How the channels enter the factors: ``expand`` or ``reduce``.
         fisher: Which output gradients to take; those of the linearizations by default.

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from pinncurv.curvature.jacobian import JacobianLinearOperator
 from pinncurv.curvature.woodbury import check_positive, from_data, kernel_of, to_data
-from pinncurv.linearization import Linearization
 from pinncurv.linops import (
     FactorizationReport,
     PyTorchLinearOperator,
@@ -114,7 +113,7 @@ class SketchedInverseLinearOperator(SymmetricLinearOperator):
         complement: bool = False,
     ) -> None:
         self.damping = check_positive(damping, jacobian)
-        self.jacobian = jacobian
+        self.jacobian, self.linearizations = jacobian, jacobian.linearizations
         self.sketch = sketch
         self.complement = complement
         self.reports = (sketch.report,)
@@ -127,11 +126,6 @@ class SketchedInverseLinearOperator(SymmetricLinearOperator):
         taken = from_data(self.jacobian, y.to(self.dtype))
         return [(x - part) / self.damping for x, part in zip(X, taken, strict=True)]
 
-    @property
-    def linearizations(self) -> Sequence[Linearization]:
-        """What the Jacobian was built from."""
-        return self.jacobian.linearizations
-
     def solve_residual(self, residual: Sequence[Tensor]) -> list[Tensor]:
         """Return the minimizer of ‖u - Ĵ x‖² + λ‖x‖², or the published approximation of it.
 
@@ -139,9 +133,6 @@ class SketchedInverseLinearOperator(SymmetricLinearOperator):
 
         What K̂ does not see of u, the second divides by λ, which is better or much worse than to
         leave it out, depending on whether λ is above or below what K̂ misses of K.
-
-        Args:
-            residual: u, one tensor ``[N_t, V_t]`` per term.
         """
         U, E, eigenvalues = self.sketch.U, self.sketch.E, self.sketch.eigenvalues
         u = torch.cat([part.flatten() for part in residual]).to(U.dtype)

@@ -109,19 +109,12 @@ class SubspaceSolverLinearOperator(SubspaceInverseLinearOperator):
 
     def __init__(self, operator: SubspaceGaussNewtonLinearOperator, damping: float) -> None:
         super().__init__(operator, damping, 0.0)
-
-    @property
-    def linearizations(self) -> Sequence[Linearization]:
-        """What J was built from."""
-        return self.operator.linearizations
+        self.linearizations = operator.linearizations
 
     def solve_residual(self, residual: Sequence[Tensor]) -> list[Tensor]:
         """Return argmin of ‖u - J v‖² + λ‖v‖² over the subspace, without forming Jᵀu.
 
-        v = Q diag(σ / (σ² + λ)) Pᵀ u
-
-        Args:
-            residual: u, one tensor ``[N_t, V_t]`` per term.
+        v = Q diag(σ / (σ² + λ)) Pᵀ u for u of one tensor ``[N_t, V_t]`` per term
         """
         operator = self.operator
         u = torch.cat([part.flatten() for part in residual]).to(operator.images.dtype)
