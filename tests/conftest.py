@@ -16,10 +16,10 @@ _check = jaxtyping.jaxtyped
 
 
 def _check_often(**options):
-    """Check shapes in the first 20 calls of each function and in every 32nd: all take thrice as long.
+    """Check shapes in the first 20 calls of each function and in every 32nd thereafter.
 
-    Iterations call a few functions thousands of times. The import hook of ``pyproject.toml``
-    decorates with this every function and class of the package.
+    To check all takes three times as long, since iterations call a few functions thousands of
+    times. The import hook of ``pyproject.toml`` decorates everything in the package with this.
     """
 
     def decorate(thing):
