@@ -184,13 +184,7 @@ def _partial_traces(factors: Sequence[ChannelFactors]) -> KroneckerFactors:
 
 
 class _Moments:
-    """Sums of x_ns x_nqᵀ over the rows n, for all channels s and q >= s, or for q = s only.
-
-    Args:
-        width: d.
-        space: Has dtype and device.
-        pairs: Whether to sum for different channels.
-    """
+    """Sums of x_ns x_nqᵀ over the rows n, for all channels s and q >= s, without ``pairs`` q = s."""
 
     def __init__(self, width: int, space: ParameterSpace, pairs: bool) -> None:
         self.width, self.pairs = width, pairs

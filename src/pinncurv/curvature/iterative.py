@@ -72,11 +72,7 @@ class PreconditionedCG:
         check_damping(self.damping)
 
     def __call__(self, operator: PyTorchLinearOperator) -> CGInverseLinearOperator:
-        """Return the inverse.
-
-        Args:
-            operator: A ``GaussNewtonLinearOperator``, whose linearizations the preconditioner is
-                built from; without a preconditioner, any positive semidefinite operator.
+        """Return the inverse of a ``GaussNewtonLinearOperator``; without preconditioner, of any.
 
         Raises:
             TypeError: If a preconditioner is asked for and the operator is another one.

@@ -69,15 +69,9 @@ class _Iteration:
 
     R maps symmetric matrices to symmetric and antisymmetric to antisymmetric ones, so the two
     parities P are iterated side by side. It maps positive semidefinite matrices to such, hence the
-    leading pair is symmetric positive semidefinite and rank one needs that parity only.
-
-    Args:
-        rank: How many of the singular values are wanted.
-        A: Orthonormal matrices ``[P, k, d_joint, d_joint]``.
-        B: Orthonormal matrices ``[P, k, d_out, d_out]``, zero at the start.
-        singular_values: σ, ``[P, k]``.
-        count: Number of iterations.
-        change: Largest change of a wanted singular value in the last one, relative to σ_1.
+    leading pair is symmetric positive semidefinite and rank one needs that parity only. A and B are
+    orthonormal (B zero at the start), ``change`` is the largest one of a wanted singular value in
+    the last of ``count`` iterations, relative to σ_1.
     """
 
     rank: int
