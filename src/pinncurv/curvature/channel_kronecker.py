@@ -184,7 +184,7 @@ def _partial_traces(factors: Sequence[ChannelFactors]) -> KroneckerFactors:
 
 
 class _Moments:
-    """Sums of x_ns x_nqᵀ over the rows n, for all channels s and q >= s, without ``pairs`` q = s."""
+    """Sums of x_ns x_nqᵀ over the rows n, for all channels q >= s, without ``pairs`` for q = s."""
 
     def __init__(self, width: int, space: ParameterSpace, pairs: bool) -> None:
         self.width, self.pairs = width, pairs
