@@ -240,10 +240,8 @@ def test_number_of_channels(name):
 SHARINGS = {"expand": (expand, oracles.kfac_expand), "reduce": (reduce, oracles.kfac_reduce)}
 FACTORS = [
     ("tanh", "kdv"),
-    ("repeated", "kdv"),
     ("gated", "kuramoto"),
     ("slopes", "kdv"),
-    ("layer_norm", "kdv"),
     ("layer_norm", "biharmonic2d"),
     ("slopes", "u_xxy"),
     ("steps", "u_xxy"),

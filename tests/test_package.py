@@ -48,5 +48,12 @@ def test_shape_annotations_are_checked(shapes):
         shapes.trace(torch.zeros(2, 3, dtype=torch.float64))
 
 
+def test_shape_annotations_are_checked_in_some_of_many_calls(shapes):
+    for _ in range(100):
+        shapes.trace(torch.eye(2, dtype=torch.float64))
+    with pytest.raises(TypeCheckError, match="trace"):
+        [shapes.trace(torch.zeros(2, 3, dtype=torch.float64)) for _ in range(32)]
+
+
 def test_an_int_is_a_float(shapes):
     assert shapes.trace(torch.eye(2, dtype=torch.float64), scale=3) == 6

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from curvlinops._torch_base import PyTorchLinearOperator
 from torch import Tensor
 
-from pinncurv.linops import Block, LayerwiseLinearOperator, SymmetricLinearOperator
+from pinncurv.linops import (
+    Block,
+    LayerwiseLinearOperator,
+    PyTorchLinearOperator,
+    SymmetricLinearOperator,
+)
 
 
 class BlockPart(SymmetricLinearOperator):

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from curvlinops._torch_base import PyTorchLinearOperator
 from torch import Tensor
 
 from pinncurv.diffops import Derivative, DifferentialOperator
 from pinncurv.linearization import Linearization, linearize
+from pinncurv.linops import PyTorchLinearOperator
 from pinncurv.optim import Curvature
 
 # Directions that differ by that part are not merged. Derivatives are scaled back.

@@ -9,7 +9,6 @@ from functools import cached_property
 from typing import TypedDict
 
 import torch
-from curvlinops._torch_base import PyTorchLinearOperator
 from jaxtyping import Float
 from torch import Generator, Tensor
 
@@ -22,7 +21,7 @@ from pinncurv.curvature import (
     GaussNewtonLinearOperator,
     Objective,
 )
-from pinncurv.linops import Block, Damped, DenseLinearOperator
+from pinncurv.linops import Block, Damped, DenseLinearOperator, PyTorchLinearOperator
 from pinncurv.optim import offers
 
 # Most entries of the Jacobian that are held as a matrix, 1 GiB in float64.

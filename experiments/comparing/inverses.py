@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from curvlinops._torch_base import PyTorchLinearOperator
 from torch import Generator, Tensor
 
 from experiments.comparing.exact import Exact
@@ -15,6 +14,7 @@ from pinncurv.comparison import (
     compare_steps,
     condition_number,
 )
+from pinncurv.linops import PyTorchLinearOperator
 
 
 @dataclass(frozen=True)

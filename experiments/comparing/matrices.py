@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from curvlinops._torch_base import PyTorchLinearOperator
 from jaxtyping import Float
 from torch import Generator, Tensor
 
@@ -23,7 +22,7 @@ from pinncurv.comparison import (
     spectrum,
 )
 from pinncurv.curvature import GaussNewtonLinearOperator
-from pinncurv.linops import LayerwiseLinearOperator
+from pinncurv.linops import LayerwiseLinearOperator, PyTorchLinearOperator
 
 # Probes per estimate of a spectrum, each of as many Lanczos steps as condition numbers take.
 _SPECTRUM_PROBES = 2

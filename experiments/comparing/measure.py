@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
-from curvlinops._torch_base import PyTorchLinearOperator
 from jaxtyping import Float
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from experiments.comparing.operators import OPERATORS
 from experiments.comparing.points import Point
 from experiments.comparing.settings import Settings
 from experiments.training.errors import first_line
+from pinncurv.linops import PyTorchLinearOperator
 from pinncurv.optim import ConstantDamping, DampingRule, LevenbergMarquardt
 
 # Seconds after which nothing is computed again only to time it better.

@@ -8,7 +8,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from curvlinops._torch_base import PyTorchLinearOperator
 
 from experiments.comparing.channels import OnChannels, uncollapsed, unmerged
 from pinncurv.curvature import (
@@ -33,6 +32,7 @@ from pinncurv.linops import (
     FactorDamping,
     KroneckerEigenLinearOperator,
     LayerwiseLinearOperator,
+    PyTorchLinearOperator,
     SumKroneckerLinearOperator,
     check_damping,
     factorize_damped_blocks,

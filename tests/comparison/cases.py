@@ -1,9 +1,9 @@
 """Matrices with known spectra, and an operator that has products and nothing else."""
 
 import torch
-from curvlinops._torch_base import PyTorchLinearOperator
 from torch import Generator, Tensor
 
+from pinncurv.linops import PyTorchLinearOperator
 from tests.linops.cases import kronecker, psd
 
 

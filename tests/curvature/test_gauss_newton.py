@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import curvlinops
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from pinncurv.curvature import (
 )
 from pinncurv.diffops import Laplacian, SecondOrder
 from pinncurv.linearization import Empirical, ForwardOnly, blocks as blocks_of_jacobian, linearize
+from pinncurv.linops import PyTorchLinearOperator
 from pinncurv.problems import Fixed, LossTerm
 from tests import oracles
 from tests.conformance import check_operator
@@ -332,6 +332,6 @@ def test_algebra_of_curvlinops_works(triple):
     linearized, expected = triple
     operator = MatrixFreeGaussNewton()(linearized)
     combined = 2 * operator + operator - 0.5 * operator
-    assert isinstance(combined, curvlinops._torch_base.PyTorchLinearOperator)
+    assert isinstance(combined, PyTorchLinearOperator)
     v = torch.ones(len(expected), dtype=torch.float64)
     oracles.assert_close(combined @ v, 2.5 * (expected @ v))

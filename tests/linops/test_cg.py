@@ -5,7 +5,6 @@ import warnings
 
 import pytest
 import torch
-from curvlinops._torch_base import PyTorchLinearOperator
 
 from pinncurv.linops import (
     CGInverseLinearOperator,
@@ -13,6 +12,7 @@ from pinncurv.linops import (
     Damped,
     DenseLinearOperator,
     DiagonalLinearOperator,
+    PyTorchLinearOperator,
     SymmetricLinearOperator,
     conjugate_gradients,
 )

@@ -13,6 +13,7 @@ from pinncurv.linops import (
     DenseLinearOperator,
     DiagonalLinearOperator,
     FactorDamping,
+    PyTorchLinearOperator,
     SumKroneckerLinearOperator,
     flat_positions,
 )
@@ -54,7 +55,7 @@ def structures(generator):
     }
 
 
-class Unknown(curvlinops._torch_base.PyTorchLinearOperator):
+class Unknown(PyTorchLinearOperator):
     """A self-adjoint operator that offers no more than curvlinops demands."""
 
     SELF_ADJOINT = True

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from curvlinops._torch_base import PyTorchLinearOperator
 from torch import Tensor, nn
 
 from pinncurv import presets
 from pinncurv.curvature import KFAC, GaussNewton, Objective, reduce
-from pinncurv.linops import Damped, FactorDamping, trace_norm
+from pinncurv.linops import Damped, FactorDamping, PyTorchLinearOperator, trace_norm
 from pinncurv.optim import (
     CurvatureOptimizer,
     ExponentialAverage,

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import math
 import pickle
 from dataclasses import replace
@@ -108,8 +109,10 @@ def test_loading_into_a_run():
     assert same(*runs)
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, through_pickle], ids=["deepcopy", "pickle"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("name", "duplicate"),
+    zip(OPTIMIZERS, itertools.cycle([copy.deepcopy, through_pickle]), strict=False),
+)
 def test_copies(name, duplicate):
     """A copy of model and optimizer goes on as the original does, and apart from it."""
     model = network()

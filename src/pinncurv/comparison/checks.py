@@ -1,7 +1,5 @@
 """What must hold of operators and numbers before they are compared."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

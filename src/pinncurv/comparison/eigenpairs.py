@@ -1,7 +1,5 @@
 """Eigenpairs at either end of the spectrum, matrix-free."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass

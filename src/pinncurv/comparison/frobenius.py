@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,14 +54,14 @@ class FrobeniusComparison:
 
     def total(self) -> FrobeniusComparison:
         """Return the comparison of the matrices that consist of all of these blocks."""
-        return FrobeniusComparison(*(part.sum() for part in self._parts()))
+        return self._map(lambda part: part.sum())
 
     def diagonal(self) -> FrobeniusComparison:
         """Return the comparison of the diagonal blocks, ``[L, L]`` to ``[L]``."""
-        return FrobeniusComparison(*(part.diagonal() for part in self._parts()))
+        return self._map(lambda part: part.diagonal())
 
-    def _parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.inner, self.squared_norm, self.squared_reference_norm, self.squared_error
+    def _map(self, function: Callable[[Tensor], Tensor]) -> FrobeniusComparison:
+        return FrobeniusComparison(*map(function, vars(self).values()))
 
 
 def entrywise_products(X: Float[Tensor, "*s"], Y: Float[Tensor, "*s"]) -> Float[Tensor, " 4 *s"]:

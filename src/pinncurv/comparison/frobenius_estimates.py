@@ -53,14 +53,12 @@ class FrobeniusEstimate:
         AB, AA, BB, EE = _relative(samples)
         cosine = comparison.cosine * (AB - AA / 2 - BB / 2)
         error = comparison.relative_error * (EE / 2 - BB / 2)
-        return cls(
-            inner=Estimate.from_samples(samples[0]),
-            squared_norm=Estimate.from_samples(samples[1]),
-            squared_reference_norm=Estimate.from_samples(samples[2]),
-            squared_error=Estimate.from_samples(samples[3]),
-            cosine=Estimate(comparison.cosine, standard_error(cosine)),
-            relative_error=Estimate(comparison.relative_error, standard_error(error)),
+        inner, norm, reference, squared_error = map(Estimate.from_samples, samples)
+        ratios = (
+            Estimate(comparison.cosine, standard_error(cosine)),
+            Estimate(comparison.relative_error, standard_error(error)),
         )
+        return cls(inner, norm, reference, squared_error, *ratios)
 
 
 def _relative(samples: Tensor) -> Tensor:

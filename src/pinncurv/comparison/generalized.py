@@ -1,7 +1,5 @@
 """How well an inverse preconditions a damped operator: eigenvalues of P⁻¹(C + λI)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from math import inf
 
@@ -108,11 +106,9 @@ def condition_number(
     steps: int,
     generator: Generator,
 ) -> float:
-    """Return the condition number of a preconditioned operator, or a lower bound.
+    """Return the condition number if ``dense``, or a lower bound from so many Lanczos steps.
 
     m_max / m_min of P⁻¹(C + λI), inf if m_min is not positive
-
-    It is exact if ``dense``, and else a lower bound from so many Lanczos steps.
     """
     if dense:
         values = generalized_spectrum(operator, inverse, damping)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pinncurv.comparison.checks import check_count, check_same_space, check_square, describe
+from pinncurv.comparison.checks import check_count, check_same_space, describe
 from pinncurv.comparison.products import apply
 from pinncurv.linops import PyTorchLinearOperator, check_damping
 
@@ -74,11 +74,7 @@ def lanczos(
     all earlier ones, so that no eigenvalue is found a second time. The process stops early where
     the Krylov space is invariant.
     """
-    D = (
-        check_square(operator)
-        if preconditioner is None
-        else check_same_space(operator, preconditioner)
-    )
+    D = check_same_space(operator, operator if preconditioner is None else preconditioner)
     damping = check_damping(damping)
     steps = min(check_count("steps", steps, 1), D)
     V = torch.empty(D, steps, dtype=torch.float64, device=operator.device)

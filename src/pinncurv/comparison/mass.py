@@ -1,7 +1,5 @@
 """Where the mass of a matrix lies: the share of each pair of layers in its Frobenius norm."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """What is usually asked of one approximation of one operator, in one call."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -73,9 +71,6 @@ def compare(
         cg_tolerance: Relative norm of the residual that conjugate gradients must reach.
         cg_limit: Most iterations of conjugate gradients.
         generator: Source of randomness above the limit; by default a new one with seed 0.
-
-    Raises:
-        ValueError: If sizes don't fit, something is not finite, or there is nothing to decrease.
     """
     is_dense = check_same_space(approximation, operator) <= dense_limit
     random = Generator().manual_seed(0) if generator is None else generator
@@ -84,7 +79,15 @@ def compare(
     if not bool(g.any()):
         raise ValueError("The gradient must not be zero, there is nothing to decrease.")
     step, best = apply(inverse, -g), apply(_inverse(operator, damping, is_dense), -g)
-    cosine, error = _similarity(approximation, operator, is_dense, probes, random)
+    if is_dense:
+        exact = frobenius(approximation, operator)
+        zero = torch.zeros_like(exact.cosine)
+        cosine, error = Estimate(exact.cosine, zero), Estimate(exact.relative_error, zero)
+    else:
+        estimate = estimate_frobenius(
+            approximation, operator, vectors=probes, sketch=probes // 2, generator=random
+        )
+        cosine, error = estimate.cosine, estimate.relative_error
     condition = condition_number(
         operator, inverse, damping, dense=is_dense, steps=lanczos_steps, generator=random
     )
@@ -99,24 +102,6 @@ def compare(
         condition_is_bound=not is_dense,
         cg=solves[""],
     )
-
-
-def _similarity(
-    approximation: PyTorchLinearOperator,
-    operator: PyTorchLinearOperator,
-    is_dense: bool,
-    probes: int,
-    generator: Generator,
-) -> tuple[Estimate, Estimate]:
-    """Return cosine and relative error."""
-    if is_dense:
-        exact = frobenius(approximation, operator)
-        zero = torch.zeros_like(exact.cosine)
-        return Estimate(exact.cosine, zero), Estimate(exact.relative_error, zero)
-    estimate = estimate_frobenius(
-        approximation, operator, vectors=probes, sketch=probes // 2, generator=generator
-    )
-    return estimate.cosine, estimate.relative_error
 
 
 def _inverse(

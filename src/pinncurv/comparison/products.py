@@ -1,7 +1,5 @@
 """Products and entries of any linear operator, in float64 and checked to be finite."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import torch

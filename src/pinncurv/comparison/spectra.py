@@ -1,7 +1,5 @@
 """All eigenvalues of an operator, and the effective dimension that follows from them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """What an approximation does to a step: its direction, its decrease, and solver iterations."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -137,7 +135,7 @@ def compare_steps(
     step: Tensor | Sequence[Tensor],
     exact_step: Tensor | Sequence[Tensor],
 ) -> StepComparison:
-    """Compare a step s with the exact one, t = −(C + λI)⁻¹g, in the damped quadratic model."""
+    """Compare a step with the exact one in the damped quadratic model, see ``StepComparison``."""
     s = flat_vector(step, operator, "step")
     t = flat_vector(exact_step, operator, "exact_step")
     model, best = (quadratic_decrease(operator, damping, gradient, v) for v in (s, t))

@@ -59,13 +59,8 @@ def check_gradients(
 ) -> None:
     """Check that there are output gradients, of which the rows of the Jacobian are made.
 
-    Args:
-        what: What needs them, for the error message.
-        linearizations: One per term.
-        fisher: Which output gradients to take; those of the linearizations by default.
-
     Raises:
-        ValueError: If there are none; names the term.
+        ValueError: If there are none; names the term, and what needs them.
     """
     for linearization in linearizations:
         if ForwardOnly() in (linearization.fisher, fisher):

@@ -21,8 +21,11 @@ from pinncurv.linops import (
     SumKroneckerLinearOperator,
     check_damping,
     factorize_damped_blocks,
+    policy,
     term_position,
 )
+from pinncurv.linops.factors import check_factors, grouped
+from pinncurv.linops.layerwise import Joint
 
 # A product takes so many numbers of memory at most, and no less than one pair of channels needs.
 _MOST_NUMBERS = 1 << 22
@@ -67,6 +70,14 @@ class ChannelKroneckerLinearOperator(LayerwiseLinearOperator):
     d = 100 and layers of width 64 take 0.7 GB each in float64. A product takes
     S² d_in d_out (d_in + d_out) for each term. Without the pairs, building costs as much as KFAC,
     and numbers and products have S instead of S². For the inverse see there.
+
+    Args:
+        factors: ``factors[l][t]`` are the factors of layer l and term t. Their sum over the pairs
+            must be symmetric positive semidefinite.
+        terms: Names of the terms.
+
+    Raises:
+        ValueError: If the factors do not fit the layers and terms.
     """
 
     def __init__(
@@ -76,62 +87,25 @@ class ChannelKroneckerLinearOperator(LayerwiseLinearOperator):
         shapes: Sequence[Sequence[int]],
         terms: Sequence[str],
     ) -> None:
-        """Store the factors.
-
-        Args:
-            factors: ``factors[l][t]`` are the factors of layer l and term t. Their sum over the
-                pairs must be symmetric positive semidefinite.
-            blocks: The layers, which cover each parameter exactly once.
-            shapes: The shapes of all parameters.
-            terms: Names of the terms.
-
-        Raises:
-            ValueError: If the factors do not fit the layers and terms.
-        """
         first = factors[0][0].A
         super().__init__(blocks, shapes, first.device, first.dtype)
         self.factors = tuple(tuple(layer) for layer in factors)
         self.terms = tuple(terms)
-        self._check_factors()
-
-    def _check_factors(self) -> None:
-        counts = {len(layer) for layer in self.factors}
-        if len(self.factors) != len(self.blocks) or counts != {len(self.terms)}:
-            raise ValueError(
-                f"There must be factors for each of the {len(self.blocks)} layers and the terms "
-                f"{self.terms}, got {len(self.factors)} layers with {sorted(counts)} terms. "
-                "Pass factors[layer][term]."
-            )
-        for block, layer in zip(self.blocks, self.factors, strict=True):
-            d_out, d_joint = block.shape
-            for term, f in zip(self.terms, layer, strict=True):
-                pairs = f.A.shape[0]
-                expected = (pairs, d_joint, d_joint), (pairs, d_out, d_out)
-                if (tuple(f.A.shape), tuple(f.B.shape)) != expected:
-                    raise ValueError(
-                        f"The factors of layer {block.name}, term {term} must have shapes "
-                        f"{expected[0]} and {expected[1]}, got {tuple(f.A.shape)} and "
-                        f"{tuple(f.B.shape)}. A acts on the inputs (and bias), B on the outputs."
-                    )
+        check_factors(self.factors, self.blocks, self.terms)
 
     def term(self, term: int | str) -> ChannelKroneckerLinearOperator:
         """Return the operator of one term alone.
 
         diag_l Σ_sq B_ltsq ⊗ A_ltsq
 
-        Args:
-            term: Position or name of the term.
-
         Raises:
-            KeyError: If there is no such term.
+            KeyError: If there is no term of that position or name.
         """
         t = term_position(self.terms, term)
         factors = [[layer[t]] for layer in self.factors]
         return ChannelKroneckerLinearOperator(factors, self.blocks, self.shapes, [self.terms[t]])
 
-    def _apply(
-        self, layer: int, X: Float[Tensor, "*K d_out d_joint"]
-    ) -> Float[Tensor, "*K d_out d_joint"]:
+    def _apply(self, layer: int, X: Joint) -> Joint:
         Y = torch.zeros_like(X)
         at_a_time = max(1, _MOST_NUMBERS // X.numel())
         for factors in self.factors[layer]:
@@ -153,7 +127,6 @@ class ChannelKroneckerLinearOperator(LayerwiseLinearOperator):
         return torch.stack(diagonals).sum(0)
 
     def tensors(self) -> list[Tensor]:
-        """The factors, in the order layer, term, (A, B)."""
         return [M for layer in self.factors for f in layer for M in (f.A, f.B)]
 
     def tensor_names(self, parameters: Sequence[str]) -> list[str]:
@@ -162,20 +135,19 @@ class ChannelKroneckerLinearOperator(LayerwiseLinearOperator):
         return [f"{w} in {t}, {M}" for w in weights for t in self.terms for M in "AB"]
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> ChannelKroneckerLinearOperator:
-        """The operator with other factors, in the order of ``tensors``."""
-        factors = [ChannelFactors(*f) for f in zip(tensors[::2], tensors[1::2], strict=True)]
-        T = len(self.terms)
-        by_layer = [factors[i : i + T] for i in range(0, len(factors), T)]
-        return type(self)(by_layer, self.blocks, self.shapes, self.terms)
+        factors = grouped(ChannelFactors, tensors, len(self.terms))
+        return type(self)(factors, self.blocks, self.shapes, self.terms)
 
     def identity(self) -> ChannelKroneckerLinearOperator:
-        """The operator whose factors are all the identity."""
         return self.with_tensors(
             [torch.eye(M.shape[-1]).to(M).expand_as(M) for M in self.tensors()]
         )
 
     def inverse(
-        self, damping: float, dense_limit: int = 1024, tolerance: float = 1e-10
+        self,
+        damping: float,
+        dense_limit: int = policy.LARGEST_BLOCK,
+        tolerance: float = policy.TOLERANCE,
     ) -> BlockFactorizedInverseLinearOperator | CGInverseLinearOperator:
         """Return the damped inverse.
 
@@ -185,12 +157,6 @@ class ChannelKroneckerLinearOperator(LayerwiseLinearOperator):
         ``dense_limit``. Otherwise each product solves with conjugate gradients to the relative
         ``tolerance``, preconditioned by the damped inverse of the Kronecker product of each block's
         partial traces.
-
-        Args:
-            damping: The damping λ, a finite number >= 0.
-            dense_limit: Largest dimension n = d_out (d_in + 1) of a block that is factorized as a
-                dense matrix, at a cost of n³ / 3 and n² numbers in float64.
-            tolerance: Relative residual of conjugate gradients.
 
         Raises:
             FactorizationError: If a block is not finite, or numerically singular without damping.
@@ -223,13 +189,7 @@ def _partial_traces(factors: Sequence[ChannelFactors]) -> KroneckerFactors:
 
 
 class _Moments:
-    """Sums of x_ns x_nqᵀ over the rows n, for all channels s and q >= s, or for q = s only.
-
-    Args:
-        width: d.
-        space: Has dtype and device.
-        pairs: Whether to sum for different channels.
-    """
+    """Sums of x_ns x_nqᵀ over the rows n, for all channels q >= s, without ``pairs`` for q = s."""
 
     def __init__(self, width: int, space: ParameterSpace, pairs: bool) -> None:
         self.width, self.pairs = width, pairs
@@ -263,11 +223,8 @@ class ChannelKronecker:
 
     diag_l Σ_t Σ_sq B_ltsq ⊗ A_ltsq,  A_sq = 1/N Σ_n z_ns z_nqᵀ,  B_sq = Σ_nv g_nvs g_nvqᵀ
 
-    Goes with ``Damped``. Its inverse has no closed form, see ``inverse`` of the operator, so it is
-    for layers whose blocks can be factorized, and for finding out what KFAC loses by averaging over
-    the channels.
-
-    Cost: see ``ChannelKroneckerLinearOperator``.
+    Goes with ``Damped``, for layers whose blocks can be factorized, and for finding out what KFAC
+    loses by averaging over the channels. Cost: see ``ChannelKroneckerLinearOperator``.
 
     Args:
         pairs: Whether pairs of different channels are kept.

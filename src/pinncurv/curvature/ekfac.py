@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pinncurv.curvature.block_rows import BlockRows, check_gradients
-from pinncurv.curvature.kfac import DENSE_LIMIT, KFAC, WeightSharing, check_dense_blocks, expand
+from pinncurv.curvature.kfac import KFAC, WeightSharing, check_dense_blocks, expand
 from pinncurv.curvature.parameters import ParameterSpace, visit_blocks
 from pinncurv.curvature.second_moments import second_moments
 from pinncurv.linearization import Fisher, JacobianBlock, Linearization
@@ -23,6 +23,7 @@ from pinncurv.linops import (
     KroneckerFactors,
     eigh,
     merge,
+    policy,
     symmetrize,
     term_position,
 )
@@ -38,13 +39,7 @@ class EigenBasis(ABC):
         sharing: WeightSharing,
         fisher: Fisher | None,
     ) -> list[KroneckerFactors]:
-        """Return one pair per layer, common to all terms.
-
-        Args:
-            linearizations: One per term.
-            sharing: How the channels enter Kronecker factors.
-            fisher: Which output gradients to take; those of the linearizations by default.
-        """
+        """Return one pair per layer, common to all terms; arguments as ``EKFAC`` has them."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +59,6 @@ class KFACFactors(EigenBasis):
         sharing: WeightSharing,
         fisher: Fisher | None,
     ) -> list[KroneckerFactors]:
-        """Return the merged factors."""
         kfac = KFAC(sharing, fisher)(linearizations)
         return [merge(layer) for layer in kfac.factors]
 
@@ -87,7 +81,6 @@ class PartialTraces(EigenBasis):
         sharing: WeightSharing,
         fisher: Fisher | None,
     ) -> list[KroneckerFactors]:
-        """Return the partial traces."""
         space = ParameterSpace.of(linearizations)
         traces = [
             KroneckerFactors(*(space.zeros(d, d) for d in block.shape[::-1]))
@@ -126,6 +119,11 @@ class EKFACLinearOperator(KroneckerEigenLinearOperator):
     d_out.
 
     Source: George et al. 2018, section 3.
+
+    Args:
+        bases: One orthogonal basis per layer.
+        scales: ``scales[l][t]`` is the matrix S ``[d_out, d_in + 1]`` of layer l and term t.
+        terms: Names of the terms.
     """
 
     def __init__(
@@ -138,17 +136,6 @@ class EKFACLinearOperator(KroneckerEigenLinearOperator):
         dtype: torch.dtype | None = None,
         reports: Sequence[FactorizationReport] = (),
     ) -> None:
-        """Store bases and scales.
-
-        Args:
-            bases: One orthogonal basis per layer.
-            scales: ``scales[l][t]`` is the matrix S ``[d_out, d_in + 1]`` of layer l and term t.
-            blocks: The layers, which cover each parameter exactly once.
-            shapes: The shapes of all parameters.
-            terms: Names of the terms.
-            dtype: Data type of the vectors, by default that of the scales.
-            reports: What was done to compute the bases.
-        """
         totals = [torch.stack(list(layer)).sum(0) for layer in scales]
         super().__init__(bases, totals, blocks, shapes, dtype, reports)
         self.term_scales = tuple(tuple(layer) for layer in scales)
@@ -162,22 +149,11 @@ class EKFACLinearOperator(KroneckerEigenLinearOperator):
         These add up to the operator. For the term in a basis of its own, build the operator from
         its linearization alone.
 
-        Args:
-            term: Position or name of the term.
-
         Raises:
-            KeyError: If there is no such term.
+            KeyError: If there is no term of that position or name.
         """
         t = term_position(self.terms, term)
-        return EKFACLinearOperator(
-            self.bases,
-            [[layer[t]] for layer in self.term_scales],
-            self.blocks,
-            self.shapes,
-            [self.terms[t]],
-            self.dtype,
-            self.reports,
-        )
+        return self._with(self.bases, [[layer[t]] for layer in self.term_scales], [self.terms[t]])
 
     def tensors(self) -> list[Tensor]:
         """Bases and moments, in the order layer, (U_A, U_B, S of every term)."""
@@ -190,18 +166,19 @@ class EKFACLinearOperator(KroneckerEigenLinearOperator):
         return [f"{w}, {part}" for w in weights for part in ("A", "B", *self.terms)]
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> EKFACLinearOperator:
-        """The operator with other bases and moments, in the order of ``tensors``."""
         width = 2 + len(self.terms)
         layers = [tensors[i : i + width] for i in range(0, len(tensors), width)]
-        return EKFACLinearOperator(
-            [KroneckerBasis(A, B) for A, B, *_ in layers],
-            [scales for _, _, *scales in layers],
-            self.blocks,
-            self.shapes,
-            self.terms,
-            self.dtype,
-            self.reports,
-        )
+        bases = [KroneckerBasis(A, B) for A, B, *_ in layers]
+        return self._with(bases, [scales for _, _, *scales in layers], self.terms)
+
+    def _with(
+        self,
+        bases: Sequence[KroneckerBasis],
+        scales: Sequence[Sequence[Tensor]],
+        terms: Sequence[str],
+    ) -> EKFACLinearOperator:
+        space = (self.blocks, self.shapes, terms, self.dtype, self.reports)
+        return EKFACLinearOperator(bases, scales, *space)
 
 
 @dataclass(frozen=True)
@@ -209,8 +186,6 @@ class EKFAC:
     """Recipe: EKFAC of the linearized terms.
 
     diag_l (U_B ⊗ U_A) diag(Σ_t S_lt) (U_B ⊗ U_A)ᵀ
-
-    Cost: see ``EKFACLinearOperator``.
 
     Args:
         sharing: How the channels enter the factors of the basis: ``expand`` or ``reduce``.
@@ -230,7 +205,7 @@ class EKFAC:
                 choice than ``fisher``.
         """
         space = ParameterSpace.of(linearizations)
-        check_dense_blocks(space, DENSE_LIMIT)
+        check_dense_blocks(space, policy.LARGEST_PARAMETER)
         check_gradients("EKFAC", linearizations, self.fisher)
         bases, reports = [], []
         pairs = self.basis.factors(linearizations, self.sharing, self.fisher)

@@ -22,6 +22,7 @@ from pinncurv.linops import (
     PyTorchLinearOperator,
     SymmetricLinearOperator,
     from_joint,
+    policy,
     term_position,
 )
 
@@ -51,11 +52,8 @@ class GaussNewtonLinearOperator(SymmetricLinearOperator):
 
         J_tᵀJ_t
 
-        Args:
-            term: Position or name of the term.
-
         Raises:
-            KeyError: If there is no such term.
+            KeyError: If there is no term of that position or name.
         """
         linearizations = self.jacobian.linearizations
         position = term_position([lin.term.name for lin in linearizations], term)
@@ -94,17 +92,15 @@ class GaussNewtonLinearOperator(SymmetricLinearOperator):
         """The kernel JJᵀ, whose matrix is computed once."""
         return KernelLinearOperator(self.jacobian)
 
-    def inverse(self, damping: float, dense_limit: int = 2048) -> PyTorchLinearOperator:
+    def inverse(
+        self, damping: float, dense_limit: int = policy.LARGEST_DENSE
+    ) -> PyTorchLinearOperator:
         """Return (JᵀJ + λI)⁻¹ for R residuals in D parameters.
 
         With min(R, D) up to ``dense_limit`` by a dense factorization on the smaller side: of the
         kernel JJᵀ if R < D, which needs a damping, else of JᵀJ. With more than that by conjugate
         gradients to a relative residual of 1e-10, preconditioned by the inverse of the damped
         diagonal.
-
-        Args:
-            damping: λ, a finite number >= 0.
-            dense_limit: Largest min(R, D) that is inverted as a dense matrix.
         """
         R, D = self.jacobian.shape
         if R < D and dense_limit >= R:
@@ -149,12 +145,9 @@ class MatrixFreeGaussNewton:
     """Recipe: the exact Gauss-Newton matrix by products with the Jacobian.
 
     JᵀJ
-
-    Cost: see ``GaussNewtonLinearOperator``.
     """
 
     def __call__(self, linearizations: Sequence[Linearization]) -> GaussNewtonLinearOperator:
-        """Build the operator."""
         return GaussNewtonLinearOperator(JacobianLinearOperator(linearizations))
 
 
@@ -168,7 +161,6 @@ class GaussNewton:
     """
 
     def __call__(self, linearizations: Sequence[Linearization]) -> DenseLinearOperator:
-        """Build the operator."""
         operator = MatrixFreeGaussNewton()(linearizations)
         return DenseLinearOperator(operator.to_dense(), operator.shapes)
 
@@ -184,7 +176,6 @@ class BlockDiagonalGaussNewton:
     """
 
     def __call__(self, linearizations: Sequence[Linearization]) -> DenseBlockDiagonalLinearOperator:
-        """Build the operator."""
         check_exact(linearizations)
         space = ParameterSpace.of(linearizations)
         matrices = [space.zeros(block.numel, block.numel) for block in space.blocks]
@@ -209,5 +200,4 @@ class DiagonalGaussNewton:
     """
 
     def __call__(self, linearizations: Sequence[Linearization]) -> DiagonalLinearOperator:
-        """Build the operator."""
         return gauss_newton_diagonal(linearizations)

@@ -22,7 +22,9 @@ from pinncurv.linops import (
     SymmetricLinearOperator,
     check_damping,
     eigh,
+    policy,
     symmetrize,
+    term_position,
 )
 from pinncurv.linops.psd import is_singular
 from pinncurv.linops.restriction import Selection, restrict
@@ -55,16 +57,11 @@ class SecondDerivativeLinearOperator(SymmetricLinearOperator, ABC):
     def term(self, term: int | str) -> SecondDerivativeLinearOperator:
         """Return the operator of one term alone, on all parameters.
 
-        Args:
-            term: Position or name of the term.
-
         Raises:
-            KeyError: If there is no such term.
+            KeyError: If there is no term of that position or name.
         """
         names = tuple(linearization.term.name for linearization in self.linearizations)
-        if term not in names and term not in range(len(names)):
-            raise KeyError(f"term must be one of {names} or a position, got {term!r}.")
-        position = names.index(term) if isinstance(term, str) else term
+        position = term_position(names, term)
         return type(self)([self.linearizations[position]], self.space)
 
     @abstractmethod
@@ -109,17 +106,15 @@ class SecondDerivativeLinearOperator(SymmetricLinearOperator, ABC):
         name = f"the matrix of {type(self).__name__}"
         return eigh(symmetrize(self.to_dense(), name), name, floor=-inf)
 
-    def inverse(self, damping: float, dense_limit: int = 2048) -> FactorizedInverseLinearOperator:
+    def inverse(
+        self, damping: float, dense_limit: int = policy.LARGEST_DENSE
+    ) -> FactorizedInverseLinearOperator:
         """Return the damped inverse.
 
         (C + λ I)⁻¹ = V diag(1 / (h + λ)) Vᵀ
 
         Eigenvalues keep their sign: where h < -λ the inverse is negative, and the Newton step that
         it gives ascends along these eigenvectors.
-
-        Args:
-            damping: λ, a finite number >= 0.
-            dense_limit: Largest D that is inverted as a dense matrix.
 
         Raises:
             NotImplementedError: If there are more than ``dense_limit`` parameters.
@@ -147,11 +142,7 @@ class SecondDerivativeLinearOperator(SymmetricLinearOperator, ABC):
 
 
 def _scaled_residuals(linearization: Linearization) -> Iterator[Float[Tensor, "n V"]]:
-    """Yield r̃ of the parameters, with a graph, a block of points at a time.
-
-    Raises:
-        RuntimeError: If the parameters have changed since the linearization, or in inference mode.
-    """
+    """Yield r̃ of the parameters, with a graph, a block of points at a time."""
     check_differentiable(linearization.term.name)
     for part in linearization.parts():
         with torch.enable_grad():
@@ -205,7 +196,6 @@ class Hessian:
     """
 
     def __call__(self, linearizations: Sequence[Linearization]) -> SecondDerivativeLinearOperator:
-        """Build the operator."""
         return HessianLinearOperator(linearizations)
 
 
@@ -214,10 +204,7 @@ class ResidualHessian:
     """Recipe: what the Hessian has beyond the Gauss-Newton matrix, matrix-free.
 
     ∇²L - JᵀJ
-
-    Cost: see ``SecondDerivativeLinearOperator``.
     """
 
     def __call__(self, linearizations: Sequence[Linearization]) -> SecondDerivativeLinearOperator:
-        """Build the operator."""
         return ResidualHessianLinearOperator(linearizations)

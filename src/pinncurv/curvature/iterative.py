@@ -1,7 +1,5 @@
 """The exact Gauss-Newton step by conjugate gradients, preconditioned by any other curvature."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
@@ -29,11 +27,9 @@ class InverseRecipe(Protocol):
     @property
     def damping(self) -> float:
         """λ."""
-        ...
 
     def __call__(self, operator: Any) -> PyTorchLinearOperator:
         """Return the inverse of an operator."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -73,15 +69,10 @@ class PreconditionedCG:
     spacing: float | None = None
 
     def __post_init__(self) -> None:
-        """Check the damping."""
         check_damping(self.damping)
 
     def __call__(self, operator: PyTorchLinearOperator) -> CGInverseLinearOperator:
-        """Return the inverse.
-
-        Args:
-            operator: A ``GaussNewtonLinearOperator``, whose linearizations the preconditioner is
-                built from; without a preconditioner, any positive semidefinite operator.
+        """Return the inverse of a ``GaussNewtonLinearOperator``; without preconditioner, of any.
 
         Raises:
             TypeError: If a preconditioner is asked for and the operator is another one.

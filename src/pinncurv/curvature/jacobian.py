@@ -1,7 +1,5 @@
 """The Jacobian of the scaled residuals of all terms, matrix-free."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,7 +27,21 @@ def check_exact(linearizations: Sequence[Linearization]) -> None:
             )
 
 
-class JacobianLinearOperator(PyTorchLinearOperator):
+class _Between(PyTorchLinearOperator):
+    """A map between parameters and residuals."""
+
+    space: ParameterSpace
+
+    @property
+    def device(self) -> torch.device:
+        return self.space.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.space.dtype
+
+
+class JacobianLinearOperator(_Between):
     """The Jacobian of the scaled residuals.
 
     J = ∂(r̃_1, ..., r̃_T) / ∂θ,  r̃_t = sqrt(w_n / N_t) r_t(x_n)
@@ -54,14 +66,6 @@ class JacobianLinearOperator(PyTorchLinearOperator):
         self.space = ParameterSpace.of(linearizations) if space is None else space
         out_shapes = [(len(lin.x), lin.num_components) for lin in linearizations]
         super().__init__([tuple(shape) for shape in self.space.shapes], out_shapes)
-
-    @property
-    def device(self) -> torch.device:
-        return self.space.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.space.dtype
 
     def product(
         self, blocks: Sequence[JacobianBlock | None], X: Sequence[Tensor], chunk: Chunk
@@ -114,26 +118,15 @@ class JacobianLinearOperator(PyTorchLinearOperator):
         return torch.cat(pieces)
 
 
-class JacobianAdjointLinearOperator(PyTorchLinearOperator):
+class JacobianAdjointLinearOperator(_Between):
     """The transpose of the Jacobian.
 
     Jᵀ: one tensor ``[N_t, V_t]`` per term -> the list of parameters
-
-    Args:
-        jacobian: The Jacobian.
     """
 
     def __init__(self, jacobian: JacobianLinearOperator) -> None:
-        self.jacobian = jacobian
+        self.jacobian, self.space = jacobian, jacobian.space
         super().__init__(jacobian._out_shape, jacobian._in_shape)
-
-    @property
-    def device(self) -> torch.device:
-        return self.jacobian.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.jacobian.dtype
 
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
         J = self.jacobian
@@ -157,14 +150,7 @@ class JacobianAdjointLinearOperator(PyTorchLinearOperator):
 def chunk_rows(
     space: ParameterSpace, linearization: Linearization, chunk: Chunk, points: slice
 ) -> Float[Tensor, "rows D"]:
-    """Return rows of the Jacobian of some of a chunk's points, ordered by point, then component.
-
-    Args:
-        space: The parameters.
-        linearization: The term.
-        chunk: The chunk.
-        points: Which of its points.
-    """
+    """Return rows of the Jacobian of some of a chunk's points, ordered by point, then component."""
     n, V = chunk.residual[points].shape
     matrix = chunk.residual.new_zeros(n, V, space.dimension)
     columns = matrix.split([shape.numel() for shape in space.shapes], 2)
@@ -180,10 +166,7 @@ class Jacobian:
     """Recipe: the Jacobian of the scaled residuals, matrix-free.
 
     J
-
-    Cost: see ``JacobianLinearOperator``.
     """
 
     def __call__(self, linearizations: Sequence[Linearization]) -> JacobianLinearOperator:
-        """Build the operator."""
         return JacobianLinearOperator(linearizations)

@@ -1,7 +1,5 @@
 """KFAC: one Kronecker product per layer and term, with expand or reduce weight sharing."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,15 +15,7 @@ from pinncurv.linearization import (
     Linearization,
     LinearLayer,
 )
-from pinncurv.linops import KroneckerFactors, SumKroneckerLinearOperator, merge
-
-# A parameter that is no weight of a linear layer gets an exact block of so many rows at most.
-DENSE_LIMIT = 4096
-
-
-def gram(X: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
-    """Return XᵀX."""
-    return X.t() @ X
+from pinncurv.linops import KroneckerFactors, SumKroneckerLinearOperator, merge, policy
 
 
 class WeightSharing(ABC):
@@ -50,20 +40,19 @@ class Expand(WeightSharing):
     """
 
     def input_moment(self, layer: LinearLayer) -> Float[Tensor, "d_joint d_joint"]:
-        """Return 1/S Σ_ns z_ns z_nsᵀ."""
         S, N, d_in = layer.Z.shape
         rows = layer.Z.reshape(-1, d_in)
         if layer.bias is None:
-            return gram(rows).div_(S)
+            return (rows.mT @ rows).div_(S)
         moment = rows.new_empty(d_in + 1, d_in + 1)
-        moment[:-1, :-1] = gram(rows)
+        moment[:-1, :-1] = rows.mT @ rows
         moment[-1, :-1] = moment[:-1, -1] = layer.sum_values(layer.Z, 0).sum(0)
         moment[-1, -1] = len(layer.value_channels) * N
         return moment.div_(S)
 
     def gradient_moment(self, layer: LinearLayer) -> Float[Tensor, "d_out d_out"]:
-        """Return Σ_ns g_ns g_nsᵀ, summed over the residual components."""
-        return gram(layer.gradients.reshape(-1, layer.d_out))
+        G = layer.gradients.reshape(-1, layer.d_out)
+        return G.mT @ G
 
 
 @dataclass(frozen=True)
@@ -76,16 +65,15 @@ class Reduce(WeightSharing):
     """
 
     def input_moment(self, layer: LinearLayer) -> Float[Tensor, "d_joint d_joint"]:
-        """Return Σ_n (mean_s z_ns)(mean_s z_ns)ᵀ."""
         mean = layer.Z.mean(0)
         if layer.bias is not None:
             share = len(layer.value_channels) / layer.Z.shape[0]
             mean = torch.cat([mean, mean.new_full((mean.shape[0], 1), share)], 1)
-        return gram(mean)
+        return mean.mT @ mean
 
     def gradient_moment(self, layer: LinearLayer) -> Float[Tensor, "d_out d_out"]:
-        """Return Σ_n (Σ_s g_ns)(Σ_s g_ns)ᵀ, summed over the residual components."""
-        return gram(layer.gradients.sum(1).flatten(0, 1))
+        G = layer.gradients.sum(1).flatten(0, 1)
+        return G.mT @ G
 
 
 expand = Expand()
@@ -114,8 +102,6 @@ class KFAC:
 
     diag_l Σ_t B_lt ⊗ A_lt
 
-    Cost: see ``KFACLinearOperator``.
-
     Args:
         sharing: How the channels enter the factors: ``expand`` or ``reduce``.
         fisher: Which output gradients to take; those of the linearizations by default.
@@ -128,7 +114,7 @@ class KFAC:
     sharing: WeightSharing = expand
     fisher: Fisher | None = None
     merge_terms: bool = False
-    dense_limit: int = DENSE_LIMIT
+    dense_limit: int = policy.LARGEST_PARAMETER
 
     def __call__(self, linearizations: Sequence[Linearization]) -> KFACLinearOperator:
         """Build the operator.
@@ -163,7 +149,7 @@ class KFAC:
         """Return the sums over points of one block; no B without output gradients."""
         if not isinstance(block, LinearLayer):
             rows = block.joint_rows(slice(None))
-            return gram(rows), rows.new_zeros(())
+            return rows.mT @ rows, rows.new_zeros(())
         A = self.sharing.input_moment(block)
         return A, A.new_zeros(()) if block.G is None else self.sharing.gradient_moment(block)
 

@@ -1,7 +1,5 @@
 """The kernel sketched by a randomized Nyström approximation, and the Gauss-Newton inverse by it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +9,6 @@ from torch import Tensor
 
 from pinncurv.curvature.jacobian import JacobianLinearOperator
 from pinncurv.curvature.woodbury import check_positive, from_data, kernel_of, to_data
-from pinncurv.linearization import Linearization
 from pinncurv.linops import (
     FactorizationReport,
     PyTorchLinearOperator,
@@ -53,10 +50,7 @@ def nystroem_sketch(operator: PyTorchLinearOperator, rank: int, seed: int) -> Ny
     The shift ν is the rounding error of the products. Ω is drawn on the CPU from a generator of its
     own: it depends on the seed, the size and the rank alone.
 
-    Args:
-        operator: K, of R rows.
-        rank: m, the number of products; R if that is less.
-        seed: Of Ω.
+    K has R rows, and ``rank`` m is the number of products; R if that is less.
 
     Raises:
         ValueError: If the rank is less than one.
@@ -119,7 +113,7 @@ class SketchedInverseLinearOperator(SymmetricLinearOperator):
         complement: bool = False,
     ) -> None:
         self.damping = check_positive(damping, jacobian)
-        self.jacobian = jacobian
+        self.jacobian, self.linearizations = jacobian, jacobian.linearizations
         self.sketch = sketch
         self.complement = complement
         self.reports = (sketch.report,)
@@ -132,11 +126,6 @@ class SketchedInverseLinearOperator(SymmetricLinearOperator):
         taken = from_data(self.jacobian, y.to(self.dtype))
         return [(x - part) / self.damping for x, part in zip(X, taken, strict=True)]
 
-    @property
-    def linearizations(self) -> Sequence[Linearization]:
-        """What the Jacobian was built from."""
-        return self.jacobian.linearizations
-
     def solve_residual(self, residual: Sequence[Tensor]) -> list[Tensor]:
         """Return the minimizer of ‖u - Ĵ x‖² + λ‖x‖², or the published approximation of it.
 
@@ -144,9 +133,6 @@ class SketchedInverseLinearOperator(SymmetricLinearOperator):
 
         What K̂ does not see of u, the second divides by λ, which is better or much worse than to
         leave it out, depending on whether λ is above or below what K̂ misses of K.
-
-        Args:
-            residual: u, one tensor ``[N_t, V_t]`` per term.
         """
         U, E, eigenvalues = self.sketch.U, self.sketch.E, self.sketch.eigenvalues
         u = torch.cat([part.flatten() for part in residual]).to(U.dtype)
@@ -185,7 +171,6 @@ class Nystroem:
     complement: bool = False
 
     def __post_init__(self) -> None:
-        """Check damping and rank."""
         check_damping(self.damping)
         _check_rank(self.rank)
 

@@ -43,6 +43,10 @@ class OptimalKroneckerLinearOperator(SumKroneckerLinearOperator):
 
     Cost: to build, see ``optimal_kronecker``; otherwise that of KFAC with one term, whose damped
     inverse takes O(d_in³ + d_out³) per layer.
+
+    Args:
+        factors: ``factors[l][t]`` are the factors of layer l and (merged) term t.
+        records: How the factors were found; nothing for averages.
     """
 
     def __init__(
@@ -53,15 +57,6 @@ class OptimalKroneckerLinearOperator(SumKroneckerLinearOperator):
         terms: Sequence[str] | None = None,
         records: Sequence[KroneckerRecord] = (),
     ) -> None:
-        """Store the factors.
-
-        Args:
-            factors: ``factors[l][t]`` are the factors of layer l and (merged) term t.
-            blocks: The layers, which cover each parameter exactly once.
-            shapes: The shapes of all parameters.
-            terms: Names of the terms.
-            records: How the factors were found; nothing for averages.
-        """
         super().__init__(factors, blocks, shapes, terms)
         self.records = tuple(records)
 
@@ -74,15 +69,9 @@ class _Iteration:
 
     R maps symmetric matrices to symmetric and antisymmetric to antisymmetric ones, so the two
     parities P are iterated side by side. It maps positive semidefinite matrices to such, hence the
-    leading pair is symmetric positive semidefinite and rank one needs that parity only.
-
-    Args:
-        rank: How many of the singular values are wanted.
-        A: Orthonormal matrices ``[P, k, d_joint, d_joint]``.
-        B: Orthonormal matrices ``[P, k, d_out, d_out]``, zero at the start.
-        singular_values: σ, ``[P, k]``.
-        count: Number of iterations.
-        change: Largest change of a wanted singular value in the last one, relative to σ_1.
+    leading pair is symmetric positive semidefinite and rank one needs that parity only. A and B are
+    orthonormal (B zero at the start), ``change`` is the largest one of a wanted singular value in
+    the last of ``count`` iterations, relative to σ_1.
     """
 
     rank: int
@@ -301,7 +290,6 @@ class OptimalKronecker:
     def __call__(
         self, linearizations: Sequence[Linearization]
     ) -> OptimalKroneckerLinearOperator | KroneckerExpansionLinearOperator:
-        """Build the operator."""
         return optimal_kronecker(
             linearizations, self.rank, self.per_term, self.iterations, self.tolerance
         )

@@ -51,12 +51,7 @@ class ParameterSpace:
     def of_bound(
         cls, terms: Sequence[Linearization | BoundTerm], check: bool = True
     ) -> ParameterSpace:
-        """Return the space of terms that are bound to a network or linearized.
-
-        Args:
-            terms: The terms.
-            check: Whether parameters that no term uses are an error.
-        """
+        """Return the space of bound or linearized terms, which must use all of it if ``check``."""
         if not terms:
             raise ValueError("There must be at least one linearization, got none.")
         first = terms[0]
@@ -207,11 +202,8 @@ def visit_blocks(
 ) -> None:
     """Go over all points once; call a function with each term, block and its rows at some points.
 
-    Args:
-        linearizations: One per term.
-        space: The parameters.
-        visit: Function of the positions of term and block, and of the block's rows.
-        fisher: Which output gradients to take; those of the linearization by default.
+    ``visit`` gets the positions of term and block, and the block's rows with the output gradients
+    of ``fisher``, by default those of the linearization.
 
     Raises:
         ValueError: If a linearization was made with another choice than ``fisher``.

@@ -1,7 +1,5 @@
 """Second moments of the rows of one layer's Jacobian, also in a Kronecker-factored basis."""
 
-from __future__ import annotations
-
 from jaxtyping import Float
 from torch import Tensor
 

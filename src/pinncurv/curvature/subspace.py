@@ -34,6 +34,13 @@ class SubspaceGaussNewtonLinearOperator(SymmetricLinearOperator):
     Cost: for m sampled rows, the R m + m² inner products of rows (see ``KernelLinearOperator``)
     and O(R m²) to build; 2 m S D per product, that is one with JᵀJ at the sampled points; R m + m²
     numbers and Z and G at the sampled points. Inverses cost nothing to build.
+
+    Args:
+        linearizations: What J was built from.
+        rows: J_m, the sampled rows of the Jacobian.
+        basis: Y, with J_mᵀ Y = Q.
+        singular_values: σ of J Q, descending.
+        images: P, the left singular vectors of J Q = P diag(σ).
     """
 
     def __init__(
@@ -44,15 +51,6 @@ class SubspaceGaussNewtonLinearOperator(SymmetricLinearOperator):
         singular_values: Float[Tensor, " k"],
         images: Float[Tensor, "R k"],
     ) -> None:
-        """Store the compressed matrix.
-
-        Args:
-            linearizations: What J was built from.
-            rows: J_m, the sampled rows of the Jacobian.
-            basis: Y, with J_mᵀ Y = Q.
-            singular_values: σ of J Q, descending.
-            images: P, the left singular vectors of J Q = P diag(σ).
-        """
         super().__init__(rows.space.shapes, rows.space.device, rows.space.dtype)
         self.linearizations = linearizations
         self.rows = rows
@@ -73,11 +71,7 @@ class SubspaceGaussNewtonLinearOperator(SymmetricLinearOperator):
         return from_data(self.rows, (self.basis @ coefficients).to(self.dtype))
 
     def inverse(self, damping: float) -> SubspaceInverseLinearOperator:
-        """Return (Ĝ + λI)⁻¹, which divides by λ outside of the subspace.
-
-        Args:
-            damping: λ, finite and > 0.
-        """
+        """Return (Ĝ + λI)⁻¹ for λ > 0, which divides by λ outside of the subspace."""
         return SubspaceInverseLinearOperator(self, damping, 1 / _positive(damping))
 
 
@@ -87,11 +81,6 @@ class SubspaceInverseLinearOperator(SymmetricLinearOperator):
     Q diag(1 / (σ² + λ)) Qᵀ + c (I - Q Qᵀ)
 
     Cost: that of a product with the compressed matrix, 2 m S D; nothing to build.
-
-    Args:
-        operator: The compressed matrix.
-        damping: λ.
-        complement: c.
     """
 
     def __init__(
@@ -116,27 +105,16 @@ class SubspaceSolverLinearOperator(SubspaceInverseLinearOperator):
     Q diag(1 / (σ² + λ)) Qᵀ
 
     Cost: 2 m S D per product; ``solve_residual`` takes half of that and R m.
-
-    Args:
-        operator: The compressed matrix.
-        damping: λ.
     """
 
     def __init__(self, operator: SubspaceGaussNewtonLinearOperator, damping: float) -> None:
         super().__init__(operator, damping, 0.0)
-
-    @property
-    def linearizations(self) -> Sequence[Linearization]:
-        """What J was built from."""
-        return self.operator.linearizations
+        self.linearizations = operator.linearizations
 
     def solve_residual(self, residual: Sequence[Tensor]) -> list[Tensor]:
         """Return argmin of ‖u - J v‖² + λ‖v‖² over the subspace, without forming Jᵀu.
 
-        v = Q diag(σ / (σ² + λ)) Pᵀ u
-
-        Args:
-            residual: u, one tensor ``[N_t, V_t]`` per term.
+        v = Q diag(σ / (σ² + λ)) Pᵀ u for u of one tensor ``[N_t, V_t]`` per term
         """
         operator = self.operator
         u = torch.cat([part.flatten() for part in residual]).to(operator.images.dtype)
@@ -175,14 +153,12 @@ def cross_kernel(
     samples: Sequence[Linearization],
     space: ParameterSpace,
 ) -> Float[Tensor, "R m"]:
-    """Return J J_mᵀ in float64, a block of points at a time.
-
-    Args:
-        linearizations: One per term.
-        samples: The sampled points, one per term.
-        space: The parameters.
-    """
-    right = [_in_double(space.arrange(s, chunk)) for s in samples for chunk in s]
+    """Return J J_mᵀ in float64, a block of points at a time."""
+    right = [
+        [None if block is None else block.to(torch.float64) for block in space.arrange(s, chunk)]
+        for s in samples
+        for chunk in s
+    ]
     sizes = [chunk.residual.shape for s in samples for chunk in s]
     rows: list[Tensor] = []
 
@@ -196,10 +172,6 @@ def cross_kernel(
 
     run(linearizations, visit)
     return torch.cat(rows)
-
-
-def _in_double(blocks: Blocks) -> Blocks:
-    return [None if block is None else block.to(torch.float64) for block in blocks]
 
 
 def _kernel(
@@ -223,9 +195,7 @@ class SubspaceGaussNewton:
 
     Q Qᵀ JᵀJ Q Qᵀ
 
-    An optimizer draws other points in every step.
-
-    Cost: see ``SubspaceGaussNewtonLinearOperator``.
+    An optimizer draws other points in every step. Cost: see ``SubspaceGaussNewtonLinearOperator``.
 
     Args:
         points: How many points to sample.
@@ -236,7 +206,6 @@ class SubspaceGaussNewton:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the number of points."""
         if self.points < 1:
             raise ValueError(f"The number of sampled points must be at least 1, got {self.points}.")
 
@@ -274,9 +243,8 @@ class InSubspace:
 
     Q diag(1 / (σ² + λ)) Qᵀ
 
-    Its step is the exact minimizer of the damped quadratic model in the subspace.
-
-    Cost: see ``SubspaceSolverLinearOperator``.
+    Its step is the exact minimizer of the damped quadratic model in the subspace. Cost: see
+    ``SubspaceSolverLinearOperator``.
 
     Args:
         damping: λ, a finite number > 0 when it is applied.
@@ -285,7 +253,6 @@ class InSubspace:
     damping: float
 
     def __post_init__(self) -> None:
-        """Check the damping."""
         check_damping(self.damping)
 
     def __call__(self, operator: PyTorchLinearOperator) -> SubspaceSolverLinearOperator:

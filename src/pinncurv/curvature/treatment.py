@@ -1,7 +1,5 @@
 """A report on how every parameter is treated."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

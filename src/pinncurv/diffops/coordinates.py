@@ -1,7 +1,5 @@
 """Coordinates that operators differentiate along: what the user may give, and their directions."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from operator import index
 from typing import Any

@@ -1,7 +1,5 @@
 """The shipped differential operators."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations_with_replacement
@@ -26,6 +24,19 @@ class _Operator(DifferentialOperator):
 
     of: int | str | None = field(default=None, kw_only=True)
 
+    def read(self, x: Any, derivatives: Mapping[str, Any]) -> Any:
+        return derivatives["u"]
+
+
+@dataclass(frozen=True)
+class _InCoordinates(_Operator):
+    """An operator in the coordinates ``dims``; None for all."""
+
+    dims: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dims", as_dims(self.dims))
+
 
 @dataclass(frozen=True)
 class Value(_Operator):
@@ -36,9 +47,6 @@ class Value(_Operator):
 
     def requests(self, x: Tensor) -> Mapping[str, Derivative]:
         return {"u": Derivative.value()}
-
-    def read(self, x: Any, derivatives: Mapping[str, Any]) -> Any:
-        return derivatives["u"]
 
 
 @dataclass(frozen=True, init=False)
@@ -62,25 +70,13 @@ class Partial(_Operator):
         vectors = [standard_basis(x, (dim,))[0] for dim in self.dims]
         return {"u": Derivative.along(*vectors)}
 
-    def read(self, x: Any, derivatives: Mapping[str, Any]) -> Any:
-        return derivatives["u"]
-
 
 @dataclass(frozen=True)
-class Gradient(_Operator):
+class Gradient(_InCoordinates):
     """The partial derivatives with respect to some coordinates.
 
     D u = (∂u/∂x_i)_{i in dims},  ``[N, d_out, len(dims)]``
-
-    Args:
-        dims: The coordinates; None for all.
     """
-
-    dims: Sequence[int] | None = None
-
-    def __post_init__(self) -> None:
-        """Check the coordinates."""
-        object.__setattr__(self, "dims", as_dims(self.dims))
 
     def requests(self, x: Tensor) -> Mapping[str, Derivative]:
         basis = standard_basis(x, self.dims)
@@ -95,9 +91,6 @@ class Divergence(Gradient):
     """The divergence of a network with one output per coordinate.
 
     D u = Σ_{i in dims} ∂u_i/∂x_i,  ``[N, 1]``
-
-    Args:
-        dims: The coordinates; None for all.
     """
 
     def read(self, x: Any, derivatives: Mapping[str, Any]) -> Any:
@@ -115,27 +108,15 @@ class Divergence(Gradient):
 
 
 @dataclass(frozen=True)
-class Laplacian(_Operator):
+class Laplacian(_InCoordinates):
     """The sum of unmixed second derivatives with respect to some coordinates.
 
     D u = Σ_{i in dims} ∂²u/∂x_i²,  ``[N, d_out]``
-
-    Args:
-        dims: The coordinates; None for all.
     """
-
-    dims: Sequence[int] | None = None
-
-    def __post_init__(self) -> None:
-        """Check the coordinates."""
-        object.__setattr__(self, "dims", as_dims(self.dims))
 
     def requests(self, x: Tensor) -> Mapping[str, Derivative]:
         basis = standard_basis(x, self.dims)
         return {"u": Derivative(basis, {(i, i): 1.0 for i in range(len(basis))})}
-
-    def read(self, x: Any, derivatives: Mapping[str, Any]) -> Any:
-        return derivatives["u"]
 
 
 @dataclass(frozen=True)
@@ -143,9 +124,6 @@ class Bilaplacian(Laplacian):
     """The Laplacian of the Laplacian with respect to some coordinates.
 
     D u = Σ_{i, j in dims} ∂⁴u/∂x_i²∂x_j²,  ``[N, d_out]``
-
-    Args:
-        dims: The coordinates; None for all.
     """
 
     def requests(self, x: Tensor) -> Mapping[str, Derivative]:
@@ -155,20 +133,11 @@ class Bilaplacian(Laplacian):
 
 
 @dataclass(frozen=True)
-class Hessian(_Operator):
+class Hessian(_InCoordinates):
     """The matrix of second derivatives with respect to some coordinates.
 
     D u = (∂²u/∂x_i∂x_j)_{i, j in dims},  ``[N, d_out, len(dims), len(dims)]``
-
-    Args:
-        dims: The coordinates; None for all.
     """
-
-    dims: Sequence[int] | None = None
-
-    def __post_init__(self) -> None:
-        """Check the coordinates."""
-        object.__setattr__(self, "dims", as_dims(self.dims))
 
     def requests(self, x: Tensor) -> Mapping[str, Derivative]:
         return _all_derivatives(standard_basis(x, self.dims), 2)
@@ -195,7 +164,6 @@ class Directional(_Operator):
     order: int = field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Check the order."""
         _check_order("Directional", self.order)
         if self.order > 2 and _is_trained(self.direction):
             raise NotImplementedError(
@@ -240,7 +208,6 @@ class SecondOrder(_Operator):
     dims: Sequence[int] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Check the coordinates."""
         object.__setattr__(self, "dims", as_dims(self.dims))
 
     @staticmethod
@@ -362,17 +329,7 @@ def _at_points(coefficient: Tensor | PointFunction, x: Any) -> Any:
 def _evaluate(
     coefficient: Tensor | PointFunction, x: Tensor, name: str, shape: tuple[int | None, ...]
 ) -> Tensor:
-    """Evaluate a coefficient at the points and check its shape.
-
-    Args:
-        coefficient: A constant, one value per point, or a function of the points.
-        x: The points, ``[N, d]``.
-        name: What the error message calls it.
-        shape: The shape of one coefficient; None where any size will do.
-
-    Raises:
-        ValueError: If the shape, dtype or device does not fit the points.
-    """
+    """Evaluate a coefficient, by any name, and check its shape at one point (None for any size)."""
     constant = isinstance(coefficient, Tensor)
     tensor = _at_points(coefficient, x)
     if tensor.requires_grad:

@@ -54,13 +54,10 @@ class Plan:
         return replace(self, layout=self.layout.at(points))
 
     def read(self, x: Any, output: Any, as_jets: bool = False) -> dict[str, Any]:
-        """Return the value of every operator from the network's output.
+        """Return the value of every operator from the network's output, one jet or several.
 
-        Args:
-            x: The points, which coefficients that are trained depend on.
-            output: A jet, or a tuple or dictionary of jets.
-            as_jets: Whether the values are jets without derivatives, on which trained tensors can
-                be recorded.
+        Trained coefficients depend on x. With ``as_jets`` the values are jets without derivatives,
+        on which trained tensors can be recorded.
         """
         values = {}
         for name, operator, positions in self.readers:

@@ -91,20 +91,16 @@ def check_blocks(blocks: Sequence[Block], shapes: Sequence[Sequence[int]]) -> No
                 f"Weight and bias of layer {block.name} must be different parameters, "
                 f"got position {block.weight} for both. Pass bias=None without bias."
             )
-        for position, shape in zip(
-            block.positions, (block.weight_shape, (block.d_out,)), strict=False
-        ):
+        wanted = (block.weight_shape, (block.d_out,))
+        for position, shape in zip(block.positions, wanted, strict=False):
             if position in owner:
                 raise ValueError(
                     f"Each parameter must belong to one block, parameter {position} belongs to "
                     f"{owner[position]} and {block.name}. Join the layers that share it."
                 )
-            if not 0 <= position < len(shapes) or tuple(shapes[position]) != shape:
-                got = (
-                    tuple(shapes[position])
-                    if 0 <= position < len(shapes)
-                    else f"only {len(shapes)} parameters"
-                )
+            exists = 0 <= position < len(shapes)
+            got = tuple(shapes[position]) if exists else f"only {len(shapes)} parameters"
+            if got != shape:
                 raise ValueError(
                     f"Parameter {position} of layer {block.name} must have shape {shape}, "
                     f"got {got}. Check the block's positions and widths."

@@ -1,7 +1,5 @@
 """Sums, differences and multiples of operators, which are operators of this package again."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 

@@ -104,22 +104,18 @@ class KroneckerEigenLinearOperator(KroneckerCongruenceLinearOperator):
             FactorizationError: If the damping is zero and a block is numerically singular.
         """
         damping = check_damping(damping)
-        if damping == 0:
-            self._check_nonsingular()
-        scales = [1 / (S.clamp(min=0) + damping) for S in self.scales]
-        return KroneckerEigenLinearOperator(
-            self.bases, scales, self.blocks, self._in_shape, self.dtype, self.reports
-        )
-
-    def _check_nonsingular(self) -> None:
         for block, S in zip(self.blocks, self.scales, strict=True):
-            if is_singular(S):
+            if damping == 0 and is_singular(S):
                 smallest, largest = S.min().item(), S.max().item()
                 raise FactorizationError(
                     f"The block of layer {block.name} must be nonsingular to be inverted without "
                     f"damping, got eigenvalues in [{smallest:.1e}, {largest:.1e}]. "
                     "Pass damping > 0."
                 )
+        scales = [1 / (S.clamp(min=0) + damping) for S in self.scales]
+        return KroneckerEigenLinearOperator(
+            self.bases, scales, self.blocks, self._in_shape, self.dtype, self.reports
+        )
 
     def trace(self) -> Float[Tensor, ""]:
         return torch.stack([S.sum() for S in self.scales]).sum().to(self.dtype)

@@ -1,13 +1,14 @@
 """Kronecker factors of one layer, and how several pairs are added or merged into one."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from pinncurv.linops.blocks import Block
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,44 @@ class KroneckerFactors:
         """Return the matrix B ⊗ A."""
         # torch.kron refuses matrices of which one is row-major and the other is column-major
         return torch.kron(self.B.contiguous(), self.A.contiguous())
+
+
+P = TypeVar("P")
+
+
+def grouped(
+    kind: Callable[[Tensor, Tensor], P], tensors: Sequence[Tensor], terms: int
+) -> list[list[P]]:
+    """Return ``factors[layer][term]`` from a list in the order layer, term, (A, B)."""
+    pairs = [kind(*pair) for pair in zip(tensors[::2], tensors[1::2], strict=True)]
+    return [pairs[i : i + terms] for i in range(0, len(pairs), terms)]
+
+
+def check_factors(
+    factors: Sequence[Sequence[Any]], blocks: Sequence[Block], terms: Sequence[str]
+) -> None:
+    """Check that ``factors[layer][term]``, or stacks of them, fit the layers and terms.
+
+    Raises:
+        ValueError: If they do not; names layer and term.
+    """
+    counts = {len(layer) for layer in factors}
+    if len(factors) != len(blocks) or counts != {len(terms)}:
+        raise ValueError(
+            f"There must be factors for each of the {len(blocks)} layers and the terms {terms}, "
+            f"got {len(factors)} layers with {sorted(counts)} terms. Pass factors[layer][term]."
+        )
+    for block, layer in zip(blocks, factors, strict=True):
+        d_out, d_joint = block.shape
+        for term, pair in zip(terms, layer, strict=True):
+            got, stack = (tuple(pair.A.shape), tuple(pair.B.shape)), tuple(pair.A.shape[:-2])
+            expected = (*stack, d_joint, d_joint), (*stack, d_out, d_out)
+            if got != expected:
+                raise ValueError(
+                    f"The factors of layer {block.name}, term {term} must have shapes "
+                    f"{expected[0]} and {expected[1]}, got {got[0]} and {got[1]}. "
+                    "A acts on the inputs (and bias), B on the outputs."
+                )
 
 
 def add_dense(pairs: Sequence[KroneckerFactors]) -> Float[Tensor, "n n"]:

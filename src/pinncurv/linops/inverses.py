@@ -1,7 +1,5 @@
 """Inverses by factorized blocks, and the damped inverse as a function of the operator."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -12,7 +12,13 @@ from torch import Tensor
 from pinncurv.linops import policy
 from pinncurv.linops.blocks import Block
 from pinncurv.linops.eigenform import KroneckerBasis, KroneckerEigenLinearOperator
-from pinncurv.linops.factors import KroneckerFactors, add_dense, add_diagonals
+from pinncurv.linops.factors import (
+    KroneckerFactors,
+    add_dense,
+    add_diagonals,
+    check_factors,
+    grouped,
+)
 from pinncurv.linops.inverses import factorize_damped_blocks
 from pinncurv.linops.kronecker_inverse import cg_inverse, in_double
 from pinncurv.linops.layerwise import Joint, LayerwiseLinearOperator, term_position
@@ -48,29 +54,7 @@ class SumKroneckerLinearOperator(LayerwiseLinearOperator):
         super().__init__(blocks, shapes, first.device, first.dtype)
         self.factors = tuple(tuple(layer) for layer in factors)
         self.terms = tuple(map(str, range(len(factors[0]))) if terms is None else terms)
-        self._check_factors()
-
-    def _check_factors(self) -> None:
-        if len(self.factors) != len(self.blocks):
-            raise ValueError(
-                f"There must be factors for each of the {len(self.blocks)} layers, "
-                f"got {len(self.factors)}. Pass factors[layer][term]."
-            )
-        for block, layer in zip(self.blocks, self.factors, strict=True):
-            if len(layer) != len(self.terms):
-                raise ValueError(
-                    f"Layer {block.name} must have factors for the terms {self.terms}, "
-                    f"got {len(layer)} pairs. Pass factors[layer][term]."
-                )
-            d_out, d_joint = block.shape
-            for term, pair in zip(self.terms, layer, strict=True):
-                if pair.A.shape != (d_joint, d_joint) or pair.B.shape != (d_out, d_out):
-                    raise ValueError(
-                        f"The factors of layer {block.name}, term {term} must have shapes "
-                        f"{(d_joint, d_joint)} and {(d_out, d_out)}, got "
-                        f"{tuple(pair.A.shape)} and {tuple(pair.B.shape)}. "
-                        "A acts on the inputs (and bias), B on the outputs."
-                    )
+        check_factors(self.factors, self.blocks, self.terms)
 
     def factor_name(self, layer: int, term: int, factor: str) -> str:
         """Name factor ``"A"`` or ``"B"`` of a layer and term for error messages and reports."""
@@ -107,7 +91,6 @@ class SumKroneckerLinearOperator(LayerwiseLinearOperator):
         return torch.stack([pair.B.trace() * pair.A.trace() for pair in pairs]).sum()
 
     def tensors(self) -> list[Tensor]:
-        """The factors, in the order layer, term, (A, B)."""
         return [M for layer in self.factors for pair in layer for M in (pair.A, pair.B)]
 
     def tensor_names(self, parameters: Sequence[str]) -> list[str]:
@@ -116,9 +99,7 @@ class SumKroneckerLinearOperator(LayerwiseLinearOperator):
         return [f"{w} in {t}, {M}" for w in weights for t in self.terms for M in "AB"]
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> SumKroneckerLinearOperator:
-        pairs = [KroneckerFactors(*pair) for pair in zip(tensors[::2], tensors[1::2], strict=True)]
-        T = len(self.terms)
-        factors = [pairs[i : i + T] for i in range(0, len(pairs), T)]
+        factors = grouped(KroneckerFactors, tensors, len(self.terms))
         return type(self)(factors, self.blocks, self._in_shape, self.terms)
 
     def identity(self) -> SumKroneckerLinearOperator:

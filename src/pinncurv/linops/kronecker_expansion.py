@@ -1,7 +1,5 @@
 """Sums of Kronecker products whose factors need not be positive semidefinite."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

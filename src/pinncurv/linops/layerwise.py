@@ -1,7 +1,5 @@
 """Operators that are block diagonal over the layers, in terms of one layer's block."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 

@@ -11,6 +11,9 @@ LARGEST_DENSE = 2048
 # Largest block of a layer likewise, where conjugate gradients have a good preconditioner.
 LARGEST_BLOCK = 1024
 
+# Largest exact block of a parameter that is no weight of a linear layer, in KFAC and its relatives.
+LARGEST_PARAMETER = 4096
+
 # Largest matrix that gets an eigendecomposition instead of a Cholesky factorization. It serves all
 # dampings and knows which eigenvalues are negative by rounding only, but takes some thirty times
 # longer, which grows into minutes.

@@ -212,18 +212,12 @@ def cholesky(
 ) -> CholeskyFactorization | None:
     """Factorize a matrix as ``factorize`` does, but None where Cholesky's algorithm fails."""
     L, info = torch.linalg.cholesky_ex(matrix)
-    if info.item() == 0 and _pivots_are_credible(L, floor):
-        return CholeskyFactorization(L, FactorizationReport(name, "cholesky", floor))
-    return None
-
-
-def _pivots_are_credible(L: Tensor, floor: float) -> bool:
-    """Whether all pivots are at least the smallest eigenvalue, as in exact arithmetic."""
     pivots = L.diagonal()
-    if floor == 0:
-        relative = sqrt(len(L) * torch.finfo(L.dtype).eps)
-        return pivots.min().item() > relative * pivots.max().item()
-    return pivots.min().item() >= sqrt(floor)
+    # in exact arithmetic all are at least the root of the smallest eigenvalue
+    rounding = sqrt(len(L) * torch.finfo(L.dtype).eps) * pivots.max().item()
+    if info.item() != 0 or not pivots.min().item() >= (sqrt(floor) or rounding):
+        return None
+    return CholeskyFactorization(L, FactorizationReport(name, "cholesky", floor))
 
 
 def is_singular(eigenvalues: Tensor) -> bool:
@@ -236,17 +230,9 @@ def is_singular(eigenvalues: Tensor) -> bool:
 
 
 def check_nonsingular(factorization: EigenFactorization) -> None:
-    """Check that all eigenvalues are positive, and not only so by rounding.
-
-    m_min > n ε m_max if there is no positive floor
-
-    Raises:
-        FactorizationError: If the matrix is numerically singular.
-    """
+    """Check that a matrix without positive floor is not numerically singular."""
     report, m = factorization.report, factorization.eigenvalues
-    if report.floor > 0:
-        return
-    if is_singular(m):
+    if not report.floor > 0 and is_singular(m):
         smallest, largest = m[0].item(), m[-1].item()
         raise FactorizationError(
             f"{report.name} must be nonsingular to be inverted without damping, got "

@@ -183,10 +183,7 @@ class BlockDiagonalLinearOperator(LayerwiseLinearOperator):
 
     def inverse(self, damping: float) -> BlockDiagonalLinearOperator:
         """Return the damped inverse, each block's by ``Damped``."""
-        inverse = Damped(damping)
-        return BlockDiagonalLinearOperator(
-            [inverse(operator) for operator in self.operators], self.blocks
-        )
+        return BlockDiagonalLinearOperator(list(map(Damped(damping), self.operators)), self.blocks)
 
 
 def _shapes(blocks: Sequence[Block]) -> list[tuple[int, ...]]:

@@ -1,7 +1,5 @@
 """Simultaneous diagonalization of two symmetric positive definite matrices."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -54,7 +52,13 @@ def diagonalize(
     Raises:
         FactorizationError: If M is numerically singular and both floors are zero.
     """
-    s1, s2 = _mean_eigenvalue(P1, name), _mean_eigenvalue(P2, name)
+    trace1, trace2 = P1.trace().item(), P2.trace().item()
+    if min(trace1, trace2) < 0:
+        raise FactorizationError(
+            f"The matrices in {name} must be positive semidefinite, got a trace of "
+            f"{min(trace1, trace2):.1e}. Check the signs of the sums that define the factors."
+        )
+    s1, s2 = trace1 / len(P1) or 1.0, trace2 / len(P2) or 1.0  # one for a zero matrix
     scaled = P1 / s1
     M = torch.add(scaled, P2, alpha=1 / s2)
     factorization = factorize(M, name, floor1 / s1 + floor2 / s2)
@@ -70,14 +74,3 @@ def diagonalize(
         s2,
         (factorization.report, eigen.report),
     )
-
-
-def _mean_eigenvalue(P: Tensor, name: str) -> float:
-    """The mean eigenvalue, or one for a zero matrix."""
-    trace = P.trace().item()
-    if trace < 0:
-        raise FactorizationError(
-            f"The matrices in {name} must be positive semidefinite, got a trace of "
-            f"{trace:.1e}. Check the signs of the sums that define the factors."
-        )
-    return trace / len(P) or 1.0

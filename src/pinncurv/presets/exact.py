@@ -1,7 +1,5 @@
 """Methods that invert the exact Gauss-Newton matrix, or a part of it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 
@@ -43,7 +41,7 @@ def _engd(
         groups,
         curvature=curvature,
         inverse=Damped(default_damping(groups, 1e-10) if damping is None else damping),
-        step_size=GridLineSearch() if step_size is None else step_size,
+        step_size=step_size or GridLineSearch(),
         average=ExponentialAverage(decay, start) if decay else None,
     )
 
@@ -117,12 +115,10 @@ def gauss_newton(
     Source: Martens and Grosse 2015, section 7, with the exact matrix.
     """
     groups = groups_of(params)
-    if damping is None:
-        damping = default_damping(groups, 1e-12)
     return CurvatureOptimizer(
         groups,
         curvature=GaussNewton() if curvature is None else curvature,
-        inverse=Damped(damping),
+        inverse=Damped(default_damping(groups, 1e-12) if damping is None else damping),
         step_size=QuadraticModel(use_momentum),
         damping_rule=damping_rule,
     )
@@ -175,7 +171,5 @@ def subspace_gauss_newton(
         curvature=SubspaceGaussNewton(points, seed),
         inverse=InSubspace(default_damping(groups, 1e-8) if damping is None else damping),
         step_size=QuadraticModel(),
-        damping_rule=ShortStepDamping(short=2.0**-4, long=0.5, minimum=1e-10)
-        if damping_rule is None
-        else damping_rule,
+        damping_rule=damping_rule or ShortStepDamping(short=2.0**-4, long=0.5, minimum=1e-10),
     )

@@ -1,7 +1,5 @@
 """Methods that solve with the exact Gauss-Newton matrix by conjugate gradients."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

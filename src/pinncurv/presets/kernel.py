@@ -1,7 +1,5 @@
 """Methods that go through the kernel JJᵀ, for many parameters."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

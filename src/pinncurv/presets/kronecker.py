@@ -1,7 +1,5 @@
 """KFAC and its relatives."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 
@@ -62,13 +60,7 @@ def kfac_star(
 ) -> CurvatureOptimizer:
     """Return KFAC*, which takes step size and momentum from the exact quadratic model.
 
-    Args:
-        params: Parameters or parameter groups.
-        damping: λ, added to every Kronecker factor.
-        decay: β of the factors' moving average.
-        start: What the moving average starts from.
-        sharing: ``expand`` or ``reduce``.
-        heuristic: How λ is distributed, ``same`` or ``trace_norm``.
+    Arguments as ``kfac``.
 
     Source: Dangel, Müller, Zeinhofer 2024, section 3.3; Martens and Grosse 2015, section 7.
     """

@@ -1,7 +1,5 @@
 """Defaults that depend on the precision of the parameters."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -77,9 +77,7 @@ class IsotropicDiffusion:
 
     def rate(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N 1"]:
         """Return div μ, as D is constant."""
-        return _value_or_derivative(
-            "drift_divergence", self.drift_divergence, divergence, self.drift, x, 1
-        )
+        return _given_or(self, "drift_divergence", divergence, self.drift, x, 1)
 
     @property
     def second_order(self) -> DifferentialOperator:
@@ -137,32 +135,17 @@ class FullDiffusion:
 
     def rate(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N 1"]:
         """Return div μ - 1/2 div div D."""
-        drift = _value_or_derivative(
-            "drift_divergence", self.drift_divergence, divergence, self.drift, x, 1
-        )
+        drift = _given_or(self, "drift_divergence", divergence, self.drift, x, 1)
         return drift - 0.5 * self.double_divergence(x)
 
     def row_divergence(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N d"]:
         """Return div D, the divergence of each row of D."""
-        return _value_or_derivative(
-            "diffusion_divergence",
-            self.diffusion_divergence,
-            row_divergence,
-            self.matrix,
-            x,
-            self.dim,
-        )
+        return _given_or(self, "diffusion_divergence", row_divergence, self.matrix, x, self.dim)
 
     def double_divergence(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N 1"]:
         """Return div div D."""
-        return _value_or_derivative(
-            "diffusion_double_divergence",
-            self.diffusion_double_divergence,
-            divergence,
-            self.row_divergence,
-            x,
-            1,
-        )
+        name = "diffusion_double_divergence"
+        return _given_or(self, name, divergence, self.row_divergence, x, 1)
 
     @property
     def second_order(self) -> DifferentialOperator:
@@ -188,11 +171,7 @@ class FullDiffusion:
 def divergence(field: Field, x: Float[Tensor, "N D"]) -> Float[Tensor, "N 1"]:
     """Differentiate a vector field in space, exactly, with forward mode under vmap.
 
-    Σ_i ∂f_i / ∂x_i
-
-    Args:
-        field: The field f, [N, 1 + d] -> [N, d]; it must be vmappable.
-        x: The points (t, x).
+    Σ_i ∂f_i / ∂x_i of a vmappable f, [N, 1 + d] -> [N, d]
     """
     return _spatial_jacobian(field, x).diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
 
@@ -200,11 +179,7 @@ def divergence(field: Field, x: Float[Tensor, "N D"]) -> Float[Tensor, "N 1"]:
 def row_divergence(matrix: Field, x: Float[Tensor, "N D"]) -> Float[Tensor, "N d"]:
     """Differentiate the rows of a matrix field in space, exactly, with forward mode under vmap.
 
-    Σ_j ∂D_ij / ∂x_j
-
-    Args:
-        matrix: The field D, [N, 1 + d] -> [N, d, d]; it must be vmappable.
-        x: The points (t, x).
+    Σ_j ∂D_ij / ∂x_j of a vmappable D, [N, 1 + d] -> [N, d, d]
     """
     return _spatial_jacobian(matrix, x).diagonal(dim1=-2, dim2=-1).sum(-1)
 
@@ -214,14 +189,16 @@ def _spatial_jacobian(field: Field, x: Tensor) -> Tensor:
     return vmap(jacfwd(lambda point: field(point.unsqueeze(0)).squeeze(0)))(x)[..., 1:]
 
 
-def _value_or_derivative(
+def _given_or(
+    process: DiffusionProcess,
     name: str,
-    given: Field | None,
     differentiate: Callable[[Field, Tensor], Tensor],
     field: Field,
     x: Tensor,
     columns: int,
 ) -> Tensor:
+    """Return a coefficient that was given with the process, or else a field's derivative."""
+    given = getattr(process, name)
     value = differentiate(field, x) if given is None else given(x)
     return _checked(name, value, (x.shape[0], columns))
 

@@ -149,7 +149,10 @@ class Interior:
 
     def __post_init__(self) -> None:
         """Check the number of points."""
-        _check_count(self.n)
+        if not isinstance(self.n, int) or isinstance(self.n, bool) or self.n < 1:
+            raise ValueError(
+                f"The number of points must be an int of at least 1, got n={self.n!r}. Raise n."
+            )
 
     @property
     def dim(self) -> int:
@@ -164,23 +167,11 @@ class Interior:
 
 
 @dataclass(frozen=True)
-class Faces:
+class Faces(Interior):
     """n points, uniform on the 2d faces of a box.
 
     A face is drawn with probability proportional to its area, then a point on it.
     """
-
-    box: Box
-    n: int
-
-    def __post_init__(self) -> None:
-        """Check the number of points."""
-        _check_count(self.n)
-
-    @property
-    def dim(self) -> int:
-        """Dimension of a point."""
-        return self.box.dim
 
     def sample(
         self, generator: Generator, dtype: torch.dtype, device: torch.device | str
@@ -195,13 +186,6 @@ class Faces:
         side = torch.randint(2, (self.n,), generator=generator, device=x.device)
         x.scatter_(1, axis[:, None], bounds[side, axis][:, None])
         return x.to(dtype=dtype, device=device)
-
-
-def _check_count(n: int) -> None:
-    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-        raise ValueError(
-            f"The number of points must be an int of at least 1, got n={n!r}. Raise n."
-        )
 
 
 def _uniform(box: Box, n: int, generator: Generator) -> Float[Tensor, "n d"]:

@@ -51,15 +51,15 @@ def fokker_planck(
     Raises:
         ValueError: If dimensions disagree, or a process comes without initial density.
     """
-    if process is None and initial is None and solution is None:
-        solution = gaussian_density
     return _problem(
         density_equation,
+        gaussian_density,
         name or f"fokker_planck{dim}d",
-        _check_process(dim, process),
+        dim,
+        process,
         initial,
         solution,
-        domain or SpaceTimeBox(Box.cube(dim, -5.0, 5.0)),
+        domain,
         n_interior,
         n_initial,
     )
@@ -80,29 +80,21 @@ def log_fokker_planck(
 
     q_t + div μ - 1/2 div div D + (μ - div D)·∇q - 1/2 (∇qᵀ D ∇q + Σ_ij D_ij ∂_i∂_j q) = 0
 
-    Args:
-        dim: Dimension d of x, without time.
-        process: The process. Left out, it is `ornstein_uhlenbeck` with the solution
-            `gaussian_log_density`.
-        initial: The log-density at the start, [N, 1 + d] -> [N, 1]. Left out, it is the solution.
-        solution: The log-density q, [N, 1 + d] -> [N, 1], if it is known.
-        domain: The box in space and interval in time. Left out, [0, 1] x [-5, 5]^d.
-        n_interior: Number of points in the domain.
-        n_initial: Number of points at the start.
-        name: The name of the problem.
+    Arguments as `fokker_planck`, with log-densities: the solution that comes with the process which
+    is taken where none is given is `gaussian_log_density`.
 
     Raises:
         ValueError: If dimensions disagree, or a process comes without initial log-density.
     """
-    if process is None and initial is None and solution is None:
-        solution = gaussian_log_density
     return _problem(
         log_density_equation,
+        gaussian_log_density,
         name or f"log_fokker_planck{dim}d",
-        _check_process(dim, process),
+        dim,
+        process,
         initial,
         solution,
-        domain or SpaceTimeBox(Box.cube(dim, -5.0, 5.0)),
+        domain,
         n_interior,
         n_initial,
     )
@@ -195,27 +187,27 @@ def _log_density(
     return q_t + process.rate(x) + transport - 0.5 * diffusion
 
 
-def _check_process(dim: int, process: DiffusionProcess | None) -> DiffusionProcess:
+def _problem(
+    equation: Callable[[DiffusionProcess, Sampler], LossTerm],
+    gaussian: Function,
+    name: str,
+    dim: int,
+    process: DiffusionProcess | None,
+    initial: Function | None,
+    solution: Function | None,
+    domain: SpaceTimeBox | None,
+    n_interior: int,
+    n_initial: int,
+) -> Problem:
     if process is None:
-        return ornstein_uhlenbeck(dim)
+        process = ornstein_uhlenbeck(dim)
+        solution = gaussian if initial is None and solution is None else solution
     if process.dim != dim:
         raise ValueError(
             f"The process must have the problem's dimension {dim}, got {process.dim}. Time does "
             "not count: pass the dimension of x."
         )
-    return process
-
-
-def _problem(
-    equation: Callable[[DiffusionProcess, Sampler], LossTerm],
-    name: str,
-    process: DiffusionProcess,
-    initial: Function | None,
-    solution: Function | None,
-    domain: SpaceTimeBox,
-    n_interior: int,
-    n_initial: int,
-) -> Problem:
+    domain = SpaceTimeBox(Box.cube(dim, -5.0, 5.0)) if domain is None else domain
     initial = solution if initial is None else initial
     if initial is None:
         raise ValueError(

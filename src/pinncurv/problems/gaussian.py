@@ -21,9 +21,6 @@ def gaussian_log_density(x: TensorOrJet) -> TensorOrJet:
     """The logarithm of the centred Gaussian density with covariance (2 - exp(-t)) I.
 
     q = -d/2 log(2π s) - |x|² / (2 s)
-
-    Args:
-        x: The points, [N, 1 + d]: a tensor, or a jet.
     """
     variance, space = _variance(x), x[:, 1:]
     squared_norm = (space**2).sum(dim=-1, keepdim=True)
@@ -35,9 +32,6 @@ def gaussian_density(x: TensorOrJet) -> TensorOrJet:
     """The centred Gaussian density with covariance (2 - exp(-t)) I.
 
     p = exp(-|x|² / (2 s)) / (2π s)^(d/2)
-
-    Args:
-        x: The points, [N, 1 + d]: a tensor, or a jet.
     """
     return torch.exp(gaussian_log_density(x))
 

@@ -79,13 +79,7 @@ class Problem:
 
     @torch.no_grad()
     def errors(self, model: Callable[[Tensor], Tensor], x: Tensor) -> Errors:
-        """Measure the error of a network against the known solution.
-
-        rmse = sqrt(1/N sum_n |u(x_n) - u*(x_n)|^2)
-
-        Args:
-            model: The network u, [N, d_in] -> [N, d_out].
-            x: The points, [N, d_in], e.g. from `evaluation`.
+        """Measure the error of a network u, [N, d_in] -> [N, d_out], at points x, see `Errors`.
 
         Raises:
             ValueError: If the solution is not known or the network's shape differs from its.

@@ -12,10 +12,6 @@ from torch import Tensor
 def check_operators(term: str, operators: Mapping[str, Any]) -> None:
     """Check that there are operators, that they are objects, and that keywords can carry them.
 
-    Args:
-        term: The name of the loss term, for errors.
-        operators: The operators by name.
-
     Raises:
         TypeError: If an operator is a class, not an object.
         ValueError: If there is no operator or a name is no Python identifier.
@@ -36,11 +32,6 @@ def check_operators(term: str, operators: Mapping[str, Any]) -> None:
 
 def check_data(term: str, data: Mapping[str, Any], operators: Collection[str]) -> None:
     """Check that data are tensors with rows, and that keywords of their own can carry them.
-
-    Args:
-        term: The name of the loss term, for errors.
-        data: The data by name.
-        operators: The names of the operators.
 
     Raises:
         TypeError: If data is no tensor.
@@ -81,12 +72,6 @@ def check_signature(
     data: Collection[str] = (),
 ) -> None:
     """Check that residual(x, name=..., ...) with the names of operators and data is a valid call.
-
-    Args:
-        term: The name of the loss term, for errors.
-        residual: The residual function.
-        operators: The names of the operators.
-        data: The names of the data.
 
     Raises:
         ValueError: If it is not; the error says what is missing or unexpected, with near misses.

@@ -10,13 +10,12 @@ copy in float64 at a few points, returns a ``Report``, and never raises: what go
 that failed, with the message. Keep the network small, since the right answers come from nested
 ``torch.func`` transformations, point by point (``brute_force.py``).
 
-``report.py`` and ``checklist.py`` hold the results, ``instance.py`` makes the copies.
+``report.py`` and ``checklist.py`` hold the results.
 """
 
 from pinncurv.verification.activation import verify_activation as verify_activation
 from pinncurv.verification.brute_force import gauss_newton as gauss_newton, hessian as hessian
 from pinncurv.verification.curvature import verify_curvature as verify_curvature
-from pinncurv.verification.network import verify_network as verify_network
 from pinncurv.verification.operator import verify_operator as verify_operator
 from pinncurv.verification.problem import verify as verify
 from pinncurv.verification.report import (
@@ -24,4 +23,4 @@ from pinncurv.verification.report import (
     Report as Report,
     VerificationError as VerificationError,
 )
-from pinncurv.verification.term import verify_term as verify_term
+from pinncurv.verification.term import verify_network as verify_network, verify_term as verify_term

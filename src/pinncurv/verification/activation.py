@@ -1,7 +1,5 @@
 """Checks of an elementwise function: its registered derivatives."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import math
@@ -60,10 +58,19 @@ def verify_activation(
             functools.partial(derivative, order),
             tolerance,
         )
+    composed, z = _behind_linear_map(function, x)
+    u = brute_force.at_point(composed)
     for name, operator in _BEHIND_LINEAR_MAP.items():
-        _check_behind_linear_map(checks, function, x, name, operator, tolerance)
-    for shape in ([1], [3], [2, 3]):
-        _check_kept(checks, function, x, shape)
+        checks.compare(
+            f"behind a linear map: {name}",
+            functools.partial(_evaluated, operator, composed, z),
+            functools.partial(_point_by_point, operator, u, z),
+            tolerance,
+        )
+    with checks.guard():
+        for shape in ([1], [3], [2, 3]):
+            name = f"keeps the shape {['N', *shape]}, dtype and device"
+            checks.demand(name, _changed(function, x, shape))
     return checks.report
 
 
@@ -103,38 +110,22 @@ def _derivative(function: Callable[[Any], Any], x: Tensor, order: int) -> Tensor
     return torch.stack([derivative(t) for t in x.flatten()]).reshape(x.shape)
 
 
-def _check_behind_linear_map(
-    checks: Checklist,
-    function: Callable[[Any], Any],
-    x: Tensor,
-    name: str,
-    operator: DifferentialOperator,
-    tolerance: float,
-) -> None:
-    """Check derivatives of z -> f(z M), whose entries stay in the interval."""
+def _behind_linear_map(
+    function: Callable[[Any], Any], x: Tensor
+) -> tuple[Callable[[Any], Any], Tensor]:
+    """Return z -> f(z M), and z for which all z M are in the interval."""
     center, radius = x.mean(), (x.max() - x.min()) / 2
     M = radius * x.new_tensor([[0.5, -0.3, 0.4], [0.4, 0.6, -0.5]])
     z = x.new_tensor([[0.9, -0.8], [-0.3, 0.5], [0.2, 1.0]])
-
-    def composed(z: Any) -> Any:
-        return function(z @ M + center)
-
-    u = brute_force.at_point(composed)
-    checks.compare(
-        f"behind a linear map: {name}",
-        lambda: evaluate({name: operator}, composed, z)[name],
-        lambda: torch.stack([brute_force.derivative(operator, u, point) for point in z]),
-        tolerance,
-    )
+    return lambda z: function(z @ M + center), z
 
 
-def _check_kept(
-    checks: Checklist, function: Callable[[Any], Any], x: Tensor, shape: list[int]
-) -> None:
-    """Check that a jet of float32 comes out as it went in."""
-    checks.demand(
-        f"keeps the shape {['N', *shape]}, dtype and device", lambda: _changed(function, x, shape)
-    )
+def _evaluated(operator: DifferentialOperator, u: Callable[[Any], Any], z: Tensor) -> Tensor:
+    return evaluate({"u": operator}, u, z)["u"]
+
+
+def _point_by_point(operator: DifferentialOperator, u: Callable[[Any], Any], z: Tensor) -> Tensor:
+    return torch.stack([brute_force.derivative(operator, u, point) for point in z])
 
 
 def _changed(function: Callable[[Any], Any], x: Tensor, shape: list[int]) -> str:

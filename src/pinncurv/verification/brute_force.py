@@ -4,12 +4,10 @@ Networks are functions of one point, differential operators are evaluated by the
 sums are loops. No jet, no recorded layer and no structured product takes part.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from functools import singledispatch
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -32,13 +30,38 @@ from pinncurv.diffops import (
 )
 from pinncurv.linearization import trained_tensors
 from pinncurv.problems import LossTerm
-from pinncurv.verification.instance import Network
 
+Network = Callable[[Any], Any]
+N = TypeVar("N", bound=Network)
 PointFunction = Callable[[Tensor], Tensor]
 Parameters = Mapping[str, Tensor]
 # What an operator means: from a function of one point [d] and a point to the operator's value.
 Reference = Callable[[PointFunction, Tensor], Tensor]
 References = Mapping[str, Reference]
+
+
+# --- copies on which brute force is affordable --------------------------------------------------
+
+
+def in_double(model: N) -> N:
+    """Return a copy of a network in float64; a function is returned as it is."""
+    return copy.deepcopy(model).double() if isinstance(model, Module) else model
+
+
+def first_points(term: LossTerm, x: Tensor, count: int) -> tuple[LossTerm, Tensor]:
+    """Return a term and its points, in float64, at the first few of them."""
+    part = slice(0, count)
+    weight = term.weight[part] if isinstance(term.weight, Tensor) else term.weight
+    points = x[part].detach().double()
+    small = replace(term.at(part), weight=weight).to(points)
+    if any(True for _ in term.named_parameters()):
+        small = copy.deepcopy(small)
+        for _, parameter in small.named_parameters():
+            parameter.data = parameter.data.double()
+    return small, points
+
+
+# --- networks and their parameters --------------------------------------------------------------
 
 
 def trainable(model: Network, *terms: LossTerm) -> dict[str, Tensor]:
@@ -95,7 +118,6 @@ def _with_values(given: Any, parameters: Parameters, name: str) -> Any:
 # --- differential operators at one point --------------------------------------------------------
 
 
-@singledispatch
 def derivative(operator: DifferentialOperator, u: PointFunction, x: Float[Tensor, " d"]) -> Tensor:
     """Evaluate a differential operator of u at one point.
 
@@ -109,6 +131,9 @@ def derivative(operator: DifferentialOperator, u: PointFunction, x: Float[Tensor
         u: The network as a function of one point.
         x: The point.
     """
+    for kind in type(operator).__mro__:
+        if kind in _DEFINITIONS:
+            return _DEFINITIONS[kind](operator, u, x)
     values = {}
     for name, request in operator.requests(x[None]).items():
         tensor = _tensor(u, x, request.order)
@@ -130,99 +155,69 @@ def _tensor(u: PointFunction, x: Tensor, order: int) -> Tensor:
     return function(x)
 
 
-def _coefficient(given: Tensor | Callable[[Tensor], Tensor], x: Tensor, ndim: int) -> Tensor:
-    """Return a coefficient at one point: a constant, a tensor's only row, or a function's value."""
-    tensor = given if isinstance(given, Tensor) else given(x[None])
-    return (tensor[0] if tensor.ndim > ndim else tensor).to(x)
-
-
-def _dims(operator: Any, x: Tensor) -> list[int]:
-    return list(range(len(x)) if operator.dims is None else operator.dims)
-
-
-@derivative.register
-def _(operator: Value, u: PointFunction, x: Tensor) -> Tensor:
-    return u(x)
-
-
-@derivative.register
-def _(operator: Partial, u: PointFunction, x: Tensor) -> Tensor:
-    tensor = _tensor(u, x, len(operator.dims))
-    for dim in reversed(operator.dims):
-        tensor = tensor[..., dim]
+def _along(operator: Any, u: PointFunction, x: Tensor, order: int) -> Tensor:
+    """Return all derivatives of an order along the operator's dimensions."""
+    tensor = _tensor(u, x, order)
+    dims = torch.arange(len(x)) if operator.dims is None else torch.tensor(operator.dims)
+    for axis in range(-order, 0):
+        tensor = tensor.index_select(axis, dims.to(x.device))
     return tensor
 
 
-@derivative.register
-def _(operator: Gradient, u: PointFunction, x: Tensor) -> Tensor:
-    return _tensor(u, x, 1)[..., _dims(operator, x)]
-
-
-@derivative.register
-def _(operator: Divergence, u: PointFunction, x: Tensor) -> Tensor:
-    return _tensor(u, x, 1)[..., _dims(operator, x)].trace()[None]
-
-
-@derivative.register
-def _(operator: Directional, u: PointFunction, x: Tensor) -> Tensor:
+def _directional(operator: Directional, u: PointFunction, x: Tensor) -> Tensor:
     result, v = _tensor(u, x, operator.order), _coefficient(operator.direction, x, 1)
     for _ in range(operator.order):
         result = result @ v
     return result
 
 
-@derivative.register
-def _(operator: Hessian, u: PointFunction, x: Tensor) -> Tensor:
-    dims = _dims(operator, x)
-    return _tensor(u, x, 2)[..., dims, :][..., dims]
+def _weighted(operator: SecondOrder, u: PointFunction, x: Tensor) -> Tensor:
+    return (_along(operator, u, x, 2) * _coefficient(operator.matrix, x, 2)).sum((-2, -1))
 
 
-@derivative.register
-def _(operator: Laplacian, u: PointFunction, x: Tensor) -> Tensor:
-    second = _tensor(u, x, 2)
-    return torch.stack([second[..., i, i] for i in _dims(operator, x)]).sum(0)
-
-
-@derivative.register
-def _(operator: Bilaplacian, u: PointFunction, x: Tensor) -> Tensor:
-    fourth, dims = _tensor(u, x, 4), _dims(operator, x)
-    return torch.stack([fourth[..., i, i, j, j] for i in dims for j in dims]).sum(0)
-
-
-@derivative.register
-def _(operator: SecondOrder, u: PointFunction, x: Tensor) -> Tensor:
-    dims = _dims(operator, x)
-    second = _tensor(u, x, 2)[..., dims, :][..., dims]
-    return (second * _coefficient(operator.matrix, x, 2)).sum((-2, -1))
-
-
-@derivative.register
-def _(operator: FactoredSecondOrder, u: PointFunction, x: Tensor) -> Tensor:
+def _factored(operator: FactoredSecondOrder, u: PointFunction, x: Tensor) -> Tensor:
     F = _coefficient(operator.factors, x, 2)
     return (_tensor(u, x, 2) * (F @ F.mT)).sum((-2, -1))
 
 
+def _coefficient(given: Tensor | Callable[[Tensor], Tensor], x: Tensor, ndim: int) -> Tensor:
+    """Return a coefficient at one point: a constant, a tensor's only row, or a function's value."""
+    tensor = given if isinstance(given, Tensor) else given(x[None])
+    return (tensor[0] if tensor.ndim > ndim else tensor).to(x)
+
+
+_DEFINITIONS: dict[type, Callable[[Any, PointFunction, Tensor], Tensor]] = {
+    Value: lambda _, u, x: u(x),
+    Partial: lambda D, u, x: _tensor(u, x, len(D.dims))[(..., *D.dims)],
+    Directional: _directional,
+    Gradient: lambda D, u, x: _along(D, u, x, 1),
+    Divergence: lambda D, u, x: _along(D, u, x, 1).trace()[None],
+    Hessian: lambda D, u, x: _along(D, u, x, 2),
+    Laplacian: lambda D, u, x: torch.einsum("...ii->...", _along(D, u, x, 2)),
+    Bilaplacian: lambda D, u, x: torch.einsum("...iijj->...", _along(D, u, x, 4)),
+    SecondOrder: _weighted,
+    FactoredSecondOrder: _factored,
+}
+
+
 def operator_value(
-    name: str, term: LossTerm, u: PointFunction, x: Tensor, n: int, references: References
+    name: str, term: LossTerm, u: Callable[[Tensor], Any], x: Tensor, references: References, n: int
 ) -> Tensor:
     """Evaluate one of a term's operators at the n-th of the points x."""
     if name in references:
         return references[name](u, x[n])
     operator = term.operators[name].at(slice(n, n + 1))
-    output: Any = u
-    return derivative(
-        operator, u if operator.of is None else lambda p: output(p)[operator.of], x[n]
-    )
+    return derivative(operator, u if operator.of is None else lambda p: u(p)[operator.of], x[n])
 
 
 # --- loss terms ---------------------------------------------------------------------------------
 
 
 def residual_at(
-    term: LossTerm, u: PointFunction, x: Tensor, n: int, references: References
+    term: LossTerm, u: PointFunction, x: Tensor, references: References, n: int
 ) -> Float[Tensor, " V"]:
     """Return r_n, without weight and 1/N."""
-    rows = {name: operator_value(name, term, u, x, n, references)[None] for name in term.operators}
+    rows = {name: operator_value(name, term, u, x, references, n)[None] for name in term.operators}
     data = {name: tensor[n : n + 1] for name, tensor in term.data.items()}
     return term.residual(x[n : n + 1], **rows, **data)[0].reshape(-1)
 
@@ -245,28 +240,34 @@ def scaled_residual(
     u, N = at_point(model, parameters), len(x)
     term = term if parameters is None else substituted(term, parameters)
     rows = [
-        (_weight(term, x, n) / N).sqrt() * residual_at(term, u, x, n, references) for n in range(N)
+        (_weight(term, x, n) / N).sqrt() * residual_at(term, u, x, references, n) for n in range(N)
     ]
     return torch.stack(rows)
 
 
 def jacobian(
-    model: Network, term: LossTerm, x: Float[Tensor, "N d"], references: References
-) -> dict[str, Float[Tensor, "N V *parameter"]]:
-    """Return the Jacobian of the scaled residual by the name of the parameter."""
-    return jacrev(lambda p: scaled_residual(model, term, x, references, p))(trainable(model, term))
-
-
-def flat_jacobian(
     model: Network,
     term: LossTerm,
     x: Float[Tensor, "N d"],
     references: References,
     parameters: Parameters,
-) -> Float[Tensor, "NV D"]:
-    """Return the same as a matrix, in given parameters."""
-    J = jacrev(lambda p: scaled_residual(model, term, x, references, p))(parameters)
-    return torch.cat([J[name].flatten(2).flatten(0, 1) for name in parameters], 1)
+) -> Float[Tensor, "N V D"]:
+    """Return the Jacobian of the scaled residual in given parameters, one after the other."""
+    return jacrev(
+        lambda flat: scaled_residual(model, term, x, references, _unflatten(flat, parameters))
+    )(_flatten(parameters))
+
+
+def _flatten(parameters: Parameters) -> Tensor:
+    return torch.cat([parameter.flatten() for parameter in parameters.values()])
+
+
+def _unflatten(flat: Tensor, like: Parameters) -> dict[str, Tensor]:
+    pieces = flat.split([parameter.numel() for parameter in like.values()])
+    return {
+        name: piece.reshape(parameter.shape).to(parameter)
+        for (name, parameter), piece in zip(like.items(), pieces, strict=True)
+    }
 
 
 def gauss_newton(
@@ -275,21 +276,18 @@ def gauss_newton(
     points: Sequence[Tensor],
     references: References | None = None,
 ) -> Float[Tensor, "D D"]:
-    """Return the Gauss-Newton matrix of the loss.
+    """Return the Gauss-Newton matrix of the loss, of terms at the points of each.
 
     Σ_t J_tᵀJ_t
 
-    Args:
-        model: The network.
-        terms: The loss terms.
-        points: The points of each term.
-        references: What operators that are not shipped mean, by name.
+    ``references`` say what operators that are not shipped mean, by name.
     """
-    matrices = []
-    for term, x in zip(terms, points, strict=True):
-        J = flat_jacobian(model, term, x, references or {}, trainable(model, *terms))
-        matrices.append(J.mT @ J)
-    return torch.stack(matrices).sum(0)
+    parameters = trainable(model, *terms)
+    pairs = zip(terms, points, strict=True)
+    J = torch.cat(
+        [jacobian(model, t, x, references or {}, parameters).flatten(0, 1) for t, x in pairs]
+    )
+    return J.mT @ J
 
 
 def hessian(
@@ -298,24 +296,15 @@ def hessian(
     points: Sequence[Tensor],
     references: References | None = None,
 ) -> Float[Tensor, "D D"]:
-    """Return the Hessian of the loss.
+    """Return the Hessian of the loss, see ``gauss_newton``.
 
     ∇² ½ Σ_t ‖r̃_t‖²
-
-    Args:
-        model: The network.
-        terms: The loss terms.
-        points: The points of each term.
-        references: What operators that are not shipped mean, by name.
     """
+    parameters = trainable(model, *terms)
 
-    def loss(parameters: Parameters) -> Tensor:
-        pairs = zip(terms, points, strict=True)
-        residuals = [scaled_residual(model, t, x, references or {}, parameters) for t, x in pairs]
+    def loss(flat: Tensor) -> Tensor:
+        values, pairs = _unflatten(flat, parameters), zip(terms, points, strict=True)
+        residuals = [scaled_residual(model, t, x, references or {}, values) for t, x in pairs]
         return 0.5 * torch.stack([residual.square().sum() for residual in residuals]).sum()
 
-    rows = jacfwd(jacrev(loss))(trainable(model, *terms))
-    sizes = {name: parameter.numel() for name, parameter in trainable(model, *terms).items()}
-    return torch.cat(
-        [torch.cat([rows[a][b].reshape(sizes[a], sizes[b]) for b in sizes], 1) for a in sizes]
-    )
+    return jacfwd(jacrev(loss))(_flatten(parameters))

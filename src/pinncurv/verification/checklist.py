@@ -1,7 +1,5 @@
 """Making checks, where nothing that a check runs into may end the verification."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,11 +17,7 @@ _SMALLEST_SCALE = 1e-3
 
 
 class Checklist:
-    """The checks made so far.
-
-    Args:
-        subject: What is verified, for the names of the checks.
-    """
+    """The checks made so far, and the subject that begins their names."""
 
     def __init__(self, subject: str) -> None:
         self.subject = subject
@@ -37,44 +31,28 @@ class Checklist:
     def compare(
         self,
         name: str,
-        got: Callable[[], Tensor],
-        expected: Callable[[], Tensor],
+        got: Tensor | Callable[[], Tensor],
+        expected: Tensor | Callable[[], Tensor],
         tolerance: float = TOLERANCE,
-    ) -> bool:
-        """Check that two tensors agree.
+    ) -> None:
+        """Check that two tensors, or what is computed for them, agree.
 
         max |got - expected| <= tolerance · max |expected|
 
-        Args:
-            name: What is checked.
-            got: Computes what is checked.
-            expected: Computes what is right.
-            tolerance: The largest relative error that passes.
-
-        Returns:
-            Whether they agree. What either computation raises is a failure.
+        What either computation raises is a failure.
         """
-        check = Check(f"{self.subject}: {name}", False, None, tolerance)
+        check, blame = Check(f"{self.subject}: {name}", False, None, tolerance), "brute force "
         try:
-            right = expected().detach()
+            right = (expected if isinstance(expected, Tensor) else expected()).detach()
+            blame = ""
+            tensor = (got if isinstance(got, Tensor) else got()).detach()
         except Exception as error:
-            return self._add(replace(check, message=f"brute force raised {describe(error)}"))
-        try:
-            tensor = got().detach()
-        except Exception as error:
-            return self._add(replace(check, message=f"raised {describe(error)}"))
-        return self._add(_compared(check, tensor, right, tolerance))
+            self._checks.append(replace(check, message=f"{blame}raised {describe(error)}"))
+        else:
+            self._checks.append(_compared(check, tensor, right, tolerance))
 
     def attempt(self, name: str, make: Callable[[], T]) -> T | None:
-        """Make something that further checks need.
-
-        Args:
-            name: What succeeds, for the check that fails otherwise.
-            make: Makes it.
-
-        Returns:
-            What was made, or None after adding a failed check.
-        """
+        """Return what further checks need, or None after adding a failed check of this name."""
         try:
             return make()
         except Exception as error:
@@ -91,31 +69,16 @@ class Checklist:
 
     def fail(self, name: str, error: Exception) -> None:
         """Note an exception as a failure."""
-        self._add(Check(f"{self.subject}: {name}", False, message=f"raised {describe(error)}"))
+        self.demand(name, f"raised {describe(error)}")
 
-    def demand(self, name: str, violation: Callable[[], str]) -> bool:
-        """Check that something holds.
-
-        Args:
-            name: What is checked.
-            violation: Says what is wrong, or nothing if all is right.
-
-        Returns:
-            Whether it holds. What the function raises is a failure.
-        """
-        try:
-            message = violation()
-        except Exception as error:
-            message = f"raised {describe(error)}"
-        return self._add(Check(f"{self.subject}: {name}", not message, message=message))
+    def demand(self, name: str, violation: str) -> bool:
+        """Check that something holds; ``violation`` says what is wrong, or is empty."""
+        self._checks.append(Check(f"{self.subject}: {name}", not violation, message=violation))
+        return not violation
 
     def skip(self, name: str, why: str) -> None:
         """Note that something could not be checked."""
-        self._add(Check(f"{self.subject}: {name}", None, message=why))
-
-    def _add(self, check: Check) -> bool:
-        self._checks.append(check)
-        return check.passed is True
+        self._checks.append(Check(f"{self.subject}: {name}", None, message=why))
 
 
 def describe(error: Exception) -> str:

@@ -1,7 +1,5 @@
 """Checks of a linear operator: the laws of a symmetric matrix and of its inverse."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch
@@ -49,21 +47,15 @@ def check_operator(
         return
     tolerance = max(TOLERANCE, 1e3 * torch.finfo(products.dtype).eps)
     if dense is not None:
-        wanted = dense
-        checks.compare("is the right matrix", lambda: products, lambda: wanted, tolerance)
+        checks.compare("is the right matrix", products, dense, tolerance)
     matrix = products.double()
-    checks.compare("symmetric", lambda: matrix, lambda: matrix.mT, tolerance)
+    checks.compare("symmetric", matrix, matrix.mT, tolerance)
     if semidefinite:
-        checks.demand("positive semidefinite", lambda: _negative(matrix, tolerance))
+        checks.demand("positive semidefinite", _negative(matrix, tolerance))
     _check_formats(checks, operator, products, tolerance)
-    views: dict[str, Callable[[], Tensor]] = {
-        "to_dense": lambda: products,
-        "diagonal": products.diagonal,
-        "trace": products.trace,
-    }
+    views = {"to_dense": products, "diagonal": products.diagonal(), "trace": products.trace()}
     for name, expected in views.items():
-        method = getattr(operator, name, None)
-        if method is not None:
+        if method := getattr(operator, name, None):
             checks.compare(f"{name}()", method, expected, tolerance)
     if hasattr(operator, "inverse"):
         for damping in dampings:
@@ -91,16 +83,12 @@ def _negative(matrix: Tensor, tolerance: float) -> str:
     return f"eigenvalues in [{smallest:.3e}, {largest:.3e}]; pass semidefinite=False if it may be"
 
 
-def _split(operator: PyTorchLinearOperator, flat: Tensor) -> list[Tensor]:
-    """Split ``[D]`` or ``[D, K]`` into the list format."""
-    sizes = [shape.numel() for shape in operator._in_shape]
-    pieces = zip(flat.split(sizes), operator._in_shape, strict=True)
-    return [piece.reshape((*shape, *flat.shape[1:])) for piece, shape in pieces]
-
-
-def _join(tensors: Sequence[Tensor], columns: int) -> Tensor:
-    """Join the list format to ``[D, columns]``."""
-    return torch.cat([tensor.reshape(-1, columns) for tensor in tensors])
+def _by_lists(operator: PyTorchLinearOperator, flat: Tensor) -> Tensor:
+    """Multiply ``[D]`` or ``[D, K]`` in the list format."""
+    shapes = operator._in_shape
+    pieces = zip(flat.split([shape.numel() for shape in shapes]), shapes, strict=True)
+    product = operator @ [piece.reshape((*shape, *flat.shape[1:])) for piece, shape in pieces]
+    return torch.cat([part.reshape(-1, *flat.shape[1:]) for part in product])
 
 
 def _check_formats(
@@ -110,29 +98,24 @@ def _check_formats(
     generator = torch.Generator().manual_seed(0)
     X = torch.randn(len(matrix), 2, generator=generator, dtype=torch.float64).to(matrix)
     before, x, Y = X.clone(), X[:, 0].clone(), matrix @ X
-    formats: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
-        "product with a vector": (lambda: operator @ x, lambda: Y[:, 0]),
-        "product with a matrix": (lambda: operator @ X, lambda: Y),
-        "product with a list (vector)": (
-            lambda: _join(operator @ _split(operator, x), 1),
-            lambda: Y[:, :1],
-        ),
-        "product with a list (matrix)": (
-            lambda: _join(operator @ _split(operator, X), 2),
-            lambda: Y,
-        ),
-        "adjoint": (lambda: operator.adjoint() @ X, lambda: matrix.mT @ X),
+    y = Y[:, 0]
+    formats: dict[str, tuple[Callable[[], Tensor], Tensor]] = {
+        "product with a vector": (lambda: operator @ x, y),
+        "product with a matrix": (lambda: operator @ X, Y),
+        "product with a list (vector)": (lambda: _by_lists(operator, x), y),
+        "product with a list (matrix)": (lambda: _by_lists(operator, X), Y),
+        "adjoint": (lambda: operator.adjoint() @ X, matrix.mT @ X),
         "to_scipy": (
             lambda: torch.from_numpy(operator.to_scipy() @ x.cpu().double().numpy()),
-            Y[:, 0].cpu,
+            y.cpu(),
         ),
     }
     if isinstance(operator, SymmetricLinearOperator):
-        formats["product from the left"] = (lambda: X.mT @ operator, lambda: X.mT @ matrix)
-    formats["product once more"] = (lambda: operator @ X, lambda: Y)
+        formats["product from the left"] = (lambda: X.mT @ operator, X.mT @ matrix)
+    formats["product once more"] = (lambda: operator @ X, Y)
     for name, (got, expected) in formats.items():
         checks.compare(name, got, expected, tolerance)
-    checks.compare("arguments are not written to", lambda: X, lambda: before, 0.0)
+    checks.compare("arguments are not written to", X, before, 0.0)
 
 
 def _check_inverse(
@@ -149,9 +132,8 @@ def _check_inverse(
     condition = (damped.abs().max() / damped.abs().min()).item()
     eps = torch.finfo(operator.dtype).eps
     tolerance = max(1e-8, 100 * len(m) * eps * condition)
-    b = torch.randn(len(m), generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(
-        matrix
-    )
+    generator = torch.Generator().manual_seed(1)
+    b = torch.randn(len(m), generator=generator, dtype=torch.float64).to(matrix)
     if tolerance > 0.1:
         checks.skip(name, f"the damped matrix has condition number {condition:.0e}")
         return
@@ -163,9 +145,5 @@ def _check_inverse(
     except Exception as error:
         checks.fail(name, error)
         return
-    checks.compare(
-        name,
-        lambda: inverse @ b.to(operator.dtype),
-        lambda: V @ ((V.mT @ b) / damped),
-        tolerance,
-    )
+    right = V @ ((V.mT @ b) / damped)
+    checks.compare(name, lambda: inverse @ b.to(operator.dtype), right, tolerance)

@@ -1,7 +1,5 @@
 """All checks of a training problem in one call."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -11,9 +9,8 @@ from pinncurv.problems import LossTerm
 from pinncurv.verification.brute_force import References
 from pinncurv.verification.checklist import Checklist
 from pinncurv.verification.curvature import Curvature, Exact, verify_curvature
-from pinncurv.verification.network import verify_network
 from pinncurv.verification.report import Report
-from pinncurv.verification.term import verify_term
+from pinncurv.verification.term import verify_network, verify_term
 
 
 def verify(
@@ -44,9 +41,11 @@ def verify(
         max_points: How many points of each term to use.
     """
     checks = Checklist("problem")
-    if not checks.demand("one tensor of points per term", lambda: _mismatch(terms, points)):
+    if not terms or len(terms) != len(points):
+        message = f"got {len(terms)} terms and {len(points)} tensors of points"
+        checks.demand("one tensor of points per term", message)
         return checks.report
-    report = checks.report + verify_network(model, points[0], max_points)
+    report = verify_network(model, points[0], max_points)
     for term, x in zip(terms, points, strict=True):
         report += verify_term(term, model, x, references, max_points)
     if curvature is not None:
@@ -54,10 +53,3 @@ def verify(
             curvature, model, terms, points, exact, semidefinite, max_points=max_points
         )
     return report
-
-
-def _mismatch(terms: Sequence[LossTerm], points: Sequence[Tensor]) -> str:
-    """Say what is wrong with the numbers of terms and points."""
-    if terms and len(terms) == len(points):
-        return ""
-    return f"got {len(terms)} terms and {len(points)} tensors of points"

@@ -1,18 +1,19 @@
-"""Checks of a loss term: its operators, its residual, and the Jacobian of a network in it."""
+"""Checks of a loss term, of a network in it, and of a network alone."""
 
-from __future__ import annotations
+import copy
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
-from pinncurv.diffops import evaluate
+from pinncurv.diffops import Gradient, Laplacian, SecondOrder, Value, evaluate
 from pinncurv.linearization import Linearization, linearize
-from pinncurv.problems import LossTerm
+from pinncurv.problems import Fixed, LossTerm
 from pinncurv.verification import brute_force
-from pinncurv.verification.brute_force import References
+from pinncurv.verification.brute_force import Network, References, first_points, in_double
 from pinncurv.verification.checklist import Checklist
-from pinncurv.verification.instance import Network, first_points, in_double
 from pinncurv.verification.report import Report
 
 
@@ -41,62 +42,111 @@ def verify_term(
     checks = Checklist(f"term '{getattr(term, 'name', term)}'")
     with checks.guard():
         small, points = first_points(term, x, max_points)
-        check_term(checks, small, in_double(model), points, references or {})
+        _check_term(checks, small, in_double(model), points, references or {})
     return checks.report
 
 
-def check_term(
+def verify_network(model: Network, x: Tensor, max_points: int = 3) -> Report:
+    """Check that jets pass through a network, against nested ``torch.func``, point by point.
+
+    Value, gradient, Laplacian and mixed second derivatives in x; that the points do not mix; and,
+    if the network is a module with trainable parameters, that all of them are captured, influence
+    the output, and have the right Jacobian.
+
+    Args:
+        model: The network, or any function ``[N, d]`` to ``[N, d_out]``, for example one that
+            calls a function with a rule of its own (``@register_rule``).
+        x: Points, ``[N, d]``.
+        max_points: How many of the points to use.
+    """
+    checks = Checklist("network")
+    with checks.guard():
+        network = in_double(model)
+        term, points = first_points(_all_derivatives(x), x, max_points)
+        _check_term(checks, term, network, points, {})
+        if isinstance(network, Module) and brute_force.trainable(network):
+            silent = _silent(network, term, points)
+            checks.demand("every parameter influences the output", silent)
+    return checks.report
+
+
+def _all_derivatives(x: Tensor) -> LossTerm:
+    """Return a term with every derivative of order up to two in its residual."""
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(x.shape[1], x.shape[1], generator=generator, dtype=torch.float64)
+    return LossTerm(
+        {
+            "value": Value(),
+            "gradient": Gradient(),
+            "laplacian": Laplacian(),
+            "mixed": SecondOrder(matrix),
+        },
+        lambda x, **values: torch.cat([value.flatten(1) for value in values.values()], 1),
+        Fixed(x),
+        name="network",
+    )
+
+
+def _silent(model: Module, term: LossTerm, x: Tensor) -> str:
+    """Name the parameters without influence, also after a change that no initialization hides."""
+    moved = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in moved.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(0.1 * noise.to(parameter))
+    parameters = brute_force.trainable(moved)
+    jacobian = brute_force.jacobian(moved, term, x, {}, parameters)
+    parts = zip(
+        parameters, jacobian.split([p.numel() for p in parameters.values()], -1), strict=True
+    )
+    silent = [name for name, rows in parts if not rows.count_nonzero()]
+    if not silent:
+        return ""
+    return (
+        f"{', '.join(silent)} does not: unused, or cut off by detach() or torch.no_grad(). Remove "
+        "what cuts it off, or freeze it with requires_grad_(False)"
+    )
+
+
+def _check_term(
     checks: Checklist, term: LossTerm, model: Network, x: Tensor, references: References
 ) -> None:
-    """Make the checks of ``verify_term``, on a term, network and points in float64."""
+    """Check a term, network and points in float64."""
     if checks.attempt("can be evaluated", lambda: term.evaluate(model, x)) is None:
         return
+    parts = [slice(n, n + 1) for n in range(len(x))]
     checks.compare(
-        "points do not mix", lambda: term.evaluate(model, x), lambda: _one_by_one(term, model, x)
+        "points do not mix",
+        lambda: term.evaluate(model, x),
+        lambda: torch.cat([term.at(part).evaluate(model, x[part]) for part in parts]),
     )
-    u = brute_force.at_point(model)
-    for name in term.operators:
-        _check_value(checks, name, term, model, x, references)
+    at = (term, brute_force.at_point(model), x, references)
+    values = evaluate(term.operators, model, x)
+    for name, operator in term.operators.items():
+        kind = type(operator)
+        checks.compare(
+            f"operator '{name}', {kind.__name__}",
+            values[name],
+            partial(_point_by_point, partial(brute_force.operator_value, name, *at), len(x)),
+        )
+        if kind.__module__.partition(".")[0] != "pinncurv" and name not in references:
+            checks.skip(
+                f"meaning of operator '{name}'",
+                f"pass references={{{name!r}: lambda u, x: ...}} to check more than the "
+                "derivatives that it declares",
+            )
     checks.compare(
         "residual",
-        lambda: term.evaluate(model, x),
-        lambda: torch.stack(
-            [brute_force.residual_at(term, u, x, n, references) for n in range(len(x))]
-        ),
+        term.evaluate(model, x),
+        partial(_point_by_point, partial(brute_force.residual_at, *at), len(x)),
     )
     if isinstance(model, Module) and brute_force.trainable(model, term):
         _check_linearization(checks, term, model, x, references)
 
 
-def _check_value(
-    checks: Checklist,
-    name: str,
-    term: LossTerm,
-    model: Network,
-    x: Tensor,
-    references: References,
-) -> None:
-    """Check the value of one operator."""
-    u, kind = brute_force.at_point(model), type(term.operators[name])
-    checks.compare(
-        f"operator '{name}', {kind.__name__}",
-        lambda: evaluate(term.operators, model, x)[name],
-        lambda: torch.stack(
-            [brute_force.operator_value(name, term, u, x, n, references) for n in range(len(x))]
-        ),
-    )
-    if kind.__module__.partition(".")[0] != "pinncurv" and name not in references:
-        checks.skip(
-            f"meaning of operator '{name}'",
-            f"pass references={{{name!r}: lambda u, x: ...}} to check more than the derivatives "
-            "that it declares",
-        )
-
-
-def _one_by_one(term: LossTerm, model: Network, x: Tensor) -> Tensor:
-    """Return the residual, one point at a time."""
-    parts = [slice(n, n + 1) for n in range(len(x))]
-    return torch.cat([term.at(part).evaluate(model, x[part]) for part in parts])
+def _point_by_point(function: Callable[[int], Tensor], N: int) -> Tensor:
+    return torch.stack([function(n) for n in range(N)])
 
 
 def _check_linearization(
@@ -110,31 +160,30 @@ def _check_linearization(
         return
     checks.compare(
         "scaled by sqrt(w / N)",
-        lambda: linearization.residual,
+        linearization.residual,
         lambda: brute_force.scaled_residual(model, term, x, references),
     )
+    parameters = brute_force.trainable(model, term)
     jacobian = checks.attempt(
-        "Jacobian by brute force", lambda: brute_force.jacobian(model, term, x, references)
+        "Jacobian by brute force",
+        lambda: brute_force.jacobian(model, term, x, references, parameters),
     )
-    for name, expected in (jacobian or {}).items():
-        _check_jacobian(checks, linearization, name, expected)
-
-
-def _check_jacobian(
-    checks: Checklist, linearization: Linearization, name: str, expected: Tensor
-) -> None:
-    """Check the Jacobian in one parameter."""
-    checks.compare(
-        f"Jacobian in '{name}'", lambda: _jacobian_in(linearization, name), lambda: expected
-    )
+    if jacobian is None:
+        return
+    parts = jacobian.split([parameter.numel() for parameter in parameters.values()], -1)
+    for name, expected in zip(parameters, parts, strict=True):
+        checks.compare(
+            f"Jacobian in '{name}'",
+            partial(_jacobian_in, linearization, name),
+            expected,
+        )
 
 
 def _jacobian_in(linearization: Linearization, name: str) -> Tensor:
-    """Return ``[N, V, *parameter]`` from the blocks; zero if there is none."""
-    shape = linearization.parameters[name].shape
+    """Return ``[N, V, numel]`` from the blocks; zero if there is none."""
     for block in linearization.blocks.values():
         if name in block.names:
             rows = block.rows(slice(None))[block.names.index(name)].transpose(0, 1)
-            return rows.reshape((*rows.shape[:2], *shape))
+            return rows.reshape((*rows.shape[:2], -1))
     residual = linearization.residual
-    return residual.new_zeros(*residual.shape, *shape)
+    return residual.new_zeros(*residual.shape, linearization.parameters[name].numel())
