@@ -185,7 +185,7 @@ TEMPLATES: dict[str, str | Sequence[str]] = {
     "reshape": ("{f}({h}, (-1, 1, {w})).sum(1)", f"{{f}}({_AXES}, (-1, 2, {{w}})).prod(1)"),
     "select": "{f}({h}, 1, -1)[:, None]",
     "split": ("{f}({h}, 1, 1)[-1]", f"{{f}}({_WIDE}, [1, 2 * {{w}} + {{d}} - 1], dim=1)[1]"),
-    "squeeze": ("{f}({h}[:, None], 1)", "{f}({h}[:, :, None])"),
+    "squeeze": ("{f}({h}[:, None], 1)", "{f}({h}[:, :, None], (2,))"),
     "stack": ("{f}(({h}, {g}), 1).sum(1)", "{f}((P[1, {w}].expand(len(x), -1), {h}), 2).prod(2)"),
     "std": f"{{f}}({_WIDE} * K[1] + x[:, :1], 1, keepdim=True)",
     "t": "{f}({h}[:, 0])[:, None]",
@@ -253,7 +253,7 @@ class Program(nn.Module):
         full = name if name.startswith("nn.") else f"torch.{name}"
         full = full.removeprefix("nn.")
         if callable(getattr(Tensor, name, None)) and self.random.random() < 0.5:
-            template = re.sub(r"\{f\}\(\{h\}(, )?", f"{{h}}.{name}(", template)
+            template = re.sub(r"\{f\}\(\{h\}(?:, |(?=\)))", f"{{h}}.{name}(", template)
         like = [k for k, t in given.items() if t.shape == given[h].shape]
         sizes = {"w": given[h].shape[1], "d": given["x"].shape[1], "v": self.random.randint(1, 4)}
         self.names.append(name)
