@@ -152,10 +152,13 @@ class Objective:
         points: The points of each term, ``[N_t, d]``.
         chunk_size: How many points to process at a time; None for all. It changes the memory that
             is needed, not the results.
+        check: Whether to compare the derivatives of the network with reverse mode once, at one
+            point; costs at most a step.
 
     Raises:
         TypeError: If a term is no LossTerm.
-        ValueError: If terms and points do not match, points are empty, not finite or of another
+        ValueError: If terms and points do not match, residual or network mix the points, jets and
+            reverse mode differ, points are empty, not finite or of another
             dtype or device than the network, names of terms repeat, or a trained tensor is used by
             no term or where its rows of the Jacobian cannot be found.
         FloatingPointError: If a parameter is not finite.
@@ -167,14 +170,16 @@ class Objective:
         terms: Sequence[LossTerm],
         points: Sequence[Tensor],
         chunk_size: int | None = None,
+        check: bool = True,
     ) -> None:
         self.model = model
         self.terms = tuple(terms)
         self.points = tuple(points)
         self.chunk_size = chunk_size
+        self._check = check
         _check_terms(self.terms, self.points)
         self._bound = [
-            BoundTerm(term, model, x, chunk_size, self.terms)
+            BoundTerm(term, model, x, chunk_size, self.terms, check)
             for term, x in zip(self.terms, self.points, strict=True)
         ]
         self._structures: list[object] = [None for _ in self._bound]
@@ -187,6 +192,7 @@ class Objective:
         terms: Problem | Sequence[LossTerm],
         generator: torch.Generator | None = None,
         chunk_size: int | None = None,
+        check: bool = True,
     ) -> Objective:
         """Draw the points of every term from its sampler, in the network's dtype and device.
 
@@ -195,13 +201,14 @@ class Objective:
             terms: A problem, or the loss terms.
             generator: Randomness, on the CPU; seed 0 by default.
             chunk_size: How many points to process at a time; None for all.
+            check: Whether to compare the derivatives of the network with reverse mode once.
         """
         chosen = terms.terms if isinstance(terms, Problem) else tuple(terms)
         _check_are_terms(chosen)
         like = next(model.parameters())
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         points = [term.points.sample(generator, like.dtype, like.device) for term in chosen]
-        return cls(model, chosen, points, chunk_size)
+        return cls(model, chosen, points, chunk_size, check)
 
     def resampled(self, generator: torch.Generator) -> Objective:
         """Return the objective at new points from the samplers of its terms.
@@ -209,7 +216,7 @@ class Objective:
         Args:
             generator: Randomness.
         """
-        return type(self).sample(self.model, self.terms, generator, self.chunk_size)
+        return type(self).sample(self.model, self.terms, generator, self.chunk_size, self._check)
 
     def parameters(self) -> list[Tensor]:
         """Return all trained tensors, for an optimizer: of the network and of the terms."""
@@ -266,14 +273,15 @@ class Objective:
         return Evaluation(loss, lambda: linearized, self, self.fingerprint())
 
     def fingerprint(self) -> tuple[object, ...]:
-        """Return what changes when a tensor that the loss depends on is replaced or written to.
+        """Return what changes when something that the loss depends on is replaced or written to.
 
-        Writes through ``tensor.data`` and plain attributes of modules leave no trace.
+        Writes through ``tensor.data``, and numbers deep inside of objects of one's own, leave no
+        trace.
         """
-        tensors = [*self.model.parameters(), *self.model.buffers()]
+        tensors: list[Tensor] = [*self.model.parameters()]
         tensors += [p for term in self.terms for _, p in term.named_parameters()]
         versions = [(id(tensor), tensor._version) for tensor in tensors]
-        return (*versions, *(bound.state() for bound in self._bound))
+        return (*versions, *(bound.circumstances() for bound in self._bound))
 
 
 def _sum(parts: Iterator[Tensor]) -> Tensor:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
+from pinncurv.diffops import named_parameters_of
 from pinncurv.jets import record
 from pinncurv.linearization.capture import blocks_of_pass
+from pinncurv.linearization.checks import check_derivatives, check_pointwise
 from pinncurv.linearization.chunk import Chunk
+from pinncurv.linearization.circumstances import circumstances
 from pinncurv.linearization.part import TermPart
 from pinncurv.linearization.structure import Structure, find_structure, signature
 from pinncurv.problems import LossTerm
@@ -20,8 +25,9 @@ class BoundTerm:
     """A loss term with a network and points, of which all that does not change is found once.
 
     The structure of a pass, the channels, coefficients, weights and data at the parts of the points
-    are kept. Tensors among them that are written to, and parameters that are frozen or replaced,
-    are followed by their version counters: this is the only place that looks at them.
+    are kept. What they are made from is followed: tensors by their version counters, functions by
+    the numbers that they use, parameters that are frozen or replaced. This is the only place that
+    looks at them. That the points do not mix is checked with the structure.
 
     Args:
         term: The loss term.
@@ -29,9 +35,10 @@ class BoundTerm:
         x: The points, ``[N, d]``.
         chunk_size: Most points of a part; None for no limit but the cache.
         terms: All terms of the objective, in whose order trained tensors are named.
+        check: Whether to compare the derivatives of the network with reverse mode, at one point.
 
     Raises:
-        ValueError: If the points, dtypes or parameters do not fit; names the term.
+        ValueError: If points mix or the points, dtypes or parameters do not fit; names the term.
         UncapturedParameterError: If a trained tensor is used where its rows cannot be found.
         FloatingPointError: If a parameter is not finite; names it.
     """
@@ -43,6 +50,7 @@ class BoundTerm:
         x: Tensor,
         chunk_size: int | None = None,
         terms: Sequence[LossTerm] = (),
+        check: bool = False,
     ) -> None:
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1 or None, got {chunk_size}.")
@@ -51,6 +59,7 @@ class BoundTerm:
         self.x = x
         self._terms = tuple(terms) or (term,)
         self.chunk_size = chunk_size if chunk_size is not None and chunk_size < len(x) else None
+        self._check_derivatives = check
         self._state: tuple[object, ...] = ()
         self.follow()
 
@@ -75,9 +84,15 @@ class BoundTerm:
     def structure(self) -> Structure:
         """What a pass looks like."""
         if self._structure is None:
-            check_differentiable(self.term.name)
-            few = self.whole.at(slice(0, 2))
-            found = find_structure(few, self.model, self.parameters, self.as_jets)
+            found = self._known()
+            if found is None:
+                check_differentiable(self.term.name)
+                check_pointwise(self.whole, self.model)
+                few = self.whole.at(slice(0, 2))
+                found = find_structure(few, self.model, self.parameters, self.as_jets)
+                if self._check_derivatives:
+                    check_derivatives(few, self.model, self.parameters)
+                self._remember(found)
             scale = self.whole.scale
             if isinstance(scale, Tensor) and scale.shape[1] not in (1, found.components):
                 raise ValueError(
@@ -88,18 +103,47 @@ class BoundTerm:
             self._structure = found
         return self._structure
 
+    def _known(self) -> Structure | None:
+        """Return what an objective at other points has found out about this term and network."""
+        entry = _FOUND.get(self.term)
+        if entry is None or entry.model() is not self.model or entry.made_from != self._made_from():
+            return None
+        alive = [known() for known in entry.parameters]
+        same = all(a is b for a, b in zip(alive, self.parameters.values(), strict=True))
+        return entry.structure if same and entry.checked >= self._check_derivatives else None
+
+    def _remember(self, structure: Structure) -> None:
+        _FOUND[self.term] = _Found(
+            weakref.ref(self.model),
+            [weakref.ref(parameter) for parameter in self.parameters.values()],
+            self._made_from(),
+            structure,
+            self._check_derivatives,
+        )
+
+    def _made_from(self) -> tuple[object, ...]:
+        """Return what the structure depends on, but for the parameters' identities."""
+        switches = [p.requires_grad for p in self.model.parameters()]
+        modules = [(id(module), module.training) for module in self.model.modules()]
+        return tuple(self.parameters), tuple(switches), tuple(modules), self.whole.plan.layout.S
+
     def state(self) -> tuple[object, ...]:
-        """Return what changes when a tensor that is kept is written to or replaced, or frozen."""
-        tensors = [self.x, *self.term.data.values()]
-        tensors += [self.term.weight] if isinstance(self.term.weight, Tensor) else []
-        for operator in self.term.operators.values():
-            tensors += [given for given in vars(operator).values() if isinstance(given, Tensor)]
-        parameters = [*self.model.parameters(), *(p for _, p in self.term.named_parameters())]
+        """Return what changes when something that is kept is written to, replaced, or frozen."""
+        term = self.term
+        parameters = [*self.model.parameters(), *(p for _, p in term.named_parameters())]
+        operators = [
+            {k: v for k, v in vars(operator).items() if not _is_trained(v)}
+            for operator in term.operators.values()
+        ]
         return (
             self.model.training,
-            *((id(tensor), tensor._version) for tensor in tensors if not tensor.requires_grad),
+            circumstances([self.x, term.data, term.weight, operators]),
             *((id(parameter), parameter.requires_grad) for parameter in parameters),
         )
+
+    def circumstances(self) -> tuple[object, ...]:
+        """Return what changes when anything that the loss depends on does, but for parameters."""
+        return self.state(), circumstances(self.term.residual), circumstances(self.model)
 
     def linearize(self, part: TermPart) -> Chunk:
         """Linearize at some points by one forward pass, and one backward pass per component.
@@ -152,6 +196,24 @@ class BoundTerm:
                 f"The parameters must be finite, but {', '.join(bad)} contains NaN or infinity. "
                 "Initialize the network again, or load a checkpoint from before it diverged."
             )
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What is known of a term and a network, whatever the points are."""
+
+    model: weakref.ref[Module]
+    parameters: list[weakref.ref[Tensor]]
+    made_from: tuple[object, ...]
+    structure: Structure
+    checked: bool
+
+
+_FOUND: weakref.WeakKeyDictionary[LossTerm, _Found] = weakref.WeakKeyDictionary()
+
+
+def _is_trained(given: object) -> bool:
+    return any(True for _ in named_parameters_of(given, ""))
 
 
 def trained_tensors(model: Module, *terms: LossTerm) -> dict[str, Tensor]:

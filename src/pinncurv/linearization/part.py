@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -89,8 +89,11 @@ class TermPart:
         """
         x: Any = Jet(self.x[None], self.plan.without_derivatives) if as_jets else self.x
         values = self.plan.read(x, model(self.seed), as_jets)
-        inputs = {**values, **self.data}
-        return call_residual(self.term.name, self.term.residual, x, inputs)
+        return self.call(x, {**values, **self.data})
+
+    def call(self, x: Any, values: Mapping[str, Any]) -> Float[Tensor, "n V"]:
+        """Call the residual with the values of the operators and the data."""
+        return call_residual(self.term.name, self.term.residual, x, values)
 
     def residual(self, model: Module) -> Float[Tensor, "n V"]:
         """Evaluate the scaled residual r̃."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pinncurv.diffops import DifferentialOperator, evaluate, named_parameters_of
 from pinncurv.problems.residual import Residual, call_residual
-from pinncurv.problems.samplers import Sampler
+from pinncurv.problems.samplers import Sampler, is_fixed
 from pinncurv.problems.signature import check_data, check_operators, check_signature
 
 Weight = float | Sequence[float] | Tensor | Callable[[Tensor], Tensor]
@@ -41,8 +41,9 @@ class LossTerm:
     Raises:
         TypeError: If the residual is not callable, an operator is a class, not an object, or data
             is no tensor.
-        ValueError: If the names of operators and data are no keyword arguments of the residual, or
-            a weight is negative or not finite.
+        ValueError: If the names of operators and data are no keyword arguments of the residual,
+            a weight is negative or not finite, or tensors with one row per point come with a
+            sampler that draws new points.
     """
 
     operators: Mapping[str, DifferentialOperator]
@@ -71,6 +72,25 @@ class LossTerm:
             object.__setattr__(self, "weight", numbers)
         elif not callable(self.weight):
             object.__setattr__(self, "weight", _checked_number(self.name, self.weight))
+        if not is_fixed(self.points) and (per_point := list(self._per_point())):
+            raise ValueError(
+                f"Term '{self.name}': tensors with one row per point must belong to points that "
+                f"stay, but {', '.join(per_point)} would meet new points from "
+                f"{type(self.points).__name__} with every sample. Use points=Fixed(x) with the "
+                "points that they belong to, or functions of x. A sampler of your own that always "
+                "gives the same points says so by an attribute fixed = True."
+            )
+
+    def _per_point(self) -> Iterator[str]:
+        """Yield what is given as a tensor with one row per point."""
+        yield from (f"data '{name}'" for name in self.data)
+        if isinstance(self.weight, Tensor):
+            yield "the weight"
+        for name, operator in self.operators.items():
+            given = {k: v for k, v in vars(operator).items() if isinstance(v, Tensor) and v.ndim}
+            cut = operator.at(slice(0, 0)) if given else operator
+            if any(getattr(cut, k).shape != v.shape for k, v in given.items()):
+                yield f"operator '{name}'"
 
     def at(self, part: slice | Tensor) -> "LossTerm":
         """Return the term with the operators and the data at a part of the points.

@@ -26,6 +26,17 @@ class Sampler(Protocol):
         """Draw one sample of shape [n, dim]."""
 
 
+def is_fixed(sampler: Sampler) -> bool:
+    """Whether every sample of a sampler is the same, so that tensors may belong to its points.
+
+    A sampler of one's own says so by an attribute ``fixed = True``.
+    """
+    parts = getattr(sampler, "factors", None) or getattr(sampler, "parts", None)
+    if isinstance(sampler, Product | Union) and parts:
+        return all(is_fixed(part) for part in parts)
+    return isinstance(sampler, Fixed) or bool(getattr(sampler, "fixed", False))
+
+
 @dataclass(frozen=True)
 class Product:
     """Points whose coordinates are those of several samplers, side by side."""

@@ -1,0 +1,237 @@
+"""Checks of what cannot be declared, made once: points do not mix, and jets see what torch sees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.overrides import TorchFunctionMode
+
+from pinncurv.jets import Derivative, Jet, merge, seed
+from pinncurv.linearization.part import TermPart
+
+# Groups of few points: reversed, with gaps, and no group in the place that it has among all.
+_GROUPS: dict[int, tuple[tuple[int, ...], ...]] = {
+    2: ((1,), (0,)),
+    3: ((1, 0), (2,)),
+    4: ((1, 3), (2, 0)),
+    5: ((1, 3, 0), (4, 2)),
+}
+
+
+def check_pointwise(part: TermPart, model: Module) -> None:
+    """Check that each row of the residual depends on its point only, at a few of the points.
+
+    r(x_n, ...) is the same whatever the other points are, and whenever it is called.
+
+    Args:
+        part: The term at all points.
+        model: The network.
+
+    Raises:
+        ValueError: If network or residual mix the points, change from call to call, or write to
+            what they are given; names the rows that differ.
+    """
+    rows = torch.linspace(0, len(part.x) - 1, min(len(part.x), 5)).round().long()
+    few = part.at(rows.to(part.x.device))
+    with torch.no_grad():
+        together = _evaluate(few, model)
+        for group in _GROUPS.get(len(rows), ()):
+            alone = _evaluate(few.at(torch.tensor(group, device=part.x.device)), model)
+            expected = together[list(group)]
+            bad = _differing(alone, expected, _size(few, together))
+            if bad is not None:
+                raise _mixed(few, model, rows[list(group)][bad].tolist(), alone, expected)
+
+
+def _evaluate(part: TermPart, model: Module) -> Tensor:
+    """Evaluate the residual; check that its arguments are left as they are."""
+    x = part.x.clone()
+    given = part.plan.read(x, model(part.seed))
+    values = {**given, **{name: tensor.clone() for name, tensor in part.data.items()}}
+    before = {name: tensor._version for name, tensor in {"x": x, **values}.items()}
+    residual = part.call(x, values)
+    after = {name: tensor._version for name, tensor in {"x": x, **values}.items()}
+    written = [name for name in before if before[name] != after[name]]
+    if written:
+        raise ValueError(
+            f"Term '{part.term.name}': the residual must leave its arguments as they are, but "
+            f"writes to {', '.join(written)} in place. Write e.g. u = u - 1 in place of u -= 1 or "
+            "u.sub_(1)."
+        )
+    return residual
+
+
+def _size(part: TermPart, residual: Tensor) -> float:
+    """Return the size of the numbers that a residual is the sum of, for what rounding does."""
+    known = [residual, part.x, *(t for t in part.data.values() if t.is_floating_point())]
+    sizes = [t.abs().nan_to_num(0, 0, 0).max() for t in known if t.numel()]
+    return float(torch.stack([s.to(residual) for s in sizes]).max())
+
+
+def _differing(a: Tensor, b: Tensor, size: float) -> Tensor | None:
+    """Return which rows of two residuals differ by more than rounding; None for none."""
+    if a.shape != b.shape:
+        return torch.ones(len(a), dtype=torch.bool)
+    equal = (a == b) | (a.isnan() & b.isnan()) | ((a - b).abs() <= 2000 * _eps(a) * size)
+    return None if equal.all() else ~equal.all(dim=1).cpu()
+
+
+def _eps(tensor: Tensor) -> float:
+    return torch.finfo(tensor.dtype).eps
+
+
+def _mixed(
+    few: TermPart, model: Module, rows: list[int], alone: Tensor, together: Tensor
+) -> ValueError:
+    """Say who is not pointwise, and how."""
+    name = few.term.name
+    once, again = _evaluate(few, model), _evaluate(few, model)
+    if _differing(once, again, _size(few, once)) is not None:
+        return ValueError(
+            f"Term '{name}': network and residual must be functions of their arguments, but give "
+            "other numbers when they are called a second time at the same points. Draw random "
+            "numbers beforehand (as data= of the LossTerm), call model.eval(), and keep nothing "
+            "that changes from call to call."
+        )
+    if alone.shape != together.shape:
+        how = (
+            f"it has {together.shape[1]} components at {len(few.x)} points and {alone.shape[1]} at "
+            f"{len(alone)} of them. A tensor [N] may have been broadcast against one of [N, 1]"
+        )
+    else:
+        how = (
+            f"its rows at points {rows} change when other points are left out or stand in another "
+            f"order, e.g. from {together.flatten()[:3].tolist()} to {alone.flatten()[:3].tolist()}"
+        )
+    return ValueError(
+        f"Term '{name}': every row of the residual must depend on its own point only, but {how}. "
+        "Means, norms, shifts or sums over the points, in the residual or the network, have no "
+        "Gauss-Newton matrix of this kind. Write an integral as one point that holds all nodes "
+        "(README, 'Integral conditions'), and constants as numbers."
+    )
+
+
+class _Spelled(TorchFunctionMode):
+    """Writes layer_norm out: torch's own has wrong third derivatives (2.13)."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        return (_layer_norm if func is torch.nn.functional.layer_norm else func)(*args, **kwargs)
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: tuple[int, ...],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    dims = tuple(range(-len(normalized_shape), 0))
+    centred = input - input.mean(dims, keepdim=True)
+    result = centred / (centred.square().mean(dims, keepdim=True) + eps).sqrt()
+    result = result if weight is None else result * weight
+    return result if bias is None else result + bias
+
+
+def check_derivatives(part: TermPart, model: Module, parameters: Mapping[str, Tensor]) -> None:
+    """Check jets through the network against reverse mode: one point, one random direction.
+
+    Σ_k c_k aᵀ ∂ᵏ/∂tᵏ u(x + t w) for k = 0 up to the highest order of the term, c, a, w random, and
+    its gradient in the parameters
+
+    Args:
+        part: The term.
+        model: The network.
+        parameters: The trained tensors by name.
+
+    Raises:
+        ValueError: If they differ; says in what.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = part.x[:1]
+    w = torch.randn(x.shape[1], generator=generator, dtype=torch.float64).to(x)
+    order = part.plan.layout.orders[-1]
+    own = {id(parameter) for parameter in model.parameters()}
+    mine = {name: p for name, p in parameters.items() if id(p) in own}
+    layout, channels = merge([Derivative.along(*[w] * k) for k in range(order + 1)], x)
+    with torch.enable_grad():
+        outputs = [jet.data for jet in _leaves(model(seed(x, layout)))]
+        weights = [torch.randn(o.shape[1:], generator=generator).to(o) for o in outputs]
+        ours = [_sum_of(weights, [o[c] for o in outputs]) for c in channels]
+        try:
+            theirs = _by_reverse_mode(model, x, w, weights, order)
+            gradients = _gradients(theirs, mine)
+        except (RuntimeError, NotImplementedError):
+            return  # torch has no derivative of something; jets need none of it
+        own_gradients = _gradients(ours, mine)
+    names = [f"derivative {k} along a direction" for k in range(order + 1)]
+    _compare(part, model, names, ours, theirs)
+    names = [f"gradient in {name}" for name in mine]
+    _compare(part, model, names, own_gradients, gradients)
+
+
+def _compare(
+    part: TermPart, model: Module, names: list[str], ours: list[Tensor], theirs: list[Tensor]
+) -> None:
+    """Compare one by one, relative to the size of each and a thousandth of the largest."""
+    sizes = [float(b.detach().abs().max()) for b in theirs]
+    for what, a, b, size in zip(names, ours, theirs, sizes, strict=True):
+        tolerance = 50 * _eps(b) ** 0.5 * (size + 1e-3 * max(sizes))
+        if b.isfinite().all() and not (a - b).abs().max() <= tolerance:
+            raise ValueError(
+                f"Term '{part.term.name}': the network {type(model).__name__} must do to a jet "
+                f"what it does to a tensor, but by torch.autograd its {what} at point 0 is "
+                f"{b.flatten()[:3].tolist()}, by jets {a.flatten()[:3].tolist()}. It may branch on "
+                "the type of its input, detach it, call a torch.autograd.Function or a rule of "
+                "your own that is wrong. pinncurv.verify(...) says more; check=False of the "
+                "Objective turns this check off."
+            )
+
+
+def _sum_of(weights: list[Tensor], outputs: list[Tensor]) -> Tensor:
+    """Return Σ aᵀ u over all outputs, of one point."""
+    return torch.stack([(a * u[0]).sum() for a, u in zip(weights, outputs, strict=True)]).sum()
+
+
+def _by_reverse_mode(
+    model: Module, x: Tensor, w: Tensor, weights: list[Tensor], order: int
+) -> list[Tensor]:
+    """Return aᵀ u and its derivatives along w, by repeated torch.autograd.grad."""
+    t = x.new_zeros((), requires_grad=True)
+    with _Spelled():
+        outputs = list(_leaves(model(x + t * w)))
+    found = [_sum_of(weights, outputs)]
+    for _ in range(order):
+        last = found[-1]
+        grad = (
+            torch.autograd.grad(last, t, create_graph=True, allow_unused=True)[0]
+            if last.requires_grad
+            else None
+        )
+        found.append(torch.zeros_like(last) if grad is None else grad)
+    return found
+
+
+def _gradients(values: list[Tensor], parameters: Mapping[str, Tensor]) -> list[Tensor]:
+    """Return the gradient of a weighted sum of values in each parameter."""
+    total = torch.stack([value / (1 + k) for k, value in enumerate(values)]).sum()
+    tensors = list(parameters.values())
+    if not tensors or not total.requires_grad:
+        return [torch.zeros_like(p) for p in tensors]
+    found = torch.autograd.grad(total, tensors, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(tensors, found, strict=True)]
+
+
+def _leaves(output: Any) -> Iterator[Any]:
+    """Yield the jets or tensors of a network's output in order."""
+    if isinstance(output, Tensor | Jet):
+        yield output
+    elif isinstance(output, dict | list | tuple):
+        for item in output.values() if isinstance(output, dict) else output:
+            yield from _leaves(item)

@@ -1,0 +1,84 @@
+"""What a function depends on besides its arguments, as far as Python can tell."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Mapping, Set
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Module
+
+_DEPTH = 5
+_LONGEST = 256  # longer containers and arrays are told apart by identity
+_LIBRARIES = ("torch", "pinncurv", "math", "numpy", "jaxtyping", "builtins")
+
+
+def circumstances(given: Any, depth: int = _DEPTH) -> Any:
+    """Return what changes when a number, tensor or function inside of an object does.
+
+    Numbers and strings are themselves, tensors their identity and version, functions what they
+    close over, their defaults and the global names that they use, modules and other objects their
+    attributes. Not seen: what lies deeper than five objects, in long containers, in libraries, and
+    writes through ``tensor.data``.
+
+    Args:
+        given: Any object.
+        depth: How deep to look.
+    """
+    if isinstance(given, bool | int | float | complex | str | bytes | None):
+        return given if given == given else "nan"  # NaN differs from itself
+    if isinstance(given, Tensor):
+        return id(given), given.data_ptr(), None if given.is_inference() else given._version
+    if depth == 0 or isinstance(given, type | types.ModuleType):
+        return id(given)
+    inner = functools.partial(circumstances, depth=depth - 1)
+    if isinstance(given, types.FunctionType):
+        if (given.__module__ or "").partition(".")[0] in _LIBRARIES:
+            return id(given)
+        cells = [_content(cell) for cell in given.__closure__ or ()]
+        names = [given.__globals__[n] for n in _names(given.__code__) if n in given.__globals__]
+        used = [value for value in names if not isinstance(value, types.ModuleType | type)]
+        defaults = [given.__defaults__, given.__kwdefaults__]
+        return id(given.__code__), tuple(inner(part) for part in (*cells, *used, *defaults))
+    if isinstance(given, types.MethodType):
+        return inner(given.__func__), inner(given.__self__)
+    if isinstance(given, functools.partial):
+        return inner(given.func), inner(given.args), inner(given.keywords)
+    if isinstance(given, Mapping | Set | list | tuple):
+        if len(given) > _LONGEST:
+            return id(given), len(given)
+        if isinstance(given, Mapping):
+            return tuple((inner(key), inner(value)) for key, value in given.items())
+        return type(given), tuple(inner(part) for part in given)
+    if type(given).__module__ == "numpy":
+        small = getattr(given, "size", _LONGEST + 1) <= _LONGEST
+        return (id(type(given)), given.tobytes()) if small else id(given)
+    if isinstance(given, Module):
+        return tuple(_of_module(module, depth) for module in given.modules())
+    attributes = getattr(given, "__dict__", None)
+    return id(given), inner(dict(attributes)) if attributes else None
+
+
+def _of_module(module: Module, depth: int) -> Any:
+    """Return the identity of a module, its parameters and buffers, and its plain attributes."""
+    own = {k: v for k, v in vars(module).items() if not k.startswith("_") or k == "_buffers"}
+    # attributes such as a Sequential's list of modules are visited as modules
+    plain = {k: v for k, v in own.items() if not isinstance(v, Module)}
+    parameters = tuple(id(p) for p in module._parameters.values())
+    return id(module), parameters, circumstances(plain, depth - 1)
+
+
+@functools.lru_cache(maxsize=1024)
+def _names(code: types.CodeType) -> tuple[str, ...]:
+    """Return the names that code uses, with that of the functions defined in it."""
+    inner = [_names(part) for part in code.co_consts if isinstance(part, types.CodeType)]
+    return tuple(dict.fromkeys((*code.co_names, *(name for names in inner for name in names))))
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
