@@ -152,9 +152,13 @@ def einsum(equation: str, *operands: Any) -> Jet:
     if "->" not in equation:  # then the output has what appears once, in alphabetical order
         letters = sorted(c for c in set(equation) if c.isalpha() and equation.count(c) == 1)
         equation = f"{equation}->{'...' if '...' in equation else ''}{''.join(letters)}"
-    channel = next(c for c in "zyxwvutsrqponmlkjihgfedcbaZYXWVUTSRQ" if c not in equation)
+    channel, *unused = (c for c in "zyxwvutsrqponmlkjihgfedcbaZYXWVUTSRQ" if c not in equation)
     inputs, output = equation.replace(" ", "").split("->")
     terms = inputs.split(",")
+    hidden = [x.ndim - len(t) + 3 if "..." in t else 0 for t, x in zip(terms, operands, strict=True)]
+    names = "".join(unused[: max(hidden)])  # of the axes that an ellipsis stands for
+    terms = [t.replace("...", names[len(names) - n :]) for t, n in zip(terms, hidden, strict=True)]
+    output = output.replace("...", names)
     for i in positions:
         if not output.startswith(terms[i][0]):
             point_axis_mixed(operands[i], "einsum")
