@@ -55,7 +55,7 @@ def _group_norm(x: Tensor, groups: int, weight=None, bias=None, eps: float = 1e-
     return _affine(y, *(None if p is None else p.reshape(shape) for p in (weight, bias)))
 
 
-def _norm(x: Tensor, ord=2, dim=None, keepdim: bool = False, p=None, dtype=None) -> Tensor:
+def _norm(x: Tensor, ord=2, dim=None, keepdim=False, p=None, out=None, dtype=None) -> Tensor:
     ord = 2 if ord is None else ord if p is None else p
     return x.abs().pow(ord).sum(dim, keepdim=keepdim) ** (1 / ord)
 
