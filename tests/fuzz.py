@@ -110,7 +110,7 @@ TEMPLATES: dict[str, str | Sequence[str]] = {
         ("layer_norm", "nn.functional.layer_norm"),
         (
             f"{{f}}({_WIDE}, (2 * {{w}} + {{d}},), P[2 * {{w}} + {{d}}], eps=0.1)",
-            f"{{f}}({_WIDE} * K[3, 1, 1], (2 * {{w}} + {{d}},), bias=P[2 * {{w}} + {{d}}])[0]",
+            f"{{f}}({_WIDE}, [2 * {{w}} + {{d}}], bias=P[2 * {{w}} + {{d}}])",
             "{f}({h}[:, None] * P[3, {w}] + K[3, {w}], (3, {w}), P[3, {w}], eps=0.1).sum(1)",
         ),
     ),
@@ -565,4 +565,4 @@ def _flat(tensors: Iterable[Tensor]) -> Tensor:
 if __name__ == "__main__":
     chosen = make(int(sys.argv[1]))
     print(chosen)
-    check(chosen)
+    _check(chosen)

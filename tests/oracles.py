@@ -56,7 +56,7 @@ def _group_norm(x: Tensor, groups: int, weight=None, bias=None, eps: float = 1e-
 
 
 def _norm(x: Tensor, ord=2, dim=None, keepdim=False, p=None, out=None, dtype=None) -> Tensor:
-    ord = 2 if ord is None else ord if p is None else p
+    ord = 2 if "fro" in (ord, p) or ord is None else ord if p is None else p
     return x.abs().pow(ord).sum(dim, keepdim=keepdim) ** (1 / ord)
 
 
