@@ -154,7 +154,8 @@ TEMPLATES: dict[str, str | Sequence[str]] = {
         "{f}({h}[:, :, None] * P[2], K[{w}], K[{w}].exp(), P[{w}]).sum(2)",
     ),
     "nn.functional.bilinear": "{f}({h}, {g}, P[{v}, {w}, {w}], P[{v}])",
-    "nn.functional.celu": ("{f}({h}, 0.7)",),
+    "celu": "{f}({h}, 0.5)",  # torch rounds 1 / alpha to single precision
+    "nn.functional.celu": "{f}({h}, 2.0)",
     "nn.functional.conv1d": (
         "{f}({h}[:, None], P[{v}, 1, 2], P[{v}], padding=1).mean(2)",
         "{f}({h}[:, None] * K[2, {w}], P[{v}, 2, 1], stride=2).sum(2)",
@@ -178,7 +179,7 @@ TEMPLATES: dict[str, str | Sequence[str]] = {
     "nn.functional.scaled_dot_product_attention": (
         "{f}({h}[:, None] * K[3, 1], {g}[:, None] * K[3, 1], {h}[:, None].cos() * P[3, {w}]).sum(1)",
         "{f}({h}[:, None] * P[2, 1], {g}[:, None] * K[2, 1], {h}[:, None], is_causal=True)[:, 1]",
-    )[:1],
+    ),
     "nn.functional.softmin": "{f}({h}, dim=1)",
     "nn.functional.softplus": ("{f}({h})", "{f}({h}, 2.0)", "{f}({h}, beta=1.5)"),
     "ones_like": "{f}({h}) - {h}",
@@ -202,8 +203,11 @@ TEMPLATES: dict[str, str | Sequence[str]] = {
     ),
     "zeros_like": "{f}({h}) + {h}",
 }
-# Cuts the graph of the parameters; what it means for derivatives in x is tested by itself.
-EXCLUDED = {"detach"}
+EXCLUDED = {
+    "detach",  # cuts what is differentiated: tests/jets
+    "nn.functional.hardsigmoid",  # torch's slope is 1/6 in single precision: tests/jets
+    "layer_norm",  # torch.layer_norm is refused, see test_fuzz
+}
 NAMES = sorted(set(supported()) - EXCLUDED)
 random.Random(0).shuffle(NAMES)
 
@@ -301,7 +305,7 @@ class Case:
     model: Program
     terms: list[LossTerm]
     points: list[Tensor]
-    chunk_size: int
+    chunk_size: int | None
 
     @property
     def names(self) -> set[str]:
@@ -340,7 +344,7 @@ def make(seed: int) -> Case:
     batch = [torch.rand(n, d, dtype=torch.float64, generator=generator) for n in sizes]
     outputs = _network(model, torch.cat(batch), names, depth=4 if order < 3 else 3)
     terms = [_term(f"t{k}", x, outputs, order, rng, generator, names) for k, x in enumerate(batch)]
-    return Case(seed, model, terms, batch, rng.randint(1, 3))
+    return Case(seed, model, terms, batch, rng.choice([None, 1, 2, 3]))
 
 
 def _network(
@@ -357,8 +361,7 @@ def _network(
         w = given[h].shape[1]
         heads.append(model.expand("functional.linear({h}, P[{o}, {w}], P[{o}])", h=h, o=out, w=w))
         shapes = [out, x.shape[1]]
-    for parameter in model.p[-1:]:
-        parameter.requires_grad_(True)
+    model.p[-1].requires_grad_(True)
     if len(heads) == 1:
         model.result = heads[0]
         return {None: shapes[0]} if rng.random() < 0.9 else _tuple(model, heads[0], shapes[0])
@@ -530,19 +533,16 @@ def _check(case: Case) -> None:
     r = torch.cat([row.flatten() for row in rows])
     G, g = J.T @ J, J.T @ r
     v = torch.randn(len(g), 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    for chunk_size in (None, case.chunk_size):
-        objective = Objective(model, terms, case.points, chunk_size)
-        linearized = objective.linearize()
-        for received, row in zip(linearized.residual, rows, strict=True):
-            oracles.assert_close(received, row)
-        oracles.assert_close(objective.loss().detach(), 0.5 * r @ r)
-        oracles.assert_close(_flat(linearized.gradient()), g)
-        objective.backward()
-        oracles.assert_close(_flat(p.grad for p in objective.parameters()), g)
-        for parameter in objective.parameters():
-            parameter.grad = None
-        oracles.assert_close(GaussNewton()(linearized).to_dense(), G)
-        oracles.assert_close(MatrixFreeGaussNewton()(linearized) @ v, G @ v)
+    objective = Objective(model, terms, case.points, case.chunk_size)
+    linearized = objective.linearize()
+    for received, row in zip(linearized.residual, rows, strict=True):
+        oracles.assert_close(received, row)
+    oracles.assert_close(objective.loss().detach(), 0.5 * r @ r)
+    oracles.assert_close(_flat(linearized.gradient()), g)
+    objective.backward()
+    oracles.assert_close(_flat(p.grad for p in objective.parameters()), g)
+    oracles.assert_close(GaussNewton()(linearized).to_dense(), G)
+    oracles.assert_close(MatrixFreeGaussNewton()(linearized) @ v, G @ v)
 
 
 def _exact(
