@@ -178,7 +178,7 @@ TEMPLATES: dict[str, str | Sequence[str]] = {
     ),
     "nn.functional.scaled_dot_product_attention": (
         "{f}({h}[:, None] * K[3, 1], {g}[:, None] * K[3, 1], {h}[:, None].cos() * P[3, {w}]).sum(1)",
-        "{f}({h}[:, None] * P[2, 1], {g}[:, None] * K[2, 1], {h}[:, None], is_causal=True)[:, 1]",
+        "{f}({h}[:, None] * P[2, 1], {g}[:, None] * K[2, 1], {h}[:, None] * K[2, 1], is_causal=True).sum(1)",
     ),
     "nn.functional.softmin": "{f}({h}, dim=1)",
     "nn.functional.softplus": ("{f}({h})", "{f}({h}, 2.0)", "{f}({h}, beta=1.5)"),
