@@ -82,8 +82,8 @@ _BY_HAND = {
     torch.linalg.vector_norm: _norm,
     functional.normalize: _normalize,
     functional.cosine_similarity: lambda x, y, dim=1: (
-        (_normalize(x, 2, dim) * _normalize(y, 2, dim)).sum(dim)
-    ),
+        _normalize(x, 2, dim) * _normalize(y, 2, dim)
+    ).sum(dim),
     **dict.fromkeys((torch.std, torch.Tensor.std), _std),
     functional.hardsigmoid: lambda x, inplace=False: (x / 6 + 0.5).clamp(0, 1),
     functional.hardswish: lambda x, inplace=False: x * (x / 6 + 0.5).clamp(0, 1),

@@ -1,6 +1,5 @@
 """Random networks, residuals and operators agree with nested torch.func; see tests/fuzz.py."""
 
-import jaxtyping
 import pytest
 import torch
 from torch import nn
@@ -11,18 +10,11 @@ from tests.fuzz import NAMES, check, make
 from tests.networks import points
 
 pytestmark = [
+    pytest.mark.usefixtures("shapes_unchecked"),  # which takes longer than what is tested
     pytest.mark.filterwarnings("ignore:The second derivative of"),
     pytest.mark.filterwarnings("ignore:There is a performance drop"),
 ]
 SEEDS = range(200)
-
-
-@pytest.fixture(autouse=True)
-def _shapes_unchecked():
-    """Checking shapes at run time takes most of the time, and here numbers are compared."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

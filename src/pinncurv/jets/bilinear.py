@@ -155,7 +155,9 @@ def einsum(equation: str, *operands: Any) -> Jet:
     channel, *unused = (c for c in "zyxwvutsrqponmlkjihgfedcbaZYXWVUTSRQ" if c not in equation)
     inputs, output = equation.replace(" ", "").split("->")
     terms = inputs.split(",")
-    hidden = [x.ndim - len(t) + 3 if "..." in t else 0 for t, x in zip(terms, operands, strict=True)]
+    hidden = [
+        x.ndim - len(t) + 3 if "..." in t else 0 for t, x in zip(terms, operands, strict=True)
+    ]
     names = "".join(unused[: max(hidden)])  # of the axes that an ellipsis stands for
     terms = [t.replace("...", names[len(names) - n :]) for t, n in zip(terms, hidden, strict=True)]
     output = output.replace("...", names)
