@@ -179,8 +179,8 @@ TEMPLATES: dict[str, str | Sequence[str]] = {
         "{f}({h}[:, None], (1, 1), mode='replicate')[:, 0]",
     ),
     "nn.functional.scaled_dot_product_attention": (
-        "{f}({h}[:, None] * K[3, 1], {g}[:, None] * K[3, 1], {h}[:, None].cos() * P[3, {w}]).sum(1)",
-        "{f}({h}[:, None] * P[2, 1], {g}[:, None] * K[2, 1], {h}[:, None] * K[2, 1], is_causal=True).sum(1)",
+        "{f}({h}[:, None] * K[3, 1], {g}[:, None] * K[3, 1], {h}[:, None] * P[3, {w}]).sum(1)",
+        "{f}(*[{h}[:, None] * P[2, 1]] * 3, is_causal=True)[:, 1]",
     ),
     "nn.functional.softmin": "{f}({h}, dim=1)",
     "nn.functional.softplus": ("{f}({h})", "{f}({h}, 2.0)", "{f}({h}, beta=1.5)"),
@@ -436,7 +436,7 @@ def _joined(r: str, s: str, given: dict[str, Tensor], program: Program) -> str:
     """Return an expression that joins two matrices."""
     m, n = given[r].shape[1], given[s].shape[1]
     if m != n and 1 not in (m, n):
-        r, s, m = f"{r}[:, :1]", s, 1
+        r, m = f"{r}[:, :1]", 1
     joins = ["{r} + {s}", "{r} * {s}", "{r} - 0.3 * {s}.square()", "{r} * torch.sin({s})"]
     joins += ["P[] * {r} - {s}", "{r} * {s} - functional.linear(x, P[1, {d}], P[1])"]
     joins += ["torch.cat([{r}, {s}], 1)", "{r} - {s} * P[{n}]"]

@@ -458,7 +458,7 @@ def _params():
 
 @pytest.mark.parametrize(("violation", "seed"), list(_params()))
 def test_is_refused(violation, seed):
-    with pytest.raises(REFUSALS, match=r"must|No jet rule|immutable|broadcast"):
+    with pytest.raises(REFUSALS, match=r"must|No jet rule|immutable|broadcast|Dropout"):
         violation(Setting.draw(seed))
 
 
