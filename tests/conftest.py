@@ -7,6 +7,7 @@ what it is about.
 import functools
 import itertools
 import os
+from collections.abc import Iterator
 
 import jaxtyping
 import pytest
@@ -51,3 +52,11 @@ def pytest_configure() -> None:
 def generator() -> torch.Generator:
     """Return a generator of random numbers with a fixed seed, a new one for each test."""
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def shapes_unchecked() -> Iterator[None]:
+    """Run a test as users run the package: without checks of shape annotations, and faster."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

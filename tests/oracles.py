@@ -25,22 +25,71 @@ RTOL = 1e-9
 
 
 class ByHand(TorchFunctionMode):
-    """LayerNorm written out.
+    """Functions written out whose nested derivatives torch has not, or has wrong.
 
-    Nested derivatives of torch's own are wrong, from the second on and differently for every order
-    of jacfwd and jacrev: see test_orders.
+    Those of LayerNorm are wrong from the second on and differently for every order of jacfwd and
+    jacrev: see test_orders. Those of norms write in place to what the next order needs.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        return (_layer_norm if func is functional.layer_norm else func)(*args, **(kwargs or {}))
+        return _BY_HAND.get(func, func)(*args, **(kwargs or {}))
+
+
+def _standardized(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
+    centred = x - x.mean(dims, keepdim=True)
+    return centred / (centred.square().mean(dims, keepdim=True) + eps).sqrt()
+
+
+def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
 
 
 def _layer_norm(x: Tensor, shape, weight=None, bias=None, eps: float = 1e-5) -> Tensor:
-    dims = tuple(range(-len(shape), 0))
-    centred = x - x.mean(dims, keepdim=True)
-    y = centred / (centred.square().mean(dims, keepdim=True) + eps).sqrt()
-    y = y if weight is None else y * weight
-    return y if bias is None else y + bias
+    return _affine(_standardized(x, tuple(range(-len(shape), 0)), eps), weight, bias)
+
+
+def _group_norm(x: Tensor, groups: int, weight=None, bias=None, eps: float = 1e-5) -> Tensor:
+    y = _standardized(x.reshape(len(x), groups, -1), (2,), eps).reshape(x.shape)
+    shape = (-1, *(1,) * (x.ndim - 2))
+    return _affine(y, *(None if p is None else p.reshape(shape) for p in (weight, bias)))
+
+
+def _norm(x: Tensor, ord=2, dim=None, keepdim=False, p=None, out=None, dtype=None) -> Tensor:
+    ord = 2 if "fro" in (ord, p) or ord is None else ord if p is None else p
+    return x.abs().pow(ord).sum(dim, keepdim=keepdim) ** (1 / ord)
+
+
+def _normalize(x: Tensor, p: float = 2, dim: int = 1, eps: float = 0, out=None) -> Tensor:
+    return x / _norm(x, p, dim, True)
+
+
+def _std(x: Tensor, dim=None, keepdim: bool = False) -> Tensor:
+    return x.var(dim, keepdim=keepdim).sqrt()
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    if is_causal:
+        scores = scores + torch.full(scores.shape[-2:], -torch.inf).triu(1)
+    return torch.softmax(scores, -1) @ v
+
+
+_BY_HAND = {
+    **dict.fromkeys((functional.layer_norm, torch.layer_norm), _layer_norm),
+    **dict.fromkeys((functional.group_norm, torch.group_norm), _group_norm),
+    **dict.fromkeys((torch.norm, torch.Tensor.norm, torch.linalg.norm), _norm),
+    torch.linalg.vector_norm: _norm,
+    functional.normalize: _normalize,
+    functional.cosine_similarity: lambda x, y, dim=1: (
+        _normalize(x, 2, dim) * _normalize(y, 2, dim)
+    ).sum(dim),
+    **dict.fromkeys((torch.std, torch.Tensor.std), _std),
+    functional.hardsigmoid: lambda x, inplace=False: (x / 6 + 0.5).clamp(0, 1),
+    functional.hardswish: lambda x, inplace=False: x * (x / 6 + 0.5).clamp(0, 1),
+    functional.glu: lambda x, dim=-1: x.chunk(2, dim)[0] * x.chunk(2, dim)[1].sigmoid(),
+    functional.scaled_dot_product_attention: _attention,
+}
 
 
 def assert_close(received: Tensor, expected: Tensor, rtol: float = RTOL) -> None:

@@ -147,7 +147,8 @@ def getitem(input: Jet, index: Any) -> Jet:
     indices = index if isinstance(index, tuple) else (index,)
     first = indices[0] if indices else None
     keeps_points = first is Ellipsis or (isinstance(first, slice) and first == slice(None))
-    if not keeps_points or (first is Ellipsis and len(indices) > input.ndim):
+    used = sum(part is not None for part in indices)
+    if not keeps_points or (first is Ellipsis and used > input.ndim):
         point_axis_mixed(input, "Tensor.__getitem__")
     advanced = [i for i, part in enumerate(indices) if isinstance(part, Tensor | list)]
     if advanced and advanced[-1] - advanced[0] >= len(advanced):
