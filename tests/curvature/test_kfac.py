@@ -13,7 +13,6 @@ from pinncurv.curvature import (
     expand,
     reduce,
 )
-from pinncurv.curvature.kfac import gram
 from pinncurv.diffops import Directional, Gradient, Laplacian, Partial, SecondOrder, Value
 from pinncurv.linearization import Empirical, ForwardOnly, Type2, linearize
 from pinncurv.problems import Fixed, LossTerm
@@ -159,14 +158,6 @@ def test_recipe():
         KFAC(fisher=ForwardOnly())(linearized).to_dense(),
         kfac([term], model, [x], fisher=ForwardOnly()).to_dense(),
     )
-
-
-@pytest.mark.parametrize("width", [1, 191, 192, 193, 256])
-def test_gram_matrix_of_wide_layers(width):
-    """Wide ones are computed by quarters."""
-    generator = torch.Generator().manual_seed(0)
-    X = torch.randn(5, width, generator=generator, dtype=torch.float64)
-    torch.testing.assert_close(gram(X), X.T @ X)
 
 
 # --- where KFAC is exact --------------------------------------------------------------------------

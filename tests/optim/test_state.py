@@ -111,7 +111,7 @@ def test_loading_into_a_run():
 
 @pytest.mark.parametrize(
     ("name", "duplicate"),
-    zip(OPTIMIZERS, itertools.cycle([copy.deepcopy, through_pickle]), strict=False),
+    list(zip(OPTIMIZERS, itertools.cycle([copy.deepcopy, through_pickle]), strict=False)),
 )
 def test_copies(name, duplicate):
     """A copy of model and optimizer goes on as the original does, and apart from it."""
