@@ -93,7 +93,7 @@ class KernelInverseLinearOperator(SymmetricLinearOperator):
 
     def _check_positive(self, X: list[Tensor], Y: list[Tensor]) -> None:
         """Check that vᵀ (JᵀJ + λI)⁻¹ v is positive for every column v other than zero."""
-        pairs = [(x.flatten(0, -2), y.flatten(0, -2)) for x, y in zip(X, Y, strict=True)]
+        pairs = [[t.reshape(-1, t.shape[-1]) for t in pair] for pair in zip(X, Y, strict=True)]
         forms = torch.stack([(x * y).sum(0) for x, y in pairs]).sum(0)
         present = torch.stack([x.any(0) for x, _ in pairs]).any(0)
         if bool((present & ~(forms > 0)).any()):
