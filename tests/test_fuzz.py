@@ -43,7 +43,6 @@ def test_a_case_says_how_to_see_it_again():
     assert str(make(3).model) in note
 
 
-@pytest.mark.xfail(strict=True, reason="the check of derivatives spells nn.functional's out only")
 def test_torch_layer_norm_is_accepted():
     class Normed(nn.Module):
         def __init__(self):

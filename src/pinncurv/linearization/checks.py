@@ -143,7 +143,8 @@ class _Spelled(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        return (_layer_norm if func is torch.nn.functional.layer_norm else func)(*args, **kwargs)
+        known = (torch.nn.functional.layer_norm, torch.layer_norm)
+        return (_layer_norm if func in known else func)(*args, **kwargs)
 
 
 def _layer_norm(
@@ -152,6 +153,7 @@ def _layer_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    cudnn_enable: bool = True,
 ) -> Tensor:
     dims = tuple(range(-len(normalized_shape), 0))
     centred = input - input.mean(dims, keepdim=True)

@@ -220,11 +220,17 @@ def _reached(residual: Tensor, tape: Tape, names: Mapping[int, str], term: str) 
     """
     roots = {_node(e.root): i for i, e in enumerate(tape.entries) if _has_points(e)}
     recorded = {id(entry.root) for entry in tape.entries}
+    # a linear layer on a plain tensor that no jet has met: in a residual that is no nn.Module
+    plain = {id(entry.root): entry for entry in tape.entries if not _has_points(entry)}
     reached: set[int] = set()
     uses: dict[str, str] = {}
     for item in _leaves([residual.grad_fn], roots):
         if isinstance(item, int):
             reached.add(item)
+        elif id(item[0]) in plain:
+            for tensor in plain[id(item[0])].trained:
+                if tensor.requires_grad:
+                    uses.setdefault(names.get(id(tensor), _foreign(tensor)), "a linear layer")
         elif id(item[0]) not in recorded:
             uses.setdefault(names.get(id(item[0]), _foreign(item[0])), item[1])
     if uses:
