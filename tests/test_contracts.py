@@ -357,6 +357,30 @@ def test_layers_that_change_places():
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
+class UsesGlobal(nn.Module):
+    """A network that depends on a global number and an attribute of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self._factor = _network(), 1.0
+
+    def forward(self, x):
+        return GLOBAL * self._factor * self.net(x)
+
+
+def test_numbers_that_a_network_uses(monkeypatch):
+    objective = Objective(UsesGlobal(), [_term(lambda x, u, lap: u + lap - 1)], [_points()])
+    optimizer = levenberg_marquardt(objective.parameters())
+    optimizer.step(objective)
+    for change in (
+        lambda: monkeypatch.setitem(globals(), "GLOBAL", 3.0),
+        lambda: setattr(objective.model, "_factor", 2.0),
+    ):
+        change()
+        before = float(objective.loss().detach())
+        assert optimizer.step(objective).loss == pytest.approx(before, rel=1e-12)
+
+
 class Deep:
     """Objects in objects, with cycles, long lists and what makes new objects when it is asked."""
 

@@ -40,7 +40,8 @@ N, N_BOUNDARY = 400, 100
 # layer have 3.5, and five vectors are held at a time.
 LARGEST = 5
 # A sketch works on blocks of 2^22 numbers, and estimates take 4 entrywise products of 8 columns.
-LARGEST_BLOCK = {"nystroem": 37, "frobenius": 32}
+# Conjugate gradients keep their residuals, in blocks of 16 at first.
+LARGEST_BLOCK = {"nystroem": 37, "frobenius": 32, "cg": 16}
 DAMPING = 1e-6
 
 

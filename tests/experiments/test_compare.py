@@ -291,6 +291,7 @@ def test_large_blocks_are_inverted_by_factorization(monkeypatch: pytest.MonkeyPa
         torch.testing.assert_close(DampedBlocks(0.1)(operator).to_dense(), expected)
 
 
+@pytest.mark.filterwarnings("ignore::pinncurv.linops.DampingBelowResolution")
 @pytest.mark.usefixtures("_no_figure", "_no_figures")
 def test_checkpoints_of_a_run_are_compared_where_they_are(tmp_path: Path) -> None:
     trained, run = tmp_path / "trained", tmp_path / "run"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -115,15 +116,27 @@ def same(left: Iterable[Tensor], right: Iterable[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
+_CALLS: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+
+
 class Calls(nn.Module):
-    """A network that counts how often it is called."""
+    """A network that is counted how often it is called, from outside: a counter changes it."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
-        self.net, self.count = net, 0
+        self.net = net
+        self.count = 0
+        self.register_forward_pre_hook(lambda *_: setattr(self, "count", self.count + 1))
+
+    @property
+    def count(self) -> int:
+        return _CALLS[self]
+
+    @count.setter
+    def count(self, value: int) -> None:
+        _CALLS[self] = value
 
     def forward(self, x: Tensor) -> Tensor:
-        self.count += 1
         return self.net(x)
 
 

@@ -67,17 +67,19 @@ def circumstances(given: Any, depth: int = _DEPTH, seen: dict[int, Any] | None =
     return id(given), _items(attributes, inner) if attributes else None
 
 
+# what modules have of torch, and do not compute with
+_OF_TORCH = set(vars(Module())) - {"training", "_buffers"}
+
+
 def _items(mapping: Mapping[Any, Any], inner: Callable[[Any], Any]) -> Any:
     return tuple((inner(key), inner(value)) for key, value in mapping.items())
 
 
 def _of_module(module: Module, inner: Callable[[Any], Any]) -> Any:
-    """Return the identity of a module, its parameters and buffers, and its plain attributes."""
-    own = {k: v for k, v in vars(module).items() if not k.startswith("_") or k == "_buffers"}
-    # attributes such as a Sequential's list of modules are visited as modules
-    plain = {k: v for k, v in own.items() if not isinstance(v, Module)}
+    """Return the identity of a module and its parameters, its attributes, and its forward."""
+    own = {k: v for k, v in vars(module).items() if k not in _OF_TORCH}
     parameters = tuple(id(p) for p in module._parameters.values())
-    return id(module), parameters, _items(plain, inner)
+    return id(module), parameters, _items(own, inner), inner(type(module).forward)
 
 
 @functools.lru_cache(maxsize=1024)
