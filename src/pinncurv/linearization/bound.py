@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from pinncurv.diffops import named_parameters_of
 from pinncurv.jets import check_hooks, check_network, record
 from pinncurv.linearization.capture import blocks_of_pass
 from pinncurv.linearization.checks import check_derivatives, check_pointwise, check_residual_on_jets
@@ -139,10 +138,7 @@ class BoundTerm:
         """Return what changes when something that is kept is written to, replaced, or frozen."""
         term = self.term
         parameters = [*self.model.parameters(), *(p for _, p in term.named_parameters())]
-        operators = [
-            {k: v for k, v in vars(operator).items() if not _is_trained(v)}
-            for operator in term.operators.values()
-        ]
+        operators = [vars(operator) for operator in term.operators.values()]
         return (
             self.model.training,
             circumstances([self.x, term.data, term.weight, operators]),
@@ -218,10 +214,6 @@ class _Found:
 
 
 _FOUND: weakref.WeakKeyDictionary[LossTerm, _Found] = weakref.WeakKeyDictionary()
-
-
-def _is_trained(given: object) -> bool:
-    return any(True for _ in named_parameters_of(given, ""))
 
 
 def trained_tensors(model: Module, *terms: LossTerm) -> dict[str, Tensor]:

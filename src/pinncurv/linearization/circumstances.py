@@ -19,7 +19,8 @@ _LIBRARIES = ("torch", "pinncurv", "math", "numpy", "jaxtyping", "builtins")
 def circumstances(given: Any, depth: int = _DEPTH, seen: dict[int, Any] | None = None) -> Any:
     """Return what changes when a number, tensor or function inside of an object does.
 
-    Numbers and strings are themselves, tensors their identity and version, functions what they
+    Numbers and strings are themselves, tensors their identity and, unless they are trained, their
+    version (the parameters are followed by whoever moves them), functions what they
     close over, their defaults and the global names that they use, modules and other objects their
     attributes. Not seen: what lies deeper than five objects or beyond the first 200, in long
     containers, in libraries, and writes through ``tensor.data``.
@@ -32,6 +33,8 @@ def circumstances(given: Any, depth: int = _DEPTH, seen: dict[int, Any] | None =
     if isinstance(given, bool | int | float | complex | str | bytes | None):
         return given if given == given else "nan"  # NaN differs from itself
     if isinstance(given, Tensor):
+        if given.requires_grad:
+            return id(given)
         return id(given), given.data_ptr(), None if given.is_inference() else given._version
     seen = {} if seen is None else seen
     if depth == 0 or isinstance(given, type | types.ModuleType) or len(seen) > _MOST:
