@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -116,25 +116,22 @@ def same(left: Iterable[Tensor], right: Iterable[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
-_CALLS: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
-
-
 class Calls(nn.Module):
     """A network that is counted how often it is called, from outside: a counter changes it."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
-        self.count = 0
+        self.calls = collections.deque([0])  # is not looked into
         self.register_forward_pre_hook(lambda *_: setattr(self, "count", self.count + 1))
 
     @property
     def count(self) -> int:
-        return _CALLS[self]
+        return self.calls[0]
 
     @count.setter
     def count(self, value: int) -> None:
-        _CALLS[self] = value
+        self.calls[0] = value
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)

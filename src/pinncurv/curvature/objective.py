@@ -325,7 +325,7 @@ class Objective:
         tensors: list[Tensor] = [*self.model.parameters()]
         tensors += [p for term in self.terms for _, p in term.named_parameters()]
         versions = [(id(tensor), tensor._version) for tensor in tensors]
-        return (*versions, *(bound.circumstances() for bound in self._bound))
+        return (*versions, *(bound.state() for bound in self._bound))
 
 
 def _sum(parts: Iterator[Tensor]) -> Tensor:

@@ -287,14 +287,18 @@ def outer(input: Value, vec2: Value) -> Value:
 
 @register_rule(torch.maximum)
 def maximum(input: Value, other: Value) -> Value:
-    """The larger one."""
-    return torch.where(input > other, input, other)
+    """The larger one, and of equal ones the mean, as torch differentiates them."""
+    return torch.where(input > other, input, torch.where(input < other, other, _mean(input, other)))
+
+
+def _mean(a: Value, b: Value) -> Value:
+    return 0.5 * (a + b)
 
 
 @register_rule(torch.minimum)
 def minimum(input: Value, other: Value) -> Value:
-    """The smaller one."""
-    return torch.where(input < other, input, other)
+    """The smaller one, and of equal ones the mean."""
+    return torch.where(input < other, input, torch.where(input > other, other, _mean(input, other)))
 
 
 @register_rule(torch.gather)
@@ -306,11 +310,19 @@ def gather(input: Jet, dim: int, index: Tensor) -> Jet:
 
 @register_rule(torch.amax)
 def amax(input: Value, dim: int | Sequence[int] | None = None, keepdim: bool = False) -> Value:
-    """The largest entry over axes; which one it is, is constant almost everywhere."""
-    dims = _axes(input, dim, "amax")
-    for axis in dims:
-        input = gather(input, axis, input.value.argmax(axis, keepdim=True))
-    return input if keepdim else input.squeeze(dims)
+    """The largest entry over axes, and of equal ones the mean, as torch differentiates them."""
+    dims = tuple(axis % input.ndim for axis in _axes(input, dim, "amax"))
+    largest = input.value == input.value.amax(dims, keepdim=True)
+    chosen = torch.where(largest, input.data, 0.0).sum([axis + 1 for axis in dims], keepdim=True)
+    result = input.like(chosen / largest.sum(dims, keepdim=True))
+    return result if keepdim else result.squeeze(dims)
+
+
+def _along(input: Value, dim: int, keepdim: bool, find: Callable[..., Tensor]) -> Any:
+    """Return the entries that ``find`` finds along an axis, and where."""
+    index = find(input.value, dim, True)
+    entries = gather(input, dim, index)
+    return (entries, index) if keepdim else (entries.squeeze(dim), index.squeeze(dim))
 
 
 @register_rule(torch.amin)
@@ -331,8 +343,7 @@ def _extreme(
         other = dim if isinstance(dim, Jet | Tensor) else other
         if other is not None:
             return choose(input, other)
-        value = reduce(input, dim, keepdim)
-        return value if dim is None else pair((value, find(input.value, dim, keepdim)))
+        return reduce(input) if dim is None else pair(_along(input, dim, keepdim, find))
 
     return rule
 

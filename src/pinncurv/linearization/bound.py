@@ -12,7 +12,12 @@ from torch.nn import Module
 
 from pinncurv.jets import check_hooks, check_network, record
 from pinncurv.linearization.capture import blocks_of_pass
-from pinncurv.linearization.checks import check_derivatives, check_pointwise, check_residual_on_jets
+from pinncurv.linearization.checks import (
+    CHECKED_POINTS,
+    check_derivatives,
+    check_pointwise,
+    check_residual_on_jets,
+)
 from pinncurv.linearization.chunk import Chunk
 from pinncurv.linearization.circumstances import circumstances
 from pinncurv.linearization.part import TermPart
@@ -77,7 +82,8 @@ class BoundTerm:
         self._check()
         # trained tensors of the residual are recorded by jets, those of coefficients when read
         self.as_jets = any(p.requires_grad for _, p in self.term.named_parameters())
-        self.whole = TermPart.of_all(self.term, self.x)
+        # a copy: x may share its memory with what leaves no trace when it is written to, as numpy
+        self.whole = TermPart.of_all(self.term, self.x.clone())
         widest = max((max(p.shape, default=1) for p in self.parameters.values()), default=1)
         self.parts = list(self.whole.cut(widest, self.chunk_size))
         self._structure: Structure | None = None
@@ -98,7 +104,7 @@ class BoundTerm:
                 few = self.whole.at(slice(0, 2))
                 found = find_structure(few, self.model, self.parameters, self.as_jets)
                 if self._check_derivatives:
-                    check_derivatives(few, self.model, self.parameters)
+                    check_derivatives(self.whole, self.model, self.parameters)
                 self._remember(found)
             scale = self.whole.scale
             if isinstance(scale, Tensor) and scale.shape[1] not in (1, found.components):
@@ -129,25 +135,25 @@ class BoundTerm:
         )
 
     def _made_from(self) -> tuple[object, ...]:
-        """Return what the structure depends on, but for the parameters' identities."""
-        switches = [p.requires_grad for p in self.model.parameters()]
-        modules = [(id(module), module.training) for module in self.model.modules()]
-        return tuple(self.parameters), tuple(switches), tuple(modules), self.whole.plan.layout.S
+        """Return what the structure depends on and what was checked, but for the points."""
+        checked = min(len(self.x), CHECKED_POINTS)
+        return tuple(self.parameters), self.whole.plan.layout.S, checked, self._surroundings()
 
-    def state(self) -> tuple[object, ...]:
-        """Return what changes when something that is kept is written to, replaced, or frozen."""
+    def _surroundings(self) -> tuple[object, ...]:
+        """Return what changes when network, residual or operators do, or parameters are frozen."""
         term = self.term
         parameters = [*self.model.parameters(), *(p for _, p in term.named_parameters())]
-        operators = [vars(operator) for operator in term.operators.values()]
         return (
-            self.model.training,
-            circumstances([self.x, term.data, term.weight, operators]),
+            circumstances(term.residual),
+            tuple(circumstances(operator) for operator in term.operators.values()),
+            circumstances(self.model),
             *((id(parameter), parameter.requires_grad) for parameter in parameters),
         )
 
-    def circumstances(self) -> tuple[object, ...]:
+    def state(self) -> tuple[object, ...]:
         """Return what changes when anything that the loss depends on does, but for parameters."""
-        return self.state(), circumstances(self.term.residual), circumstances(self.model)
+        given = [self.x, self.term.data, self.term.weight]
+        return circumstances(given), self._surroundings()
 
     def linearize(self, part: TermPart) -> Chunk:
         """Linearize at some points by one forward pass, and one backward pass per component.

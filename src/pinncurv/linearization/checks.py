@@ -13,14 +13,16 @@ from torch.overrides import TorchFunctionMode
 from pinncurv.jets import Derivative, Jet, agree, merge, seed
 from pinncurv.linearization.part import TermPart
 
-_ROWS = 16  # points to look at
+CHECKED_POINTS = 16  # points to look at
 
 
 def _groups(n: int) -> list[list[int]]:
     """Cut n points into two groups, in another order, none in the place that it has among all."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(1)).tolist()
     order = {2: [1, 0], 3: [1, 0, 2], 4: [1, 3, 2, 0], 5: [1, 3, 0, 4, 2]}.get(n, order)
-    return [order[: (n + 1) // 2], order[(n + 1) // 2 :]] if n > 1 else []
+    groups = [order[: (n + 1) // 2], order[(n + 1) // 2 :]]
+    # a single point is taken three times, since squeeze() does another thing to one
+    return [group * 3 if len(group) == 1 else group for group in groups if group]
 
 
 def check_pointwise(part: TermPart, model: Module) -> None:
@@ -36,7 +38,7 @@ def check_pointwise(part: TermPart, model: Module) -> None:
         ValueError: If network or residual mix the points, change from call to call, or write to
             what they are given; names the rows that differ.
     """
-    rows = torch.linspace(0, len(part.x) - 1, min(len(part.x), _ROWS)).round().long()
+    rows = torch.linspace(0, len(part.x) - 1, min(len(part.x), CHECKED_POINTS)).round().long()
     few = part.at(rows.to(part.x.device))
     with torch.no_grad():
         together = _evaluate(few, model)
@@ -58,7 +60,7 @@ def check_residual_on_jets(part: TermPart, model: Module) -> None:
     Raises:
         ValueError: If it does not.
     """
-    few = part.at(slice(0, _ROWS))
+    few = part.at(slice(0, CHECKED_POINTS))
     if not agree(few.evaluate(model, as_jets=True).detach(), few.evaluate(model).detach()):
         raise ValueError(
             f"Term '{part.term.name}': the residual must do on jets, by which its trained tensors "
@@ -163,7 +165,7 @@ def _layer_norm(
 
 
 def check_derivatives(part: TermPart, model: Module, parameters: Mapping[str, Tensor]) -> None:
-    """Check jets through the network against reverse mode: one point, one random direction.
+    """Check jets through the network against reverse mode: two points, one random direction.
 
     Σ_k c_k aᵀ ∂ᵏ/∂tᵏ u(x + t w) for k = 0 up to the highest order of the term, c, a, w random, and
     its gradient in the parameters
@@ -177,8 +179,11 @@ def check_derivatives(part: TermPart, model: Module, parameters: Mapping[str, Te
         ValueError: If they differ; says in what.
     """
     generator = torch.Generator().manual_seed(0)
-    x = part.x[:1]
-    w = torch.randn(x.shape[1], generator=generator, dtype=torch.float64).to(x)
+    # generic points between the given ones, which may lie on kinks; two, for squeeze()
+    some = part.x[:CHECKED_POINTS]
+    noise = torch.randn(2, x_dim := some.shape[1], generator=generator, dtype=torch.float64)
+    x = some.mean(0) + (0.1 * some.std(0, correction=0) + 1e-3) * noise.to(some)
+    w = torch.randn(x_dim, generator=generator, dtype=torch.float64).to(x)
     order = part.plan.layout.orders[-1]
     own = {id(parameter) for parameter in model.parameters()}
     mine = {name: p for name, p in parameters.items() if id(p) in own}
@@ -209,7 +214,7 @@ def _compare(
         if b.isfinite().all() and not (a - b).abs().max() <= tolerance:
             raise ValueError(
                 f"Term '{part.term.name}': the network {type(model).__name__} must do to a jet "
-                f"what it does to a tensor, but by torch.autograd its {what} at point 0 is "
+                f"what it does to a tensor, but by torch.autograd its {what} is "
                 f"{b.flatten()[:3].tolist()}, by jets {a.flatten()[:3].tolist()}. It may branch on "
                 "the type of its input, detach it, call a torch.autograd.Function or a rule of "
                 "your own that is wrong. pinncurv.verify(...) says more; check=False of the "
@@ -218,8 +223,8 @@ def _compare(
 
 
 def _sum_of(weights: list[Tensor], outputs: list[Tensor]) -> Tensor:
-    """Return Σ aᵀ u over all outputs, of one point."""
-    return torch.stack([(a * u[0]).sum() for a, u in zip(weights, outputs, strict=True)]).sum()
+    """Return Σ aᵀ u over all outputs and points."""
+    return torch.stack([(a * u).sum() for a, u in zip(weights, outputs, strict=True)]).sum()
 
 
 def _by_reverse_mode(

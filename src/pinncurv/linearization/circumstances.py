@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import types
 from collections.abc import Callable, Mapping, Set
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
-_DEPTH = 5
-_MOST = 200  # objects that are looked into
-_LONGEST = 64  # longer containers and arrays are told apart by identity
+_DEPTH = 8
+_MOST = 500  # objects that are looked into
+_LONGEST = 64  # longer containers are told apart by identity, unless they hold numbers
+_LARGEST = 1 << 16  # longer arrays and containers of numbers, too
 _LIBRARIES = ("torch", "pinncurv", "math", "numpy", "jaxtyping", "builtins")
 
 
@@ -21,9 +23,10 @@ def circumstances(given: Any, depth: int = _DEPTH, seen: dict[int, Any] | None =
 
     Numbers and strings are themselves, tensors their identity and, unless they are trained, their
     version (the parameters are followed by whoever moves them), functions what they
-    close over, their defaults and the global names that they use, modules and other objects their
-    attributes. Not seen: what lies deeper than five objects or beyond the first 200, in long
-    containers, in libraries, and writes through ``tensor.data``.
+    close over, their defaults, their attributes and the global names that they use, also of modules
+    that are imported, and other objects their attributes and those of their class. Not seen: what
+    lies deeper than eight objects or beyond the first 500, in long containers of objects, in
+    libraries, and writes through ``tensor.data``.
 
     Args:
         given: Any object.
@@ -37,37 +40,66 @@ def circumstances(given: Any, depth: int = _DEPTH, seen: dict[int, Any] | None =
             return id(given)
         return id(given), given.data_ptr(), None if given.is_inference() else given._version
     seen = {} if seen is None else seen
-    if depth == 0 or isinstance(given, type | types.ModuleType) or len(seen) > _MOST:
+    if depth == 0 or len(seen) > _MOST or id(given) in seen:
         return id(given)
-    if id(given) in seen:
+    if isinstance(given, types.ModuleType | type | types.FunctionType) and _of_library(given):
         return id(given)
     seen[id(given)] = given  # kept alive, or another object might get its identity
     inner = functools.partial(circumstances, depth=depth - 1, seen=seen)
     if isinstance(given, types.FunctionType):
-        if (given.__module__ or "").partition(".")[0] in _LIBRARIES:
-            return id(given)
-        cells = [_content(cell) for cell in given.__closure__ or ()]
-        names = [given.__globals__[n] for n in _names(given.__code__) if n in given.__globals__]
-        used = [value for value in names if not isinstance(value, types.ModuleType | type)]
-        defaults = [given.__defaults__, given.__kwdefaults__]
-        return id(given.__code__), tuple(inner(part) for part in (*cells, *used, *defaults))
+        names = _names(given.__code__)
+        used = [_content(cell) for cell in given.__closure__ or ()]
+        used += [given.__globals__[name] for name in names if name in given.__globals__]
+        for module in [part for part in used if isinstance(part, types.ModuleType)]:
+            if not _of_library(module):  # config.factor
+                used += [vars(module)[name] for name in names if name in vars(module)]
+        used += [given.__defaults__, given.__kwdefaults__]
+        return id(given.__code__), tuple(map(inner, used)), _items(vars(given), inner)
+    if isinstance(given, types.ModuleType):
+        return id(given)
+    if isinstance(given, type):
+        own = {k: v for k, v in vars(given).items() if k == "__call__" or not k.startswith("__")}
+        return id(given), _items(own, inner)
+    if isinstance(given, property | staticmethod | classmethod):
+        return inner(given.fget if isinstance(given, property) else given.__func__)
     if isinstance(given, types.MethodType):
         return inner(given.__func__), inner(given.__self__)
     if isinstance(given, functools.partial):
         return inner(given.func), inner(given.args), inner(given.keywords)
     if isinstance(given, Mapping | Set | list | tuple):
         if len(given) > _LONGEST:
-            return id(given), len(given)
+            plain = len(given) <= _LARGEST and all(type(part) in _NUMBERS for part in given)
+            return (type(given), tuple(given)) if plain else (id(given), len(given))
         if isinstance(given, Mapping):
             return _items(given, inner)
         return type(given), tuple(inner(part) for part in given)
     if type(given).__module__ == "numpy":
-        small = getattr(given, "size", _LONGEST + 1) <= _LONGEST
-        return (id(type(given)), given.tobytes()) if small else id(given)
+        small = getattr(given, "size", _LARGEST + 1) <= _LARGEST
+        return (id(type(given)), hash(given.tobytes())) if small else id(given)
     if isinstance(given, Module):
         return tuple(_of_module(module, inner) for module in given.modules())
-    attributes = getattr(given, "__dict__", None)
-    return id(given), _items(attributes, inner) if attributes else None
+    attributes = {**getattr(given, "__dict__", {}), **_slots(given)}
+    return id(given), inner(type(given)), _items(attributes, inner)
+
+
+_NUMBERS = {bool, int, float}
+
+
+def _of_library(given: Any) -> bool:
+    name = given.__name__ if isinstance(given, types.ModuleType) else given.__module__
+    return _is_library((name or "").partition(".")[0])
+
+
+@functools.cache
+def _is_library(root: str) -> bool:
+    file = getattr(sys.modules.get(root), "__file__", None) or ""
+    return root in _LIBRARIES or root in sys.stdlib_module_names or "site-packages" in file
+
+
+def _slots(given: Any) -> dict[str, Any]:
+    names = [vars(cls).get("__slots__", ()) for cls in type(given).__mro__]
+    flat = [n for part in names for n in ((part,) if isinstance(part, str) else part)]
+    return {name: getattr(given, name) for name in flat if hasattr(given, name)}
 
 
 # what modules have of torch, and do not compute with
@@ -82,7 +114,7 @@ def _of_module(module: Module, inner: Callable[[Any], Any]) -> Any:
     """Return the identity of a module and its parameters, its attributes, and its forward."""
     own = {k: v for k, v in vars(module).items() if k not in _OF_TORCH}
     parameters = tuple(id(p) for p in module._parameters.values())
-    return id(module), parameters, _items(own, inner), inner(type(module).forward)
+    return id(module), parameters, _items(own, inner), inner(type(module))
 
 
 @functools.lru_cache(maxsize=1024)
