@@ -16,7 +16,14 @@ from torch.nn import Module
 from pinncurv.curvature.finiteness import all_finite, raise_for_gradient
 from pinncurv.curvature.jacobian import JacobianLinearOperator
 from pinncurv.curvature.parameters import ParameterSpace
-from pinncurv.linearization import BoundTerm, Chunk, Linearization, Visitor, visit_all
+from pinncurv.linearization import (
+    BoundTerm,
+    Chunk,
+    Linearization,
+    Visitor,
+    circumstances,
+    visit_all,
+)
 from pinncurv.problems import LossTerm, Problem
 
 
@@ -258,8 +265,9 @@ class Objective:
     @property
     def space(self) -> ParameterSpace:
         """The trained tensors and the blocks they belong to."""
+        model = circumstances(self.model)
         for bound in self._bound:
-            bound.follow()
+            bound.follow(model)
         structures: list[object] = [bound.structure for bound in self._bound]
         if any(now is not then for now, then in zip(structures, self._structures, strict=True)):
             self._space, self._structures = ParameterSpace.of_bound(self._bound), structures
@@ -314,18 +322,24 @@ class Objective:
                 return Evaluation(float(self.loss()), self.linearize, self, self.fingerprint())
         linearized = self.linearize()
         loss = sum(linearized.term_losses.values())
-        return Evaluation(loss, lambda: linearized, self, self.fingerprint())
+        return Evaluation(loss, lambda: linearized, self, self.fingerprint(followed=True))
 
-    def fingerprint(self) -> tuple[object, ...]:
+    def fingerprint(self, followed: bool = False) -> tuple[object, ...]:
         """Return what changes when something that the loss depends on is replaced or written to.
 
         Writes through ``tensor.data``, and numbers deep inside of objects of one's own, leave no
         trace.
+
+        Args:
+            followed: Whether to return that of the last linearization or loss, which is known.
         """
         tensors: list[Tensor] = [*self.model.parameters()]
         tensors += [p for term in self.terms for _, p in term.named_parameters()]
         versions = [(id(tensor), tensor._version) for tensor in tensors]
-        return (*versions, *(bound.state() for bound in self._bound))
+        if followed:
+            return (*versions, *(bound.followed for bound in self._bound))
+        model = circumstances(self.model)
+        return (*versions, *(bound.state(model) for bound in self._bound))
 
 
 def _sum(parts: Iterator[Tensor]) -> Tensor:

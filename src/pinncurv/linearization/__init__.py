@@ -33,3 +33,4 @@ from pinncurv.linearization.linearization import (
 )
 from pinncurv.linearization.part import TermPart as TermPart
 from pinncurv.linearization.structure import UncapturedParameterError as UncapturedParameterError
+from pinncurv.linearization.watching import circumstances as circumstances

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.modules import module as globally
 
 from pinncurv.jets import check_hooks, check_network, record
 from pinncurv.linearization.capture import blocks_of_pass
@@ -19,9 +20,9 @@ from pinncurv.linearization.checks import (
     check_residual_on_jets,
 )
 from pinncurv.linearization.chunk import Chunk
-from pinncurv.linearization.circumstances import circumstances
 from pinncurv.linearization.part import TermPart
 from pinncurv.linearization.structure import Structure, find_structure, signature
+from pinncurv.linearization.watching import circumstances
 from pinncurv.problems import LossTerm
 
 
@@ -68,14 +69,18 @@ class BoundTerm:
         self._state: tuple[object, ...] = ()
         self.follow()
 
-    def follow(self) -> None:
-        """Find out again what has changed since the last time, if anything has."""
+    def follow(self, model: object = None) -> None:
+        """Find out again what has changed since the last time, if anything has.
+
+        Args:
+            model: The circumstances of the network, if they are known.
+        """
+        state = self.state(model)
+        if state == self._state:
+            return
         check_hooks(self.model, trained_tensors(self.model, self.term))
         if isinstance(self.term.residual, Module):
             check_hooks(self.term.residual)
-        state = self.state()
-        if state == self._state:
-            return
         own = {id(p) for p in trained_tensors(self.model, self.term).values()}
         named = trained_tensors(self.model, *self._terms)
         self.parameters = {name: p for name, p in named.items() if id(p) in own}
@@ -139,21 +144,27 @@ class BoundTerm:
         checked = min(len(self.x), CHECKED_POINTS)
         return tuple(self.parameters), self.whole.plan.layout.S, checked, self._surroundings()
 
-    def _surroundings(self) -> tuple[object, ...]:
+    @property
+    def followed(self) -> tuple[object, ...]:
+        """The state that was followed last."""
+        return self._state
+
+    def _surroundings(self, model: object = None) -> tuple[object, ...]:
         """Return what changes when network, residual or operators do, or parameters are frozen."""
         term = self.term
         parameters = [*self.model.parameters(), *(p for _, p in term.named_parameters())]
         return (
             circumstances(term.residual),
             tuple(circumstances(operator) for operator in term.operators.values()),
-            circumstances(self.model),
-            *((id(parameter), parameter.requires_grad) for parameter in parameters),
+            circumstances(self.model) if model is None else model,
+            len(globally._global_backward_hooks) + len(globally._global_backward_pre_hooks),
+            *((id(p), p.requires_grad, _hooked(p)) for p in parameters),
         )
 
-    def state(self) -> tuple[object, ...]:
+    def state(self, model: object = None) -> tuple[object, ...]:
         """Return what changes when anything that the loss depends on does, but for parameters."""
         given = [self.x, self.term.data, self.term.weight]
-        return circumstances(given), self._surroundings()
+        return circumstances(given), self._surroundings(model)
 
     def linearize(self, part: TermPart) -> Chunk:
         """Linearize at some points by one forward pass, and one backward pass per component.
@@ -220,6 +231,12 @@ class _Found:
 
 
 _FOUND: weakref.WeakKeyDictionary[LossTerm, _Found] = weakref.WeakKeyDictionary()
+
+
+def _hooked(parameter: Tensor) -> bool:
+    return bool(
+        parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
+    )
 
 
 def trained_tensors(model: Module, *terms: LossTerm) -> dict[str, Tensor]:

@@ -71,7 +71,7 @@ def circumstances(given: Any, depth: int = _DEPTH, seen: dict[int, Any] | None =
             plain = len(given) <= _LARGEST and all(type(part) in _NUMBERS for part in given)
             return (type(given), tuple(given)) if plain else (id(given), len(given))
         if isinstance(given, Mapping):
-            return _items(given, inner)
+            return _items({inner(key): value for key, value in given.items()}, inner)
         return type(given), tuple(inner(part) for part in given)
     if type(given).__module__ == "numpy":
         small = getattr(given, "size", _LARGEST + 1) <= _LARGEST
@@ -83,6 +83,7 @@ def circumstances(given: Any, depth: int = _DEPTH, seen: dict[int, Any] | None =
 
 
 _NUMBERS = {bool, int, float}
+_PLAIN = {*_NUMBERS, complex, str, bytes, type(None)}
 
 
 def _of_library(given: Any) -> bool:
@@ -107,14 +108,16 @@ _OF_TORCH = set(vars(Module())) - {"training", "_buffers"}
 
 
 def _items(mapping: Mapping[Any, Any], inner: Callable[[Any], Any]) -> Any:
-    return tuple((inner(key), inner(value)) for key, value in mapping.items())
+    plain = _PLAIN
+    return tuple((k, v if type(v) in plain else inner(v)) for k, v in mapping.items())
 
 
 def _of_module(module: Module, inner: Callable[[Any], Any]) -> Any:
     """Return the identity of a module and its parameters, its attributes, and its forward."""
     own = {k: v for k, v in vars(module).items() if k not in _OF_TORCH}
     parameters = tuple(id(p) for p in module._parameters.values())
-    return id(module), parameters, _items(own, inner), inner(type(module))
+    hooks = len(module._backward_hooks) + len(module._backward_pre_hooks)
+    return id(module), parameters, hooks, _items(own, inner), inner(type(module))
 
 
 @functools.lru_cache(maxsize=1024)
