@@ -447,3 +447,136 @@ def test_points_that_stay():
     halves = Product((Fixed(_points()[:, :1]), Fixed(_points()[:, 1:])))
     for sampler in (Fixed(_points()), halves, Union((Fixed(_points()),))):
         LossTerm({"u": Value()}, lambda x, u, y: u - y, sampler, data={"y": torch.ones(N, 1)})
+
+
+# --- found by a hostile user ----------------------------------------------------------------------
+
+
+def test_what_was_checked_at_one_point_is_checked_again_at_more():
+    model, term = _network(), _term(lambda x, u, lap: u - u.mean(0, keepdim=True) + 1)
+    Objective(model, [term], [_points(1)])
+    with pytest.raises(ValueError, match="own point only"):
+        Objective(model, [term], [_points()])
+
+
+def test_a_residual_that_starts_to_mix_points():
+    """By a switch between two steps, on the same objective and after resampling."""
+    switch = {"on": False}
+    term = LossTerm(
+        {"u": Value()},
+        lambda x, u: u - u.mean() if switch["on"] else u - 1,
+        Box.unit(2).interior(N),
+    )
+    objective = Objective.sample(_network(), [term])
+    objective.linearize()
+    switch["on"] = True
+    for changed in (objective.linearize, lambda: objective.resampled(torch.Generator())):
+        with pytest.raises(ValueError, match="own point only"):
+            changed()
+
+
+class Staged(nn.Module):
+    """A network whose weights are computed from other parameters in a second stage."""
+
+    def __init__(self):
+        super().__init__()
+        self.v, self.g = nn.Parameter(torch.randn(2, 6)), nn.Parameter(torch.full((6,), 1.3))
+        self.out, self.stage = nn.Linear(6, 1), 1
+
+    def forward(self, x):
+        W = self.v / self.v.norm(dim=0)
+        first = W if self.stage == 1 else self.g * W
+        return {k: self.out(torch.tanh(x @ w)) for k, w in (("u", first), ("v", self.g * W))}
+
+
+def test_structure_follows_a_stage_of_the_network():
+    torch.manual_seed(0)
+    model, points = Staged().double(), Fixed(_points())
+    terms = [LossTerm({"y": Value(of=k)}, lambda x, y: y - 1, points, name=k) for k in "uv"]
+    objective = Objective.sample(model, terms)
+    objective.linearize()
+    model.stage = 2
+    for made in (objective, Objective.sample(model, terms)):
+        expected = torch.autograd.grad(made.loss(), made.parameters())
+        for ours, theirs in zip(made.linearize().gradient(), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+class Configuration:
+    """Numbers of a class."""
+
+    factor = 1.0
+
+
+class Slotted:
+    """An object without a dictionary, that is called."""
+
+    __slots__ = ("factor",)
+
+    def __call__(self, x):
+        return self.factor * Configuration.factor * torch.ones(len(x))
+
+
+@pytest.mark.parametrize("kind", ["class", "slots", "attribute of a function", "long list"])
+def test_other_places_of_numbers(kind, monkeypatch):
+    def weight(x):
+        return weight.factor * Configuration.factor * torch.ones(len(x))
+
+    weight.factor, slotted, numbers = 1.0, Slotted(), [1.0] * 1000
+    slotted.factor = 1.0
+    given = {"slots": slotted, "long list": lambda x: numbers[7] * torch.ones(len(x))}
+    term = _term(lambda x, u, lap: u + lap, weight=given.get(kind, weight))
+    objective = Objective(_network(), [term], [_points()])
+    before = float(objective.loss().detach())
+    if kind == "class":
+        monkeypatch.setattr(Configuration, "factor", 4.0)
+    elif kind == "slots":
+        slotted.factor = 4.0
+    elif kind == "long list":
+        numbers[7] = 4.0
+    else:
+        weight.factor = 4.0
+    assert float(objective.loss().detach()) == pytest.approx(4 * before, rel=1e-12)
+
+
+def test_points_that_share_memory_with_numpy():
+    """Jets and the residual see the same points, the old ones."""
+    array = np.random.default_rng(0).random((N, 2))
+    points = torch.from_numpy(array)
+    term = LossTerm({"u": Value()}, lambda x, u: u - x[:, :1], Fixed(points))
+    objective = Objective(_network(), [term], [points])
+    before = float(objective.loss().detach())
+    array *= 0.5
+    assert float(objective.loss().detach()) == before
+
+
+def test_ties_of_maximum_as_torch():
+    class Largest(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Linear(1, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+
+        def forward(self, x):
+            return self.net(torch.maximum(x[:, :1], x[:, 1:]) - x.amin(1, keepdim=True) ** 2)
+
+    x, model = torch.tensor([[0.1, 0.3], [0.5, 0.5], [0.7, 0.7]]).double(), Largest()
+    term = LossTerm({"d": Directional(torch.tensor([1.0, 0.0]))}, lambda x, d: d - 1, Fixed(x))
+    objective = Objective(model, [term], [x])
+    inputs = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(model(inputs).sum(), inputs, create_graph=True)
+    expected = 0.5 * (slope[:, 0] - 1).square().mean()
+    torch.testing.assert_close(objective.loss(), expected, rtol=1e-10, atol=0)
+
+
+def test_points_on_kinks_are_no_reason_to_refuse():
+    model = nn.Sequential(nn.Linear(2, 8), nn.ELU(), nn.Linear(8, 1)).double()
+    nn.init.zeros_(model[0].bias)
+    grid = torch.linspace(0, 1, 4).double()
+    x = torch.cartesian_prod(grid, grid)
+    Objective(model, [_term(lambda x, u, lap: u + lap)], [x])
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_squeeze_is_accepted(n):
+    Objective(_network(), [_term(lambda x, u, lap: u.squeeze() - 1, n)], [_points(n)])
