@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NoReturn
 
 import torch
-from torch import Tensor
 
 from pinncurv.linearization import Linearization
-
-
-def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether all entries are finite, by one synchronization with the device."""
-    total = float(torch.stack([tensor.sum() for tensor in tensors]).sum())
-    # the converse fails on overflow
-    return math.isfinite(total) or all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def raise_for_gradient(linearizations: Sequence[Linearization]) -> NoReturn:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Module
 
-from pinncurv.curvature.finiteness import all_finite, raise_for_gradient
+from pinncurv.curvature.finiteness import raise_for_gradient
 from pinncurv.curvature.jacobian import JacobianLinearOperator
 from pinncurv.curvature.parameters import ParameterSpace
 from pinncurv.linearization import (
@@ -24,6 +24,7 @@ from pinncurv.linearization import (
     circumstances,
     visit_all,
 )
+from pinncurv.linops import all_finite
 from pinncurv.problems import LossTerm, Problem
 
 
@@ -188,8 +189,8 @@ class Objective:
         points: The points of each term, ``[N_t, d]``.
         chunk_size: How many points to process at a time; None for all. It changes the memory that
             is needed, not the results.
-        check: Whether to compare the derivatives of the network with reverse mode once, at one
-            point; costs at most a step.
+        check: Whether to compare the derivatives of the network with reverse mode once, at two
+            points; costs at most a step.
 
     Raises:
         TypeError: If a term is no LossTerm.
@@ -265,16 +266,21 @@ class Objective:
     @property
     def space(self) -> ParameterSpace:
         """The trained tensors and the blocks they belong to."""
-        model = circumstances(self.model)
-        for bound in self._bound:
-            bound.follow(model)
+        self._follow()
         structures: list[object] = [bound.structure for bound in self._bound]
         if any(now is not then for now, then in zip(structures, self._structures, strict=True)):
             self._space, self._structures = ParameterSpace.of_bound(self._bound), structures
         return self._space
 
+    def _follow(self) -> None:
+        """Find out what has changed, with one look at the network for all terms."""
+        model = circumstances(self.model)
+        for bound in self._bound:
+            bound.follow(model)
+
     def term_losses(self) -> dict[str, Tensor]:
         """Return L_t by the name of the term, with a graph unless torch.no_grad is on."""
+        self._follow()
         return {bound.term.name: _sum(bound.losses()) for bound in self._bound}
 
     def loss(self) -> Tensor:
@@ -291,6 +297,7 @@ class Objective:
             FloatingPointError: If the gradient is not finite though the loss is; names the term and
                 the first point. ``.grad`` is then None.
         """
+        trained = self.parameters()  # follows what has changed
         losses: dict[str, Tensor] = {}
         for bound in self._bound:
             parts = []
@@ -298,7 +305,7 @@ class Objective:
                 part.backward()
                 parts.append(part.detach())
             losses[bound.term.name] = torch.stack(parts).sum()
-        parameters = [p for p in self.parameters() if p.grad is not None]
+        parameters = [p for p in trained if p.grad is not None]
         gradient = [p.grad for p in parameters if p.grad is not None]
         if not all_finite(gradient) and all_finite(list(losses.values())):
             for parameter in parameters:

@@ -26,11 +26,12 @@ from pinncurv.jets.jet import (
 from pinncurv.jets.layout import Contraction as Contraction, Layout as Layout, merge as merge
 from pinncurv.jets.nested import derivative as derivative
 from pinncurv.jets.network import (
-    MOST_POINTS as MOST_POINTS,
     agree as agree,
     check_hooks as check_hooks,
     check_network as check_network,
     check_output as check_output,
+    has_hooks as has_hooks,
+    outputs as outputs,
 )
 from pinncurv.jets.recording import (
     ConstantUse as ConstantUse,

@@ -19,7 +19,7 @@ from pinncurv.jets.recording import record
 
 Network = Callable[[Any], Any]
 
-MOST_POINTS = 32
+_MOST_POINTS = 32
 _EXPLAINED = (TypeError, ValueError, AttributeError, IndexError, RuntimeError)
 
 
@@ -38,7 +38,7 @@ def check_network(network: Network, x: Float[Tensor, "N d"]) -> None:
     Raises:
         ValueError: If values differ on jets, or from call to call; names the output and the point.
     """
-    x = x[:MOST_POINTS].detach()
+    x = x[:_MOST_POINTS].detach()
     check_output(network, x, _on_jet(network, x))
 
 
@@ -54,20 +54,20 @@ def check_output(network: Network, x: Float[Tensor, "N d"], output: Any) -> None
         ValueError: If a value differs; names the output and the first point.
     """
     given = x.detach().clone()
-    expected = dict(_outputs(network(given)))
+    expected = _values(network(given))
     if not torch.equal(given, x):
         raise ValueError(
             f"The network {_name(network)} must not write to its input, but it changed the points. "
             "Start with x = x.clone() or write x = x + ... instead of x += ..."
         )
-    received = dict(_outputs(output))
+    received = _values(output)
     different = [name for name in expected if not agree(received.get(name), expected[name])] + [
         name for name in received if name not in expected
     ]
     if not different:
         return
     name = different[0]
-    again = dict(_outputs(network(x.detach().clone())))
+    again = _values(network(x.detach().clone()))
     if not all(agree(again.get(name), tensor) for name, tensor in expected.items()):
         raise ValueError(
             f"The network {_name(network)} must return the same whenever it is called, but{name} "
@@ -100,15 +100,20 @@ def check_hooks(module: Module, parameters: Mapping[str, Tensor] | None = None) 
     ]
     for registered in (globally._global_backward_hooks, globally._global_backward_pre_hooks):
         hooked += ["all modules"] if registered else []
-    for name, parameter in (parameters or {}).items():
-        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
-            hooked.append(name)
+    hooked += [name for name, parameter in (parameters or {}).items() if has_hooks(parameter)]
     if hooked:
         raise NotImplementedError(
             "Modules and parameters must have no backward hooks, which exact derivatives can't "
             f"contain, got some on {', '.join(hooked)}. Remove them with handle.remove(); write "
             "what changes gradients as a function with @register_elementwise."
         )
+
+
+def has_hooks(parameter: Tensor) -> bool:
+    """Whether hooks change the gradient of a tensor."""
+    return bool(
+        parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
+    )
 
 
 class _Conversions(TorchFunctionMode):
@@ -149,17 +154,24 @@ def _on_jet(network: Network, x: Float[Tensor, "N d"]) -> Any:
         ) from error
 
 
-def _outputs(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield the values of all outputs, with names for errors."""
+def outputs(output: Any, name: str = " the output") -> Iterator[tuple[str, Jet | Tensor]]:
+    """Yield all jets or tensors that a network returns, with names for errors."""
     if isinstance(output, Mapping):
         for key, part in output.items():
-            yield from _outputs(part, f"{name}[{key!r}]")
+            yield from outputs(part, f"{name}[{key!r}]")
     elif isinstance(output, list | tuple):
         for i, part in enumerate(output):
-            yield from _outputs(part, f"{name}[{i}]")
+            yield from outputs(part, f"{name}[{i}]")
     elif isinstance(output, Jet | Tensor):
-        value = output.value if isinstance(output, Jet) else output
-        yield f" the output{name}", value.detach()
+        yield name, output
+
+
+def _values(output: Any) -> dict[str, Tensor]:
+    """Return the values of all outputs by their names."""
+    return {
+        name: (part.value if isinstance(part, Jet) else part).detach()
+        for name, part in outputs(output)
+    }
 
 
 def agree(received: Tensor | None, expected: Tensor) -> bool:

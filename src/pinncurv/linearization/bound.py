@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules import module as globally
 
-from pinncurv.jets import check_hooks, check_network, record
+from pinncurv.jets import check_hooks, check_network, has_hooks, record
 from pinncurv.linearization.capture import blocks_of_pass
 from pinncurv.linearization.checks import (
     CHECKED_POINTS,
@@ -40,7 +40,7 @@ class BoundTerm:
         x: The points, ``[N, d]``.
         chunk_size: Most points of a part; None for no limit but the cache.
         terms: All terms of the objective, in whose order trained tensors are named.
-        check: Whether to compare the derivatives of the network with reverse mode, at one point.
+        check: Whether to compare the derivatives of the network with reverse mode, at two points.
 
     Raises:
         ValueError: If points mix or the points, dtypes or parameters do not fit; names the term.
@@ -78,10 +78,11 @@ class BoundTerm:
         state = self.state(model)
         if state == self._state:
             return
-        check_hooks(self.model, trained_tensors(self.model, self.term))
+        mine = trained_tensors(self.model, self.term)
+        check_hooks(self.model, mine)
         if isinstance(self.term.residual, Module):
             check_hooks(self.term.residual)
-        own = {id(p) for p in trained_tensors(self.model, self.term).values()}
+        own = {id(p) for p in mine.values()}
         named = trained_tensors(self.model, *self._terms)
         self.parameters = {name: p for name, p in named.items() if id(p) in own}
         self._check()
@@ -158,7 +159,7 @@ class BoundTerm:
             tuple(circumstances(operator) for operator in term.operators.values()),
             circumstances(self.model) if model is None else model,
             len(globally._global_backward_hooks) + len(globally._global_backward_pre_hooks),
-            *((id(p), p.requires_grad, _hooked(p)) for p in parameters),
+            *((id(p), p.requires_grad, has_hooks(p)) for p in parameters),
         )
 
     def state(self, model: object = None) -> tuple[object, ...]:
@@ -190,8 +191,10 @@ class BoundTerm:
         return Chunk(detached * part.scale, detached, blocks)
 
     def losses(self) -> Iterator[Tensor]:
-        """Yield what the parts contribute to the loss, with a graph unless torch.no_grad is on."""
-        self.follow()
+        """Yield what the parts contribute to the loss, with a graph unless torch.no_grad is on.
+
+        What has changed must have been followed.
+        """
         return (part.loss(self.model) for part in self.parts)
 
     def _check(self) -> None:
@@ -231,12 +234,6 @@ class _Found:
 
 
 _FOUND: weakref.WeakKeyDictionary[LossTerm, _Found] = weakref.WeakKeyDictionary()
-
-
-def _hooked(parameter: Tensor) -> bool:
-    return bool(
-        parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
-    )
 
 
 def trained_tensors(model: Module, *terms: LossTerm) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.overrides import TorchFunctionMode
 
-from pinncurv.jets import Derivative, Jet, agree, merge, seed
+from pinncurv.jets import Derivative, Jet, agree, merge, outputs as outputs_of, seed
 from pinncurv.linearization.part import TermPart
 
 CHECKED_POINTS = 16  # points to look at
@@ -42,10 +42,11 @@ def check_pointwise(part: TermPart, model: Module) -> None:
     few = part.at(rows.to(part.x.device))
     with torch.no_grad():
         together = _evaluate(few, model)
+        size = _size(few, together)
         for group in _groups(len(rows)):
             alone = _evaluate(few.at(torch.tensor(group, device=part.x.device)), model)
             expected = together[group]
-            bad = _differing(alone, expected, _size(few, together))
+            bad = _differing(alone, expected, size)
             if bad is not None:
                 raise _mixed(few, model, rows[group][bad].tolist(), alone, expected)
 
@@ -189,7 +190,7 @@ def check_derivatives(part: TermPart, model: Module, parameters: Mapping[str, Te
     mine = {name: p for name, p in parameters.items() if id(p) in own}
     layout, channels = merge([Derivative.along(*[w] * k) for k in range(order + 1)], x)
     with torch.enable_grad():
-        outputs = [jet.data for jet in _leaves(model(seed(x, layout)))]
+        outputs = [jet.data for _, jet in outputs_of(model(seed(x, layout)))]
         weights = [torch.randn(o.shape[1:], generator=generator).to(o) for o in outputs]
         ours = [_sum_of(weights, [o[c] for o in outputs]) for c in channels]
         try:
@@ -233,7 +234,7 @@ def _by_reverse_mode(
     """Return aᵀ u and its derivatives along w, by repeated torch.autograd.grad."""
     t = x.new_zeros((), requires_grad=True)
     with _Spelled():
-        outputs = list(_leaves(model(x + t * w)))
+        outputs = [u for _, u in outputs_of(model(x + t * w)) if isinstance(u, Tensor)]
     found = [_sum_of(weights, outputs)]
     for _ in range(order):
         last = found[-1]
@@ -254,12 +255,3 @@ def _gradients(values: list[Tensor], parameters: Mapping[str, Tensor]) -> list[T
         return [torch.zeros_like(p) for p in tensors]
     found = torch.autograd.grad(total, tensors, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(tensors, found, strict=True)]
-
-
-def _leaves(output: Any) -> Iterator[Any]:
-    """Yield the jets or tensors of a network's output in order."""
-    if isinstance(output, Tensor | Jet):
-        yield output
-    elif isinstance(output, dict | list | tuple):
-        for item in output.values() if isinstance(output, dict) else output:
-            yield from _leaves(item)

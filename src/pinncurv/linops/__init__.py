@@ -89,6 +89,7 @@ from pinncurv.linops.psd import (
     Factorization as Factorization,
     FactorizationError as FactorizationError,
     FactorizationReport as FactorizationReport,
+    all_finite as all_finite,
     eigh as eigh,
     factorize as factorize,
     symmetrize as symmetrize,

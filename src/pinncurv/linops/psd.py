@@ -8,6 +8,7 @@ few units of rounding), and report what was done.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import isfinite, sqrt
 
@@ -20,6 +21,13 @@ FACTORIZATION_DTYPE = torch.float64
 
 class FactorizationError(ValueError):
     """A matrix that should be symmetric positive (semi)definite could not be factorized."""
+
+
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether all entries are finite, by one synchronization with the device."""
+    total = float(torch.stack([tensor.sum() for tensor in tensors]).sum())
+    # the converse fails on overflow
+    return isfinite(total) or all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
-from pinncurv.linops import PyTorchLinearOperator
+from pinncurv.linops import PyTorchLinearOperator, all_finite
 
 
 @runtime_checkable
@@ -163,10 +162,8 @@ def finite_gradient(gradient: Sequence[Tensor]) -> None:
     Raises:
         FloatingPointError: If it is not.
     """
-    if math.isfinite(torch.stack([part.sum() for part in gradient]).sum()):
-        return  # by one synchronization with the device; the converse fails on overflow
-    bad = [i for i, part in enumerate(gradient) if not bool(part.isfinite().all())]
-    if bad:
+    if not all_finite(gradient):
+        bad = [i for i, part in enumerate(gradient) if not bool(part.isfinite().all())]
         raise FloatingPointError(
             "The gradient must be finite before a step, as the loss is, but it is not for the "
             f"parameters {bad} of {len(gradient)}. Look for a square root, norm or power whose "
