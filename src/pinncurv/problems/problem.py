@@ -43,6 +43,7 @@ class Problem:
         evaluation: Where errors are measured.
         d_out: Number of components of the unknown u.
         solution: The known solution u*, [N, d_in] -> [N, d_out], if there is one.
+        coordinates: What figures call the coordinates.
 
     Raises:
         ValueError: If there is no term, two share a name, or dimensions disagree.
@@ -54,6 +55,7 @@ class Problem:
     evaluation: Sampler
     d_out: int = 1
     solution: Callable[[Tensor], Tensor] | None = None
+    coordinates: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check that the parts fit together."""

@@ -1,0 +1,91 @@
+"""What has a name on the command line: problems, networks, optimizers, curvature operators."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pinncurv import presets, problems
+from pinncurv.optim import CurvatureOptimizer, FirstOrder
+
+
+class Sine(nn.Module):
+    """The sine as an activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return sin(x)."""
+        return torch.sin(x)
+
+
+Activation = Literal["tanh", "sigmoid", "sin", "gelu", "silu", "softplus"]
+_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "sin": Sine,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "softplus": nn.Softplus,
+}
+
+
+def mlp(
+    d_in: int, d_out: int, widths: Sequence[int] = (64,), activation: Activation = "tanh"
+) -> nn.Sequential:
+    """Return a multilayer perceptron with torch's initialization, the paper's network.
+
+    Args:
+        d_in: Dimension of a point.
+        d_out: Number of components of the unknown.
+        widths: Widths of the hidden layers.
+        activation: After every layer but the last.
+    """
+    if not all(width > 0 for width in widths):
+        raise ValueError(f"widths must be positive, got {tuple(widths)}.")
+    layers: list[nn.Module] = []
+    for left, right in pairwise((d_in, *widths, d_out)):
+        layers += [nn.Linear(left, right), _ACTIVATIONS[activation]()]
+    return nn.Sequential(*layers[:-1])
+
+
+def _functions(module: ModuleType, names: Iterable[str]) -> dict[str, Callable[..., Any]]:
+    return {name: getattr(module, name) for name in names}
+
+
+PROBLEMS = _functions(
+    problems,
+    (
+        *("poisson2d", "poisson5d", "poisson10d", "poisson100d", "heat1d", "heat4d"),
+        *("fokker_planck", "log_fokker_planck", "log_fokker_planck9d"),
+        *("anisotropic_fokker_planck", "anisotropic_log_fokker_planck"),
+    ),
+)
+
+NETWORKS: dict[str, Callable[..., Any]] = {"mlp": mlp}
+
+OPTIMIZERS: dict[str, Callable[..., Any]] = {
+    **_functions(
+        presets, [name for name in vars(presets) if inspect.isfunction(getattr(presets, name))]
+    ),
+    "curvature_optimizer": CurvatureOptimizer,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+    "lbfgs": torch.optim.LBFGS,
+    "nadam": torch.optim.NAdam,
+}
+
+
+def stepped(optimizer: Any) -> Any:
+    """Return an optimizer that steps on objectives: torch's own are wrapped."""
+    plain = isinstance(optimizer, torch.optim.Optimizer)
+    return (
+        FirstOrder(optimizer)
+        if plain and not isinstance(optimizer, CurvatureOptimizer)
+        else optimizer
+    )

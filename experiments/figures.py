@@ -1,0 +1,208 @@
+"""Pictures: error against time and steps over seeds; in two dimensions, solution and errors."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure, SubFigure
+from torch import nn
+
+from experiments.folder import write_atomically
+from pinncurv.problems import Interior, Problem
+
+# Okabe and Ito's colours, which remain distinct for the colour-blind; the line styles help in grey.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINES = ("-", "--", "-.", ":")
+STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "axes.titlesize": 10,
+}
+
+_FEW = 10  # curves of fewer points show them
+_RESOLUTION = 200  # points of the maps along each axis
+
+# The colours of the errors reach from the largest error of all networks down to this part of the
+# smallest network's root mean square: below it, errors change their sign.
+_SMALLEST_SHOWN = 0.1
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write a figure, whole or not at all."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    write_atomically(path, buffer.getvalue())
+    return path
+
+
+def style_of(i: int) -> dict[str, Any]:
+    """Return colour and line of the i-th curve."""
+    return {
+        "color": COLOURS[i % len(COLOURS)],
+        "linestyle": LINES[i % len(LINES)],
+        "linewidth": 1.8,
+    }
+
+
+def draw_run(
+    path: Path, table: pd.DataFrame, problem: Problem, models: Mapping[str, nn.Module], title: str
+) -> Path:
+    """Draw the picture of a run.
+
+    Args:
+        path: Where to write it.
+        table: The metrics of all optimizers and seeds, see ``results.gather``.
+        problem: The problem.
+        models: The network of each optimizer, of the first seed.
+        title: What was trained.
+    """
+    grid = _grid_of(problem, next(iter(models.values()))) if models else None
+    with mpl.rc_context(STYLE):
+        columns = len(models) + 1
+        size = (9.5, 4.2) if grid is None else (max(9.5, 2.9 * columns), 7.6)
+        figure = Figure(figsize=size, layout="constrained")
+        figure.suptitle(title)
+        if grid is None:
+            draw_curves(figure, table)
+        else:
+            upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.15, 1)).flat
+            draw_curves(upper, table)
+            _draw_maps(lower, problem, models, grid)
+        return save(figure, path)
+
+
+def draw_curves(
+    figure: Figure | SubFigure, table: pd.DataFrame, published: pd.DataFrame | None = None
+) -> None:
+    """Draw the error against time and steps, the median and the quartiles over the seeds.
+
+    Args:
+        figure: Where to.
+        table: The metrics, with columns optimizer, seed, step, seconds, rmse and held_out_loss.
+        published: Published curves, with columns optimizer, step, seconds and rmse.
+    """
+    by_time, by_step = figure.subplots(1, 2, sharey=True)
+    known = bool(table["rmse"].notna().any())
+    quantity = "rmse" if known else "held_out_loss"
+    groups = list(table.groupby("optimizer", sort=False))
+    for axis, x in ((by_time, "seconds"), (by_step, "step")):
+        for i, (name, rows) in enumerate(groups):
+            # the start, at no time and no steps, has no place on a logarithmic axis
+            curves = [c[[x, quantity]].dropna() for _, c in rows[rows["step"] > 0].groupby("seed")]
+            _draw_bundle(axis, [c for c in curves if len(c)], str(name), style_of(i))
+        if published is not None:
+            for i, (name, rows) in enumerate(published.groupby("optimizer", sort=False)):
+                rows = rows[rows["step"] > 0]
+                axis.plot(
+                    rows[x],
+                    rows["rmse"],
+                    color=COLOURS[i % len(COLOURS)],
+                    alpha=0.45,
+                    linewidth=1,
+                    label=f"published: {name}",
+                )
+        axis.set(xscale="log", yscale="log")
+    by_time.set(xlabel="time of the optimizer's steps [s]")
+    by_time.set(ylabel="RMSE of u on fresh points" if known else "loss on held-out points")
+    by_step.set(xlabel="steps")
+    by_time.legend(loc="lower left", fontsize=8)
+
+
+def _draw_bundle(
+    axis: Axes, curves: Sequence[pd.DataFrame], label: str, style: Mapping[str, Any]
+) -> None:
+    """Draw one curve, or the median and the quartiles of several on common abscissae."""
+    if not curves:
+        return
+    if len(curves) == 1:
+        x, y = (curves[0].iloc[:, k].to_numpy() for k in (0, 1))
+        axis.plot(x, y, label=label, marker="o" if len(x) < _FEW else None, **style)
+        return
+    low = max(c.iloc[0, 0] for c in curves)
+    high = min(c.iloc[-1, 0] for c in curves)
+    if not 0 < low <= high:
+        return
+    x = np.geomspace(low, high, 200)
+    logs = [
+        np.interp(np.log(x), np.log(c.iloc[:, 0]), np.log(np.maximum(c.iloc[:, 1], 1e-300)))
+        for c in curves
+    ]
+    lower, median, upper = np.exp(np.quantile(np.stack(logs), (0.25, 0.5, 0.75), axis=0))
+    axis.plot(x, median, label=f"{label} (median of {len(curves)})", **style)
+    axis.fill_between(x, lower, upper, color=style["color"], alpha=0.2, linewidth=0)
+
+
+# --- maps -------------------------------------------------------------------------------------------
+
+
+def _grid_of(problem: Problem, model: nn.Module) -> tuple[tuple[float, ...], torch.Tensor] | None:
+    """Return extent and points of a grid on a rectangle; None where there is none or no solution."""
+    sampler = problem.evaluation
+    if problem.solution is None or not (isinstance(sampler, Interior) and sampler.dim == 2):
+        return None
+    like = next(model.parameters())
+    (left, bottom), (right, top) = sampler.box.lower, sampler.box.upper
+    axes = [torch.linspace(low, high, _RESOLUTION) for low, high in ((left, right), (bottom, top))]
+    return (left, right, bottom, top), torch.cartesian_prod(*axes).to(like)
+
+
+@torch.no_grad()
+def _draw_maps(
+    figure: SubFigure, problem: Problem, models: Mapping[str, nn.Module], grid: Any
+) -> None:
+    """Draw the solution, and the absolute error of each network."""
+    extent, points = grid
+    assert problem.solution is not None
+    axes = figure.subplots(1, len(models) + 1, squeeze=False)[0]
+    solution = problem.solution(points)[:, :1]
+    images = [model(points)[:, :1].sub(solution).abs() for model in models.values()]
+    image = _draw_image(axes[0], extent, solution, "viridis", None)
+    figure.colorbar(image, ax=axes[0], location="bottom", label="solution u*")
+    norm = _common_scale(images)
+    for axis, name, error in zip(axes[1:], models, images, strict=True):
+        image = _draw_image(axis, extent, error, "magma", norm)
+        axis.set_title(name)
+    figure.colorbar(image, ax=list(axes[1:]), location="bottom", aspect=60, label="error |u − u*|")
+    first, second = (
+        (*problem.coordinates, "$x_1$", "$x_2$")[:2] if problem.coordinates else ("$x_1$", "$x_2$")
+    )
+    for axis in axes:
+        axis.set_xlabel(first)
+    axes[0].set_ylabel(second)
+
+
+def _common_scale(errors: Sequence[torch.Tensor]) -> LogNorm:
+    """Return one logarithmic scale for the errors of all networks, so that colours compare."""
+    finite = [error[error.isfinite()] for error in errors]
+    shown = [(error, float(error.max())) for error in finite if error.any()]
+    # divided by the largest one, as the squares of a diverged network's errors overflow
+    sizes = [float((error / top).square().mean().sqrt()) * top for error, top in shown]
+    largest = max((top for _, top in shown), default=1.0)
+    return LogNorm(_SMALLEST_SHOWN * min(sizes, default=1.0), largest, clip=True)
+
+
+def _draw_image(
+    axis: Axes, extent: Any, values: torch.Tensor, colours: str, norm: LogNorm | None
+) -> Any:
+    axis.grid(False)
+    axis.set_box_aspect(1)
+    image = values.reshape(_RESOLUTION, _RESOLUTION).T.cpu().numpy()
+    return axis.imshow(
+        image,
+        origin="lower",
+        extent=extent,
+        aspect="auto",
+        cmap=colours,
+        norm=norm,
+        interpolation="nearest",
+    )

@@ -1,0 +1,498 @@
+"""One optimizer at work on one problem: its state, its checkpoints, its metrics, and the loop."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import math
+import os
+import pickle
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from experiments.command import Interruption
+from experiments.experiment import DTYPES, Experiment
+from experiments.folder import write_atomically
+from experiments.objects import UserError, first_line
+from pinncurv.curvature import GaussNewton, Objective
+from pinncurv.linops import FactorizationError
+from pinncurv.optim import CurvatureOptimizer, StepRecord
+from pinncurv.problems import Errors
+
+METRICS = "metrics.csv"
+CURRENT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+FINISHED, INTERRUPTED, PRUNED = "finished", "interrupted", "pruned"
+
+# Seeds of what all trainings share: no training draws its points with them.
+_EVALUATION, _HELD_OUT = (1 << 40) + 1, (1 << 40) + 2
+
+# The hexadecimal SHA-256 of all that stands before it, and a newline. torch.load ignores it.
+_CHECKSUM_BYTES = 65
+
+Value = float | int | bool | str
+Row = dict[str, Value]
+
+
+class Trainer:
+    """A network, its optimizer, the current batch, and how far they have come.
+
+    Args:
+        experiment: The checked experiment.
+        label: Which of its optimizers.
+        seed: Which of its seeds.
+        device: Where to compute.
+    """
+
+    def __init__(self, experiment: Experiment, label: str, seed: int, device: torch.device) -> None:
+        self.experiment = experiment = experiment.only(label)
+        self.label, self.seed, self.device = label, seed, device
+        self.dtype = DTYPES[experiment.dtype]
+        self.problem = experiment.build_problem()
+        self.model = experiment.build_network(self.problem, seed)
+        self.step, self.seconds, self.rejected = 0, 0.0, 0
+        self._generator = torch.Generator().manual_seed(seed - 1)
+        try:
+            self._draw()
+            points = self._sample(_HELD_OUT)
+            self._held_out = Objective(
+                self.model, self.problem.terms, points, experiment.chunk_size, check=False
+            )
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise UserError(f"{experiment.problem}: {first_line(error)}") from error
+        self.optimizer = experiment.build_optimizer(label, self.objective.parameters())
+        _check_memory(label, self.optimizer, self.objective.parameters())
+        evaluation = torch.Generator().manual_seed(_EVALUATION)
+        self._evaluation_points = self.problem.evaluation.sample(evaluation, self.dtype, device)
+
+    def describe(self) -> str:
+        """Return what is trained, in a few words."""
+        count = sum(parameter.numel() for parameter in self.objective.parameters())
+        return f"{self.problem.name}, {self.experiment.network}, {count} parameters, {self.experiment.dtype}"
+
+    def advance(self) -> StepRecord:
+        """Take one step, on new points if they are due, and count its time.
+
+        Raises:
+            FloatingPointError: If the loss was not finite before the step.
+        """
+        self._synchronize()
+        start = time.perf_counter()
+        every = self.experiment.resample_every
+        if every and self.step and self.step % every == 0:
+            self._draw()
+        record = self.optimizer.step(self.objective)
+        self._synchronize()
+        self.seconds += time.perf_counter() - start
+        self.step += 1
+        record = (
+            record
+            if isinstance(record, StepRecord)
+            else StepRecord(math.nan, {}, momentum=math.nan)
+        )
+        self.rejected += not record.accepted
+        return record
+
+    @torch.no_grad()
+    def measure(self, record: StepRecord | None = None) -> Row:
+        """Return a row of the metrics: where the parameters are now, and what the last step did."""
+        terms = {name: float(loss) for name, loss in self.objective.term_losses().items()}
+        known = self.problem.solution is not None
+        errors = (
+            self.problem.errors(self.model, self._evaluation_points)
+            if known
+            else Errors(math.nan, math.nan)
+        )
+        record = record or StepRecord(math.nan, {}, momentum=math.nan)
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "loss": sum(terms.values()),
+            **{f"loss_{name}": loss for name, loss in terms.items()},
+            "held_out_loss": float(self._held_out.loss()),
+            "rmse": errors.rmse,
+            "relative_error": errors.relative,
+            "step_size": record.step_size,
+            "momentum": record.momentum,
+            "damping": record.damping,
+            "rejected": self.rejected,
+            "accepted": record.accepted,
+            "reason": record.reason,
+        }
+
+    def check_finite(self) -> None:
+        """Check that the parameters are worth keeping.
+
+        Raises:
+            FloatingPointError: If one of them is not finite.
+        """
+        bad = [name for name, p in self.objective.named_parameters() if not p.isfinite().all()]
+        if bad:
+            raise FloatingPointError(
+                f"After step {self.step}, {', '.join(bad)} contains NaN or infinity."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that is needed to continue exactly."""
+        own = {id(p) for p in self.model.parameters()}
+        named = self.objective.named_parameters()
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "rejected": self.rejected,
+            "before_batch": self._before_batch,
+            "model": self.model.state_dict(),
+            "terms": {name: p.detach() for name, p in named if id(p) not in own},
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state."""
+        self.model.load_state_dict(state["model"])
+        for name, parameter in self.objective.named_parameters():
+            if name in state["terms"]:
+                parameter.data.copy_(state["terms"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._generator.set_state(state["before_batch"])
+        self._draw()
+        self.step, self.seconds, self.rejected = state["step"], state["seconds"], state["rejected"]
+
+    def _sample(self, seed: int) -> tuple[torch.Tensor, ...]:
+        return self.problem.sample(torch.Generator().manual_seed(seed), self.dtype, self.device)
+
+    def _draw(self) -> None:
+        """Draw a batch, and remember how to draw the same one again."""
+        self._before_batch = self._generator.get_state()
+        points = self.problem.sample(self._generator, self.dtype, self.device)
+        self.objective = Objective(
+            self.model, self.problem.terms, points, self.experiment.chunk_size
+        )
+
+    def _synchronize(self) -> None:
+        """Wait for the device, so that the clock counts what was computed."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _check_memory(label: str, optimizer: Any, parameters: Sequence[torch.Tensor]) -> None:
+    """Check that a dense matrix and its factorization fit, lest the run be killed in its first step."""
+    if not isinstance(optimizer, CurvatureOptimizer) or not isinstance(
+        optimizer.preconditioner.curvature, GaussNewton
+    ):
+        return
+    dimension, first = sum(p.numel() for p in parameters), parameters[0]
+    needed = 3 * dimension**2 * first.element_size()
+    if first.device.type == "cuda":
+        present = torch.cuda.mem_get_info(first.device)[1]
+    else:
+        present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > present:
+        raise UserError(
+            f"{label}: the Gauss-Newton matrix of {dimension} parameters needs about {needed / 2**30:.0f} "
+            f"GiB of memory, and there are {present / 2**30:.0f}. Choose another optimizer, e.g. kfac_star."
+        )
+
+
+# --- checkpoints ------------------------------------------------------------------------------------
+
+
+def save_checkpoint(folder: Path, trainer: Trainer) -> None:
+    """Save a checkpoint; the one before it stays until the new one is complete, and after.
+
+    Raises:
+        FloatingPointError: If a parameter is not finite.
+        OSError: If it cannot be written.
+    """
+    trainer.check_finite()
+    buffer = io.BytesIO()
+    identity = trainer.experiment.identity(trainer.label, trainer.seed)
+    torch.save({"identity": identity, "state": trainer.state_dict()}, buffer)
+    content = buffer.getvalue()
+    write_atomically(folder / CURRENT, content + _checksum(content), keep=folder / PREVIOUS)
+
+
+def restore(folder: Path, trainer: Trainer) -> bool:
+    """Continue from the newest whole checkpoint of a folder; say whether there was one.
+
+    Raises:
+        UserError: If all checkpoints are damaged or lost, or they belong to something else.
+    """
+    problems = []
+    for path in (folder / CURRENT, folder / PREVIOUS):
+        if not path.exists():
+            continue
+        try:
+            checkpoint = read_checkpoint(path)
+        except (UserError, OSError) as error:
+            problems.append(str(error))
+            print(f"warning: {error} Trying the one before it.", file=sys.stderr)
+            continue
+        _check_identity(
+            path, checkpoint["identity"], trainer.experiment.identity(trainer.label, trainer.seed)
+        )
+        try:
+            trainer.load_state_dict(checkpoint["state"])
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise UserError(f"{path} does not fit: {first_line(error)}") from error
+        return True
+    if not problems and last_row(folder).get("step", 0) > 0:
+        problems = [f"{METRICS} has steps, but the checkpoints are gone."]
+    if problems:
+        raise UserError(
+            f"No whole checkpoint is left in {folder}: {' '.join(problems)} Restore one, or delete "
+            f"{folder} to train this optimizer again from the start."
+        )
+    return False
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read and verify one checkpoint; no code in it is run.
+
+    Raises:
+        UserError: If it is not what was written.
+    """
+    content = path.read_bytes()
+    payload, checksum = content[:-_CHECKSUM_BYTES], content[-_CHECKSUM_BYTES:]
+    if checksum != _checksum(payload):
+        raise UserError(
+            f"{path} is damaged: its {len(content)} bytes do not have the checksum they end with."
+        )
+    try:
+        checkpoint = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise UserError(f"{path} cannot be read: {first_line(error)}.") from error
+    if not (isinstance(checkpoint, dict) and {"identity", "state"} <= checkpoint.keys()):
+        raise UserError(f"{path} is no checkpoint of this program.")
+    return checkpoint
+
+
+def _checksum(content: bytes) -> bytes:
+    return hashlib.sha256(content).hexdigest().encode() + b"\n"
+
+
+def _check_identity(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of something else, and say what differs."""
+    was, now = _flat(found), _flat(expected)
+    differences = [
+        f"{name} was {was.get(name, 'not set')} and now is {now.get(name, 'not set')}"
+        for name in {**was, **now}
+        if was.get(name) != now.get(name)
+    ]
+    if differences:
+        raise UserError(
+            f"{path} belongs to another run: {'; '.join(differences)}. Resume with the settings it "
+            "was made with (give none of these anew), or start a new run."
+        )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+        )
+    return flat
+
+
+# --- metrics ----------------------------------------------------------------------------------------
+
+
+class MetricsFile:
+    """Appends rows to a CSV file; each is on its way to the disk when ``append`` returns.
+
+    Args:
+        folder: Where the file is, or will be.
+        columns: The columns.
+        last_step: Rows of later steps, and incomplete ones, are removed first: what happened after
+            the checkpoint that a run continues from happens again.
+    """
+
+    def __init__(self, folder: Path, columns: Sequence[str], last_step: int) -> None:
+        path = folder / METRICS
+        kept = [row for row in _complete_rows(path, columns) if int(row["step"]) <= last_step]
+        self.last_step = int(kept[-1]["step"]) if kept else -1
+        buffer = io.StringIO(newline="")
+        writer = csv.DictWriter(buffer, columns)
+        writer.writeheader()
+        writer.writerows(kept)
+        write_atomically(path, buffer.getvalue().encode())
+        self._file = path.open("a", newline="")
+        self._writer = csv.DictWriter(self._file, columns)
+
+    def append(self, row: Mapping[str, Value]) -> None:
+        """Append a row; NaN becomes an empty cell."""
+        self._writer.writerow({k: "" if v != v else v for k, v in row.items()})
+        self._file.flush()
+        self.last_step = int(row["step"])
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _complete_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """Return the rows that were written to the end."""
+    if not path.is_file():
+        return []
+    text = path.read_text(errors="replace")
+    with io.StringIO(text[: text.rfind("\n") + 1], newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    return [
+        row
+        for row in rows
+        if list(row) == list(columns) and None not in row.values() and row["step"].isdigit()
+    ]
+
+
+def last_row(folder: Path) -> dict[str, float]:
+    """Return the numbers of the last row of the metrics; nothing without a file."""
+    try:
+        with (folder / METRICS).open(newline="", errors="replace") as file:
+            rows = list(csv.DictReader(file))
+    except OSError:
+        return {}
+    numbers: dict[str, float] = {}
+    for name, cell in (rows[-1] if rows else {}).items():
+        try:
+            numbers[name] = float(cell or "nan")
+        except (TypeError, ValueError):
+            continue
+    return numbers
+
+
+# --- the loop ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What else happens while training.
+
+    Args:
+        interruption: Asks to stop after the current step.
+        position: What the progress calls this training, e.g. "[1/3]".
+        recorded: Called with every row of the metrics; returns whether to stop, e.g. to prune.
+    """
+
+    interruption: Interruption
+    position: str = ""
+    recorded: Callable[[Row], bool] = lambda row: False
+
+
+def is_recorded(step: int, every: int) -> bool:
+    """Return whether a step gets a row in the metrics: 32 per doubling of the step, or every k-th."""
+    return step % (every or max(1, 1 << max(0, step.bit_length() - 6))) == 0
+
+
+def train(trainer: Trainer, folder: Path, watch: Watch) -> str:
+    """Train one optimizer, from where it is until its budget is spent.
+
+    Args:
+        trainer: The optimizer at work.
+        folder: Where metrics and checkpoints go.
+        watch: What else happens.
+
+    Returns:
+        How it ended: ``FINISHED``, ``INTERRUPTED``, ``PRUNED``, or what went wrong. The checkpoint
+        then is of the last step, or, if something went wrong, of an earlier one.
+    """
+    experiment, record, metrics = trainer.experiment, None, None
+    bar = _Bar(trainer, watch.position)
+    saved, pruned = time.monotonic(), False
+    try:
+        first = trainer.measure()
+        metrics = MetricsFile(folder, list(first), trainer.step)
+        if metrics.last_step < trainer.step == 0:
+            metrics.append(first)
+        bar.measured(first)
+        while not (pruned or watch.interruption.requested or _spent(trainer) >= 1):
+            record = trainer.advance()
+            if is_recorded(trainer.step, experiment.record_every):
+                row = trainer.measure(record)
+                metrics.append(row)
+                bar.measured(row)
+                pruned = watch.recorded(row)
+            bar.update(_spent(trainer))
+            by_steps = (
+                experiment.checkpoint_steps and trainer.step % experiment.checkpoint_steps == 0
+            )
+            if by_steps or time.monotonic() - saved >= experiment.checkpoint_seconds:
+                save_checkpoint(folder, trainer)
+                saved = time.monotonic()
+        if metrics.last_step < trainer.step:
+            metrics.append(trainer.measure(record))
+        if record is not None or trainer.step == 0:
+            save_checkpoint(folder, trainer)
+    except (FloatingPointError, FactorizationError) as error:
+        return str(error)
+    except OSError as error:
+        return f"cannot write to {folder} ({error.strerror or error})"
+    except (RuntimeError, MemoryError, ValueError, TypeError) as error:  # others may fit
+        return f"{type(error).__name__}: {first_line(error)}"
+    finally:
+        bar.close()
+        if metrics is not None:
+            try:
+                metrics.close()
+            except OSError:  # what is left in the buffer does not fit on the disk either
+                pass
+    if pruned:
+        return PRUNED
+    return INTERRUPTED if watch.interruption.requested and _spent(trainer) < 1 else FINISHED
+
+
+def _spent(trainer: Trainer) -> float:
+    """Return the part of the budget that is spent."""
+    seconds, steps = trainer.experiment.seconds, trainer.experiment.steps
+    parts = [trainer.seconds / seconds] if seconds else []
+    return max(parts + [trainer.step / steps] if steps else parts)
+
+
+class _Lines:
+    """A stream that is no terminal: it gets lines, not one that is overwritten."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            self._stream.write(text.strip() + "\n")
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+class _Bar:
+    """How far a training has come, how long it takes yet, and where it is."""
+
+    def __init__(self, trainer: Trainer, position: str) -> None:
+        terminal = sys.stderr.isatty()
+        self._trainer = trainer
+        self._bar = tqdm(
+            total=1.0,
+            initial=min(1.0, _spent(trainer)),
+            desc=f"{position} {trainer.label} seed {trainer.seed}".strip(),
+            file=sys.stderr if terminal else _Lines(sys.stderr),
+            mininterval=0.2 if terminal else 5,
+            bar_format="{desc} {percentage:3.0f}% {elapsed}<{remaining} {postfix}",
+            dynamic_ncols=terminal,
+        )
+
+    def measured(self, row: Mapping[str, Value]) -> None:
+        known = row["rmse"] == row["rmse"]
+        name, value = ("RMSE", row["rmse"]) if known else ("held-out loss", row["held_out_loss"])
+        text = f"step {row['step']}, loss {row['loss']:.2e}, {name} {value:.2e}"
+        rejected = f", {row['rejected']} rejected" if row["rejected"] else ""
+        self._bar.set_postfix_str(text + rejected, refresh=False)
+
+    def update(self, spent: float) -> None:
+        self._bar.update(min(1.0, spent) - self._bar.n)
+
+    def close(self) -> None:
+        self._bar.close()
