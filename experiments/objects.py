@@ -35,8 +35,9 @@ def first_line(error: BaseException | str) -> str:
 
 def near_misses(name: str, known: Iterable[str], at_most: int = 3) -> str:
     """Return " Perhaps you meant a or b." or, without anything near, nothing."""
-    near = difflib.get_close_matches(name.lower(), list(known), n=at_most, cutoff=0.5)
-    return f" Perhaps you meant {' or '.join(near)}." if near else ""
+    lower = {other.lower(): other for other in known}
+    near = difflib.get_close_matches(name.lower(), lower, n=at_most, cutoff=0.5)
+    return f" Perhaps you meant {' or '.join(lower[n] for n in near)}." if near else ""
 
 
 # --- values -----------------------------------------------------------------------------------------

@@ -234,7 +234,7 @@ def restore(folder: Path, trainer: Trainer) -> bool:
             problems.append(str(error))
             print(f"warning: {error} Trying the one before it.", file=sys.stderr)
             continue
-        _check_identity(
+        check_identity(
             path, checkpoint["identity"], trainer.experiment.identity(trainer.label, trainer.seed)
         )
         try:
@@ -277,7 +277,7 @@ def _checksum(content: bytes) -> bytes:
     return hashlib.sha256(content).hexdigest().encode() + b"\n"
 
 
-def _check_identity(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+def check_identity(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """Refuse a checkpoint of something else, and say what differs."""
     was, now = _flat(found), _flat(expected)
     differences = [
@@ -454,17 +454,19 @@ def _spent(trainer: Trainer) -> float:
     return max(parts + [trainer.step / steps] if steps else parts)
 
 
-class _Lines:
+class Lines:
     """A stream that is no terminal: it gets lines, not one that is overwritten."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
 
     def write(self, text: str) -> None:
+        """Write a line, unless it is empty."""
         if text.strip():
             self._stream.write(text.strip() + "\n")
 
     def flush(self) -> None:
+        """Write what is left."""
         self._stream.flush()
 
 
@@ -478,7 +480,7 @@ class _Bar:
             total=1.0,
             initial=min(1.0, _spent(trainer)),
             desc=f"{position} {trainer.label} seed {trainer.seed}".strip(),
-            file=sys.stderr if terminal else _Lines(sys.stderr),
+            file=sys.stderr if terminal else Lines(sys.stderr),
             mininterval=0.2 if terminal else 5,
             bar_format="{desc} {percentage:3.0f}% {elapsed}<{remaining} {postfix}",
             dynamic_ncols=terminal,
