@@ -1,14 +1,7 @@
-"""Approximations of the exact Gauss-Newton matrix, compared along training and over the damping.
+"""Parts of ``experiments/compare.py``.
 
-- ``settings``, ``command_line``: what can be set and how it is read.
-- ``operators``: the approximations by name, one line each; ``channels``: other ways to propagate
-  derivatives.
-- ``points``: where to compare, along a training of its own or at the checkpoints of a run.
-- ``exact``, ``rows``: the exact matrix and its step; ``block_part``: diagonal blocks.
-- ``matrices``, ``inverses``: what is measured of an approximation without and with damping;
-  ``continuation``, ``predictors``: where it leads, and what says so in advance.
-- ``measure``: all of it at one point, and ``progress``.
-- ``table``: rows as CSV, as Markdown and on the terminal.
-- ``panels``, ``figures``: pictures, with medians and ranges over the trainings.
-- ``main``: all of it, in order, into a run folder.
+- ``operators``: what is compared, by name; ``channels``: derivatives propagated in other ways.
+- ``job``: what can be set, and the trainings to compare along, its own or those of earlier runs.
+- ``measure``: everything that is measured at one point of a training, as rows of tables.
+- ``pictures``: the tables as pictures, with medians and ranges over the trainings.
 """

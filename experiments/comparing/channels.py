@@ -29,7 +29,6 @@ class Uncollapsed(DifferentialOperator):
     operator: DifferentialOperator
 
     def requests(self, x: Tensor) -> dict[str, Derivative]:
-        """Request every part of a sum."""
         return {
             f"{name}/{alpha}": Derivative(asked.directions, {alpha: c})
             for name, asked in self.operator.requests(x).items()
@@ -37,7 +36,6 @@ class Uncollapsed(DifferentialOperator):
         }
 
     def read(self, x: Tensor, derivatives: Mapping[str, Tensor]) -> Tensor:
-        """Add up the parts."""
         sums: dict[str, Tensor] = {}
         for name, part in derivatives.items():
             key = name.rpartition("/")[0]
@@ -47,44 +45,36 @@ class Uncollapsed(DifferentialOperator):
 
 @dataclass(frozen=True, eq=False)
 class Unmerged(DifferentialOperator):
-    """An operator with directions of its own, which it shares with no other operator.
+    """An operator with directions of its own, slightly longer, which it shares with no other.
 
     Args:
         operator: The operator.
-        position: Its position among the operators of its term.
+        length: The length of its directions.
     """
 
     operator: DifferentialOperator
-    position: int
-
-    @property
-    def _length(self) -> float:
-        return 1 + self.position * _DIFFERENCE
+    length: float
 
     def requests(self, x: Tensor) -> dict[str, Derivative]:
-        """Request derivatives along the same directions with a slightly different length."""
         return {
-            name: Derivative(tuple(v * self._length for v in asked.directions), asked.terms)
+            name: Derivative(tuple(v * self.length for v in asked.directions), asked.terms)
             for name, asked in self.operator.requests(x).items()
         }
 
     def read(self, x: Tensor, derivatives: Mapping[str, Tensor]) -> Tensor:
-        """Read derivatives along the directions of the right length."""
         asked = self.operator.requests(x)
-        scaled = {
-            name: part / self._length ** asked[name].order for name, part in derivatives.items()
-        }
+        scaled = {n: part / self.length ** asked[n].order for n, part in derivatives.items()}
         return self.operator.read(x, scaled)
 
 
-def uncollapsed(operators: Sequence[DifferentialOperator]) -> list[DifferentialOperator]:
+def uncollapsed(position: int, operator: DifferentialOperator) -> DifferentialOperator:
     """Give every second derivative a channel of its own."""
-    return [Uncollapsed(operator) for operator in operators]
+    return Uncollapsed(operator)
 
 
-def unmerged(operators: Sequence[DifferentialOperator]) -> list[DifferentialOperator]:
+def unmerged(position: int, operator: DifferentialOperator) -> DifferentialOperator:
     """Give every operator channels of its own."""
-    return [Unmerged(operator, position) for position, operator in enumerate(operators)]
+    return Unmerged(operator, 1 + position * _DIFFERENCE)
 
 
 @dataclass(frozen=True)
@@ -95,19 +85,18 @@ class OnChannels:
 
     Args:
         curvature: The recipe.
-        change: Says for the operators of a term which channels they get.
+        change: Returns, for the i-th operator of a term, the one on other channels.
     """
 
     curvature: Curvature
-    change: Callable[[Sequence[DifferentialOperator]], Sequence[DifferentialOperator]]
+    change: Callable[[int, DifferentialOperator], DifferentialOperator]
 
     def __call__(self, linearizations: Sequence[Linearization]) -> PyTorchLinearOperator:
         """Build the operator."""
         return self.curvature([self._linearized(old) for old in linearizations])
 
     def _linearized(self, old: Linearization) -> Linearization:
-        operators = dict(
-            zip(old.term.operators, self.change(list(old.term.operators.values())), strict=True)
-        )
+        known = old.term.operators.items()
+        operators = {name: self.change(i, operator) for i, (name, operator) in enumerate(known)}
         term = replace(old.term, operators=operators)
         return linearize(term, old.model, old.x, old.fisher, old.chunk_size)

@@ -1,42 +1,30 @@
-"""Approximations by name: a curvature recipe and an inverse recipe, one line each."""
+"""What is compared: a curvature and its damped inverse, named, written out, or the user's own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import Any
 
 import torch
+from torch import nn
 
+from experiments import catalog
 from experiments.comparing.channels import OnChannels, uncollapsed, unmerged
-from pinncurv.curvature import (
-    KFAC,
-    BlockDiagonalGaussNewton,
-    ChannelKronecker,
-    DiagonalGaussNewton,
-    MatrixFreeGaussNewton,
-    ParameterSpace,
-    PreconditionedCG,
-    gauss_newton_diagonal,
-    reduce,
-)
-from pinncurv.curvature.ekfac import EKFAC, PartialTraces
-from pinncurv.curvature.iterative import InverseRecipe, Recipe
-from pinncurv.curvature.optimal_kronecker import OptimalKronecker
-from pinncurv.curvature.subspace import InSubspace, SubspaceGaussNewton
-from pinncurv.linearization import Empirical, ForwardOnly, Linearization
+from experiments.objects import UserError, evaluate, is_own, resolve, short
+from pinncurv.curvature import KFAC, ParameterSpace, gauss_newton_diagonal, reduce
+from pinncurv.linearization import Linearization
 from pinncurv.linops import (
     Damped,
     DiagonalLinearOperator,
-    FactorDamping,
     KroneckerEigenLinearOperator,
     LayerwiseLinearOperator,
     PyTorchLinearOperator,
     SumKroneckerLinearOperator,
     check_damping,
     factorize_damped_blocks,
-    trace_norm,
 )
 from pinncurv.optim import Curvature, Inverse
 
@@ -44,14 +32,12 @@ from pinncurv.optim import Curvature, Inverse
 # eigendecomposition (minutes for 4000 parameters) or conjugate gradients within each product.
 _OWN_INVERSE = 1024
 
-_FACTOR_DAMPING = FactorDamping(1e-8, trace_norm)
-
 
 @dataclass(frozen=True)
 class DampedBlocks:
     """Inverse recipe: ``Damped``, with one Cholesky factorization per layer if blocks are large.
 
-    C ↦ diag_l (C_l + λ I)⁻¹
+    C ↦ (C + λ I)⁻¹
 
     Args:
         damping: λ, a finite number >= 0.
@@ -60,17 +46,16 @@ class DampedBlocks:
     damping: float
 
     def __post_init__(self) -> None:
-        """Check the damping."""
         check_damping(self.damping)
 
-    def __call__(self, operator: LayerwiseLinearOperator) -> PyTorchLinearOperator:
+    def __call__(self, operator: PyTorchLinearOperator) -> PyTorchLinearOperator:
         """Return the inverse."""
-        closed_form = isinstance(operator, KroneckerEigenLinearOperator) or (
-            isinstance(operator, SumKroneckerLinearOperator) and len(operator.terms) == 1
-        )
-        if closed_form or max(block.numel for block in operator.blocks) <= _OWN_INVERSE:
-            return Damped(self.damping)(operator)
-        return factorize_damped_blocks(operator, self.damping)
+        if isinstance(operator, LayerwiseLinearOperator):
+            single = isinstance(operator, SumKroneckerLinearOperator) and len(operator.terms) == 1
+            closed_form = single or isinstance(operator, KroneckerEigenLinearOperator)
+            if not closed_form and max(b.numel for b in operator.blocks) > _OWN_INVERSE:
+                return factorize_damped_blocks(operator, self.damping)
+        return Damped(self.damping)(operator)
 
 
 @dataclass(frozen=True)
@@ -88,80 +73,108 @@ class ScaledIdentity:
         return DiagonalLinearOperator([torch.ones_like(d) * mean for d in diagonal.diagonals])
 
 
+def _cg(iterations: int, preconditioner: str) -> str:
+    options = f"tolerance=1e-14, max_iterations={iterations}, stop=None"
+    return f"(MatrixFreeGaussNewton(), PreconditionedCG(1.0, {preconditioner}, {options}))"
+
+
+# A curvature, or a pair of a curvature and the recipe of its inverse, whose damping is replaced:
+# objects, or expressions of the library's names.
+OPERATORS: dict[str, Any] = {
+    "exact": "MatrixFreeGaussNewton()",
+    "exact_blocks": "BlockDiagonalGaussNewton()",
+    "exact_diagonal": "DiagonalGaussNewton()",
+    "kfac_expand": "KFAC()",
+    "kfac_reduce": "KFAC(reduce)",
+    "kfac_merged": "KFAC(merge_terms=True)",
+    "kfac_factor_damping": "(KFAC(), FactorDamping(1.0, trace_norm))",
+    "kfac_uncollapsed": OnChannels(KFAC(), uncollapsed),
+    "kfac_reduce_uncollapsed": OnChannels(KFAC(reduce), uncollapsed),
+    "kfac_unmerged": OnChannels(KFAC(), unmerged),
+    "kfac_reduce_unmerged": OnChannels(KFAC(reduce), unmerged),
+    "kfac_empirical": "KFAC(fisher=Empirical())",
+    "kfac_forward_only": "KFAC(fisher=ForwardOnly())",
+    "channels": "ChannelKronecker(pairs=False)",
+    "channel_pairs": "ChannelKronecker()",
+    "ekfac": "EKFAC()",
+    "ekfac_reduce": "EKFAC(reduce)",
+    "ekfac_traces": "EKFAC(basis=PartialTraces())",
+    "kronecker": "OptimalKronecker()",
+    "kronecker_2": "OptimalKronecker(2)",
+    "kronecker_4": "OptimalKronecker(4)",
+    "kronecker_per_term": "OptimalKronecker(per_term=True)",
+    "subspace": "(SubspaceGaussNewton(100), InSubspace(1.0))",
+    "nystroem": "(MatrixFreeGaussNewton(), Nystroem(1.0, 100))",
+    "cg_5": _cg(5, "None"),
+    "cg_5_kfac": _cg(5, "KFAC()"),
+    "cg_5_ekfac": _cg(5, "EKFAC(), Damped(1e-8)"),
+    "cg_10_kfac": _cg(10, "KFAC()"),
+    "cg_10_ekfac": _cg(10, "EKFAC(), Damped(1e-8)"),
+    "identity": ScaledIdentity(),
+}
+
+
 @dataclass(frozen=True)
-class Entry:
-    """An approximation that can be named.
+class Recipe:
+    """How an operator C and its damped inverse are built.
 
     Args:
-        curvature: Builds the operator C from linearizations.
-        inverse: Returns the recipe of the inverse for a damping λ, by default (C + λI)⁻¹.
-        definite: Whether that inverse is positive definite. If not, it has no condition number
-            and is no preconditioner.
-        is_matrix: Whether C is the approximation. If not, the inverse alone is, and only its step
-            is compared.
+        curvature: Builds C from linearizations.
+        template: The recipe of the inverse for some damping.
     """
 
     curvature: Curvature
-    inverse: Callable[[float], Inverse] = Damped
-    definite: bool = True
-    is_matrix: bool = True
+    template: Any = DampedBlocks(1.0)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the inverse is (C + λI)⁻¹."""
+        return isinstance(self.template, Damped | DampedBlocks)
+
+    def inverse(self, damping: float) -> Inverse:
+        """Return the recipe of the inverse for a damping."""
+        return dataclasses.replace(self.template, damping=damping)
 
 
-def _iterations(
-    number: int, curvature: Recipe | None, inverse: InverseRecipe = _FACTOR_DAMPING
-) -> Entry:
-    """Return so many iterations of preconditioned conjugate gradients for the exact matrix."""
-    return Entry(
-        MatrixFreeGaussNewton(),
-        partial(
-            PreconditionedCG,
-            curvature=curvature,
-            inverse=inverse,
-            tolerance=1e-14,
-            max_iterations=number,
-            stop=None,
-        ),
-        definite=False,
-        is_matrix=False,
-    )
+def recipes(names: Sequence[str]) -> dict[str, Recipe]:
+    """Return the recipes of operators by their labels.
+
+    Args:
+        names: Names of ``OPERATORS`` or of presets, whose curvature and inverse are taken;
+            expressions of the library; FILE.py:NAME; or LABEL=ANY OF THESE.
+
+    Raises:
+        UserError: If one is none of these.
+    """
+    found: dict[str, Recipe] = {}
+    for text in names:
+        label, separator, name = text.partition("=")
+        if not (separator and label.isidentifier()):
+            label, name = short(text), text
+        if label in found:
+            raise UserError(f"--operators must be different, got {label} twice. Use LABEL=NAME.")
+        found[label] = _recipe(name)
+    return found
 
 
-EXACT = "exact"
-
-OPERATORS = {
-    EXACT: Entry(MatrixFreeGaussNewton()),
-    "exact-blocks": Entry(BlockDiagonalGaussNewton(), DampedBlocks),
-    "exact-diagonal": Entry(DiagonalGaussNewton()),
-    "kfac-expand": Entry(KFAC(), DampedBlocks),
-    "kfac-reduce": Entry(KFAC(reduce), DampedBlocks),
-    "kfac-merged": Entry(KFAC(merge_terms=True), DampedBlocks),
-    "kfac-factor-damping": Entry(KFAC(), partial(FactorDamping, heuristic=trace_norm)),
-    "kfac-uncollapsed": Entry(OnChannels(KFAC(), uncollapsed), DampedBlocks),
-    "kfac-reduce-uncollapsed": Entry(OnChannels(KFAC(reduce), uncollapsed), DampedBlocks),
-    "kfac-unmerged": Entry(OnChannels(KFAC(), unmerged), DampedBlocks),
-    "kfac-reduce-unmerged": Entry(OnChannels(KFAC(reduce), unmerged), DampedBlocks),
-    "channels": Entry(ChannelKronecker(pairs=False), DampedBlocks),
-    "channel-pairs": Entry(ChannelKronecker(), DampedBlocks),
-    "kfac-empirical": Entry(KFAC(fisher=Empirical()), DampedBlocks),
-    "kfac-forward-only": Entry(KFAC(fisher=ForwardOnly()), DampedBlocks),
-    "ekfac": Entry(EKFAC()),
-    "ekfac-reduce": Entry(EKFAC(reduce)),
-    "ekfac-traces": Entry(EKFAC(basis=PartialTraces())),
-    "kronecker": Entry(OptimalKronecker(), DampedBlocks),
-    "kronecker-2": Entry(OptimalKronecker(2), DampedBlocks),
-    "kronecker-4": Entry(OptimalKronecker(4), DampedBlocks),
-    "kronecker-per-term": Entry(OptimalKronecker(per_term=True), DampedBlocks),
-    "subspace": Entry(SubspaceGaussNewton(100), InSubspace, definite=False),
-    "cg-5": _iterations(5, None),
-    "cg-5-kfac": _iterations(5, KFAC()),
-    "cg-5-ekfac": _iterations(5, EKFAC(), Damped(1e-8)),
-    "cg-10-kfac": _iterations(10, KFAC()),
-    "cg-10-ekfac": _iterations(10, EKFAC(), Damped(1e-8)),
-    "identity": Entry(ScaledIdentity()),
-}
-
-# For the command line one of the names, for mypy a string.
-if TYPE_CHECKING:
-    OperatorName = str
-else:
-    OperatorName = Literal[tuple(OPERATORS)]
+def _recipe(name: str) -> Recipe:
+    presets = {n: f for n, f in catalog.OPTIMIZERS.items() if "pinncurv.presets" in f.__module__}
+    found: Any = name
+    if is_own(name) or "(" not in name:
+        found = resolve(name, {**presets, **OPERATORS}, "operator")
+    if isinstance(found, str):
+        found = evaluate(found)
+    if found in presets.values():
+        optimizer = found([nn.Parameter(torch.zeros(1, dtype=torch.float64))])
+        found = optimizer.preconditioner.curvature, optimizer.preconditioner.inverse
+    if inspect.isclass(found):
+        found = found()
+    recipe = Recipe(*found) if isinstance(found, tuple) and len(found) == 2 else Recipe(found)
+    is_inverse = dataclasses.is_dataclass(recipe.template) and hasattr(recipe.template, "damping")
+    if not callable(recipe.curvature) or not is_inverse:
+        raise UserError(
+            f"--operators {name} must be a function of linearizations, such as KFAC(), or a pair "
+            "(CURVATURE, INVERSE) with a dataclass that has a damping, such as "
+            f"(KFAC(), FactorDamping(1.0)), got {found!r}."
+        )
+    return recipe
