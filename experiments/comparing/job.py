@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,65 +18,49 @@ from experiments.objects import UserError, evaluate, is_own
 from experiments.training import CURRENT, PREVIOUS, Trainer, check_identity, read_checkpoint
 from pinncurv.optim import DampingRule
 
-# The smallest values of the numbers.
-_LEAST = {"continued_steps": 0, "dense_limit": 1, "block_limit": 1, "probes": 2, "lanczos_steps": 1}
+_OPERATORS = (
+    *("exact", "exact_blocks", "exact_diagonal", "kfac_expand", "kfac_reduce"),
+    *("ekfac", "kronecker", "subspace", "identity"),
+)
+
+
+def _option(default: Any, metavar: str, text: str) -> Any:
+    return field(default=default, metadata={"metavar": metavar, "help": text})
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that defines a comparison.
-
-    Args:
-        experiment: What trains what, from which seeds.
-        operators: What is compared, see ``operators.recipes``.
-        runs: Folders of train.py, at whose checkpoints to compare instead.
-        steps: After which steps of training to compare.
-        dampings: λ > 0, descending.
-        continued_steps: How long to train on from every point with every operator.
-        continued_rule: How λ changes then.
-        dense_limit: Most parameters for which matrices are formed; above, numbers are estimates.
-        block_limit: Most parameters of a layer for which its block is formed.
-        probes: Random vectors per estimate, and half as many in its sketch.
-        lanczos_steps: For condition numbers and spectra above the limit.
-        cg_tolerance: Relative residual norm that conjugate gradients must reach.
-        cg_limit: Most iterations of conjugate gradients.
-    """
+    """All that defines a comparison: an experiment, which trains, and the options."""
 
     experiment: Experiment
-    operators: tuple[str, ...] = (
-        *("exact", "exact_blocks", "exact_diagonal", "kfac_expand", "kfac_reduce"),
-        *("ekfac", "kronecker", "subspace", "identity"),
+    operators: tuple[str, ...] = _option(
+        _OPERATORS, "C", "names (see --list), [LABEL=]EXPRESSION as a=KFAC(reduce), FILE.py:NAME"
     )
-    runs: tuple[str, ...] = ()
-    steps: tuple[int, ...] = (0, 10, 50)
-    dampings: tuple[float, ...] = (1e-2, 1e-5, 1e-8)
-    continued_steps: int = 0
-    continued_rule: str = "LevenbergMarquardt()"
-    dense_limit: int = 1024
-    block_limit: int = 4200
-    probes: int = 32
-    lanczos_steps: int = 60
-    cg_tolerance: float = 1e-3
-    cg_limit: int = 500
+    runs: tuple[str, ...] = _option((), "F", "folders of train.py, for their checkpoints")
+    steps: tuple[int, ...] = _option((0, 10, 50), "K", "compare after so many steps of training")
+    dampings: tuple[float, ...] = _option((1e-2, 1e-5, 1e-8), "L", "λ; the middle one is shown")
+    continued_steps: int = _option(0, "K", "train on from every point with every operator")
+    continued_rule: str = _option("LevenbergMarquardt()", "R", "how λ changes then")
+    dense_limit: int = _option(1024, "D", "most parameters for exact numbers; above, estimates")
+    probes: int = _option(32, "K", "random vectors of each of these")
+    lanczos_steps: int = _option(60, "K", "for spectra and condition numbers above")
+    cg_tolerance: float = _option(1e-3, "T", "relative residual for conjugate gradients to reach")
+    cg_limit: int = _option(500, "K", "most iterations of these")
+
+    @classmethod
+    def add_options(cls, parser: Parser) -> None:
+        """Add an option for every field but the experiment."""
+        for item in fields(cls)[1:]:
+            several = isinstance(item.default, tuple)
+            kind = type((*item.default, "")[0]) if several else type(item.default)
+            nargs = "+" if several else None
+            flag = f"--{item.name.replace('_', '-')}"
+            parser.add_argument(flag, type=kind, nargs=nargs, **item.metadata)
 
     @property
     def middle(self) -> float:
         """The damping that is shown where there is room for one."""
         return self.dampings[len(self.dampings) // 2]
-
-    def rule(self) -> DampingRule:
-        """Return how λ changes in the further training.
-
-        Raises:
-            UserError: If that is no damping rule.
-        """
-        rule = evaluate(self.continued_rule)
-        if not isinstance(rule, DampingRule):
-            raise UserError(
-                "--continued-rule must be a damping rule of the library, such as "
-                f"ConstantDamping(), got {self.continued_rule}."
-            )
-        return rule
 
     def checked(self) -> Comparison:
         """Check everything but the experiment, and sort steps and dampings.
@@ -85,27 +68,25 @@ class Comparison:
         Raises:
             UserError: If something is out of range.
         """
-        for name in ("operators", "dampings", "steps"):
-            values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
-                raise UserError(
-                    f"--{name} must be one or more different values, got {list(values)}."
-                )
-        for damping in self.dampings:
-            if not (math.isfinite(damping) and damping > 0):
-                raise UserError(f"--dampings must be finite numbers > 0, got {damping}.")
-        for name, least in _LEAST.items():
-            if getattr(self, name) < least:
+        rule = evaluate(self.continued_rule)
+        several = {n: getattr(self, n) for n in ("operators", "steps", "dampings")}
+        for name, fine, wanted in (
+            *((n, 0 < len(set(v)) == len(v), "one or more, different") for n, v in several.items()),
+            ("dampings", all(0 < d < math.inf for d in self.dampings), "finite numbers > 0"),
+            ("steps", all(step >= 0 for step in self.steps), "0 or more"),
+            ("continued_steps", self.continued_steps >= 0, "0 or more"),
+            ("continued_rule", isinstance(rule, DampingRule), "a rule such as ConstantDamping()"),
+            *((n, getattr(self, n) > 0, "positive") for n in ("dense_limit", "lanczos_steps")),
+            ("probes", self.probes > 1, "at least 2"),
+            ("cg_tolerance", 0 < self.cg_tolerance < 1, "in (0, 1)"),
+            ("cg_limit", self.cg_limit > 0, "positive"),
+        ):
+            if not fine:
                 flag = name.replace("_", "-")
-                raise UserError(f"--{flag} must be at least {least}, got {getattr(self, name)}.")
-        if min(self.steps) < 0:
-            raise UserError(f"--steps must be 0 or more, got {list(self.steps)}.")
-        if not 0 < self.cg_tolerance < 1:
-            raise UserError(f"--cg-tolerance must be in (0, 1), got {self.cg_tolerance}.")
+                raise UserError(f"--{flag} must be {wanted}, got {getattr(self, name)}.")
         recipes(self.operators)
-        self.rule()
         steps, dampings = sorted(self.steps), sorted(self.dampings, reverse=True)
-        return dataclasses.replace(self, steps=tuple(steps), dampings=tuple(dampings))
+        return replace(self, steps=tuple(steps), dampings=tuple(dampings))
 
 
 @dataclass(frozen=True)
@@ -145,56 +126,52 @@ def job_of(parser: Parser, options: argparse.Namespace) -> tuple[Comparison, lis
     Raises:
         UserError: If it is not possible.
     """
-    stored, fields = None, [field.name for field in dataclasses.fields(Comparison)]
+    stored, names = None, [item.name for item in fields(Comparison)]
     values: dict[str, Any] = {}
     if options.config is not None:
         tree = read_config(options.config, "--config")
         if isinstance(tree, dict) and "experiment" in tree:  # of a comparison
             stored = from_json(tree.pop("experiment"), str(options.config))
             values, options.config = tree, None
-    values |= {n: v for n in fields if (v := getattr(options, n, None)) is not None}
+    values |= {n: v for n in names if (v := getattr(options, n, None)) is not None}
     values = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
-    if unknown := set(values) - set(fields):
+    if unknown := set(values) - set(names):
         raise UserError(f"--config must have the settings of a comparison, got {sorted(unknown)}.")
-    if options.optimizers is not None and len(options.optimizers) > 1:
+    if len(options.optimizers or "1") > 1:
         raise UserError(f"--optimizers must be one, which trains, got {options.optimizers}.")
-    if values.get("runs"):
+    job = Comparison(Experiment(), **values).checked()
+    if job.runs:
         if options.steps is not None:
             raise UserError("--steps has no effect with --runs, which is at all checkpoints.")
-        job = Comparison(Experiment(), **values).checked()
         if stored is not None and options.optimizers is None:
             options.optimizers = list(stored.labels)
-        trainings = [t for run in job.runs for t in _of_run(parser, options, Path(run))]
-        _check_agreement(trainings)
-        return dataclasses.replace(job, experiment=trainings[0].trainer.experiment), trainings
+        trainings = [training for run in job.runs for training in _of_run(parser, options, run)]
+        return replace(job, experiment=_common(trainings)), trainings
     if stored is None and options.config is None and options.preset is None:
         options.optimizers = options.optimizers or ["kfac_star"]
         options.seeds = options.seeds or [1, 2, 3]
     experiment = experiment_of(parser, options, stored)
     label = next(iter(experiment.labels))
-    experiment = experiment.only(label)
-    job = Comparison(experiment, **values).checked()
-    device, states = set_up_device(experiment), dict.fromkeys(job.steps)
+    experiment, device = experiment.only(label), set_up_device(experiment)
     trainers = [Trainer(experiment, label, seed, device) for seed in experiment.seeds]
-    return job, [Training(f"seed{trainer.seed}", trainer, states) for trainer in trainers]
+    trainings = [Training(f"seed{t.seed}", t, dict.fromkeys(job.steps)) for t in trainers]
+    return replace(job, experiment=experiment), trainings
 
 
-def _of_run(parser: Parser, options: argparse.Namespace, folder: Path) -> Iterator[Training]:
+def _of_run(parser: Parser, options: argparse.Namespace, run: str) -> Iterator[Training]:
     """Yield the trainings of a run of train.py by one of its optimizers, the first by default."""
+    folder, options = Path(run), argparse.Namespace(**vars(options))
     stored = from_json(read_config(folder / CONFIG, "--runs"), str(folder / CONFIG))
     found = [label for label in stored.labels if any((folder / label).glob(f"seed*/{CURRENT}"))]
-    options = argparse.Namespace(**vars(options))
-    label = found[0] if found else ""
+    label = next(iter(found), "any optimizer")
     if options.optimizers is not None:
         label = next(iter(Experiment(optimizers=tuple(options.optimizers)).labels))
         name = stored.labels.get(label, "")
         if name and not is_own(name):  # whoever names a file of their own lets it be run
             options.optimizers = [f"{label}={name}"]
     if label not in found:
-        raise UserError(
-            f"--runs: {folder} has no checkpoint{f' of {label}' if label else ''}. It has some of: "
-            f"{', '.join(found) or 'none of its optimizers'}."
-        )
+        has = ", ".join(found) or "none"
+        raise UserError(f"--runs: {folder} has no checkpoint of {label}. It has some of: {has}.")
     experiment = experiment_of(parser, options, stored).only(label)
     device = set_up_device(experiment)
     for seed in experiment.seeds:
@@ -203,21 +180,19 @@ def _of_run(parser: Parser, options: argparse.Namespace, folder: Path) -> Iterat
         for path in (place / PREVIOUS, place / CURRENT):
             with suppress(OSError):
                 checkpoint = read_checkpoint(path)
-                identity = trainer.experiment.identity(label, seed)
-                check_identity(path, checkpoint["identity"], identity)
+                check_identity(path, checkpoint["identity"], experiment.identity(label, seed))
                 states[int(checkpoint["state"]["step"])] = checkpoint["state"]
         yield Training(str(place), trainer, states)
 
 
-def _check_agreement(trainings: list[Training]) -> None:
-    """Check that medians over the trainings make sense."""
-    known = [
-        (e.problem, e.network, {**e.of("problem"), **e.of("network")}, e.dtype)
-        for e in (training.trainer.experiment for training in trainings)
-    ]
-    for training, about in zip(trainings, known, strict=True):
-        if about != known[0]:
+def _common(trainings: list[Training]) -> Experiment:
+    """Return the experiment of the first training, after checking that medians make sense."""
+    experiments = [training.trainer.experiment for training in trainings]
+    about = [(e.problem, e.network, e.of("problem"), e.of("network"), e.dtype) for e in experiments]
+    for training, own in zip(trainings, about, strict=True):
+        if own != about[0]:
             raise UserError(
                 "--runs must agree in problem, network, their settings and dtype, but "
-                f"{trainings[0].name} has {known[0]} and {training.name} has {about}."
+                f"{trainings[0].name} has {about[0]} and {training.name} has {own}."
             )
+    return experiments[0]

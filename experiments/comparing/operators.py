@@ -9,23 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from experiments import catalog
-from experiments.comparing.channels import OnChannels, uncollapsed, unmerged
 from experiments.objects import UserError, evaluate, is_own, resolve, short
-from pinncurv.curvature import KFAC, ParameterSpace, gauss_newton_diagonal, reduce
-from pinncurv.linearization import Linearization
-from pinncurv.linops import (
-    Damped,
-    DiagonalLinearOperator,
-    KroneckerEigenLinearOperator,
-    LayerwiseLinearOperator,
-    PyTorchLinearOperator,
-    SumKroneckerLinearOperator,
-    check_damping,
-    factorize_damped_blocks,
-)
+from pinncurv import linops
+from pinncurv.curvature import ParameterSpace, gauss_newton_diagonal
 from pinncurv.optim import Curvature, Inverse
 
 # Blocks up to this size get the inverse of their own. For larger ones it would be an
@@ -38,39 +26,28 @@ class DampedBlocks:
     """Inverse recipe: ``Damped``, with one Cholesky factorization per layer if blocks are large.
 
     C ↦ (C + λ I)⁻¹
-
-    Args:
-        damping: λ, a finite number >= 0.
     """
 
     damping: float
 
-    def __post_init__(self) -> None:
-        check_damping(self.damping)
-
-    def __call__(self, operator: PyTorchLinearOperator) -> PyTorchLinearOperator:
+    def __call__(self, operator: linops.PyTorchLinearOperator) -> linops.PyTorchLinearOperator:
         """Return the inverse."""
-        if isinstance(operator, LayerwiseLinearOperator):
-            single = isinstance(operator, SumKroneckerLinearOperator) and len(operator.terms) == 1
-            closed_form = single or isinstance(operator, KroneckerEigenLinearOperator)
-            if not closed_form and max(b.numel for b in operator.blocks) > _OWN_INVERSE:
-                return factorize_damped_blocks(operator, self.damping)
-        return Damped(self.damping)(operator)
+        kronecker = isinstance(operator, linops.SumKroneckerLinearOperator)
+        closed_form = isinstance(operator, linops.KroneckerEigenLinearOperator) or (
+            kronecker and len(operator.terms) == 1
+        )
+        if isinstance(operator, linops.LayerwiseLinearOperator) and not closed_form:
+            if max(block.numel for block in operator.blocks) > _OWN_INVERSE:
+                return linops.factorize_damped_blocks(operator, self.damping)
+        return linops.Damped(self.damping)(operator)
 
 
-@dataclass(frozen=True)
-class ScaledIdentity:
-    """Recipe: the multiple of the identity that is closest to the exact matrix.
-
-    tr(JᵀJ) / D · I
-    """
-
-    def __call__(self, linearizations: Sequence[Linearization]) -> DiagonalLinearOperator:
-        """Build the operator."""
-        space = ParameterSpace.of(linearizations)
-        diagonal = gauss_newton_diagonal(linearizations, space)
-        mean = diagonal.trace() / space.dimension
-        return DiagonalLinearOperator([torch.ones_like(d) * mean for d in diagonal.diagonals])
+def scaled_identity(linearizations: Sequence[Any]) -> linops.DiagonalLinearOperator:
+    """Return the multiple of the identity that is closest to the exact matrix, tr(JᵀJ) / D · I."""
+    space = ParameterSpace.of(linearizations)
+    diagonal = gauss_newton_diagonal(linearizations, space)
+    mean = diagonal.trace() / space.dimension
+    return linops.DiagonalLinearOperator([torch.ones_like(d) * mean for d in diagonal.diagonals])
 
 
 def _cg(iterations: int, preconditioner: str) -> str:
@@ -78,8 +55,8 @@ def _cg(iterations: int, preconditioner: str) -> str:
     return f"(MatrixFreeGaussNewton(), PreconditionedCG(1.0, {preconditioner}, {options}))"
 
 
-# A curvature, or a pair of a curvature and the recipe of its inverse, whose damping is replaced:
-# objects, or expressions of the library's names.
+# A curvature, or a pair of a curvature and the recipe of its inverse, whose damping is replaced;
+# as expressions of the library's names, or the objects themselves.
 OPERATORS: dict[str, Any] = {
     "exact": "MatrixFreeGaussNewton()",
     "exact_blocks": "BlockDiagonalGaussNewton()",
@@ -88,10 +65,6 @@ OPERATORS: dict[str, Any] = {
     "kfac_reduce": "KFAC(reduce)",
     "kfac_merged": "KFAC(merge_terms=True)",
     "kfac_factor_damping": "(KFAC(), FactorDamping(1.0, trace_norm))",
-    "kfac_uncollapsed": OnChannels(KFAC(), uncollapsed),
-    "kfac_reduce_uncollapsed": OnChannels(KFAC(reduce), uncollapsed),
-    "kfac_unmerged": OnChannels(KFAC(), unmerged),
-    "kfac_reduce_unmerged": OnChannels(KFAC(reduce), unmerged),
     "kfac_empirical": "KFAC(fisher=Empirical())",
     "kfac_forward_only": "KFAC(fisher=ForwardOnly())",
     "channels": "ChannelKronecker(pairs=False)",
@@ -110,18 +83,14 @@ OPERATORS: dict[str, Any] = {
     "cg_5_ekfac": _cg(5, "EKFAC(), Damped(1e-8)"),
     "cg_10_kfac": _cg(10, "KFAC()"),
     "cg_10_ekfac": _cg(10, "EKFAC(), Damped(1e-8)"),
-    "identity": ScaledIdentity(),
+    "identity": scaled_identity,
 }
+_PRESETS = {n: f for n, f in catalog.OPTIMIZERS.items() if "pinncurv.presets" in f.__module__}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How an operator C and its damped inverse are built.
-
-    Args:
-        curvature: Builds C from linearizations.
-        template: The recipe of the inverse for some damping.
-    """
+    """How an operator C is built from linearizations, and its inverse for some damping."""
 
     curvature: Curvature
     template: Any = DampedBlocks(1.0)
@@ -129,7 +98,7 @@ class Recipe:
     @property
     def is_plain(self) -> bool:
         """Whether the inverse is (C + λI)⁻¹."""
-        return isinstance(self.template, Damped | DampedBlocks)
+        return isinstance(self.template, linops.Damped | DampedBlocks)
 
     def inverse(self, damping: float) -> Inverse:
         """Return the recipe of the inverse for a damping."""
@@ -158,23 +127,19 @@ def recipes(names: Sequence[str]) -> dict[str, Recipe]:
 
 
 def _recipe(name: str) -> Recipe:
-    presets = {n: f for n, f in catalog.OPTIMIZERS.items() if "pinncurv.presets" in f.__module__}
     found: Any = name
     if is_own(name) or "(" not in name:
-        found = resolve(name, {**presets, **OPERATORS}, "operator")
+        found = resolve(name, {**_PRESETS, **OPERATORS}, "operator")
     if isinstance(found, str):
         found = evaluate(found)
-    if found in presets.values():
-        optimizer = found([nn.Parameter(torch.zeros(1, dtype=torch.float64))])
-        found = optimizer.preconditioner.curvature, optimizer.preconditioner.inverse
-    if inspect.isclass(found):
-        found = found()
-    recipe = Recipe(*found) if isinstance(found, tuple) and len(found) == 2 else Recipe(found)
-    is_inverse = dataclasses.is_dataclass(recipe.template) and hasattr(recipe.template, "damping")
-    if not callable(recipe.curvature) or not is_inverse:
+    if found in _PRESETS.values():
+        part = found([torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))]).preconditioner
+        found = part.curvature, part.inverse
+    parts = found if isinstance(found, tuple) else (found() if inspect.isclass(found) else found,)
+    recipe = Recipe(*parts[:2])
+    if not callable(recipe.curvature) or not hasattr(recipe.template, "damping") or parts[2:]:
         raise UserError(
             f"--operators {name} must be a function of linearizations, such as KFAC(), or a pair "
-            "(CURVATURE, INVERSE) with a dataclass that has a damping, such as "
-            f"(KFAC(), FactorDamping(1.0)), got {found!r}."
+            f"of it and a damped inverse, such as (KFAC(), FactorDamping(1.0)), got {found!r}."
         )
     return recipe

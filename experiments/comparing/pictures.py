@@ -42,7 +42,9 @@ def draw(folder: Path, tables: Tables, job: Comparison, title: str) -> list[Path
     middle = table[table["damping"] == job.middle]
     looks = _looks(table["operator"].unique())
     steps = sorted({table["step"].min(), table["step"].max()})
-    with mpl.rc_context({**STYLE, "font.size": 9, "legend.frameon": False, "lines.markersize": 4.5}):
+    with mpl.rc_context(
+        {**STYLE, "font.size": 9, "legend.frameon": False, "lines.markersize": 4.5}
+    ):
         figures = {
             "overview": Figure(figsize=(12, 3.6), layout="constrained"),
             "training": Figure(figsize=(10, 6), layout="constrained"),
@@ -59,17 +61,27 @@ def draw(folder: Path, tables: Tables, job: Comparison, title: str) -> list[Path
             for axis, measure in zip(figures[name].subplots(2, 2).flat, measures, strict=True):
                 _curves(axis, rows, x, measure, looks)
         figures["spectra"] = Figure(figsize=(4.6 * len(steps) + 1.6, 4.2), layout="constrained")
-        for axis, step in zip(figures["spectra"].subplots(1, len(steps), squeeze=False)[0], steps, strict=True):
+        for axis, step in zip(
+            figures["spectra"].subplots(1, len(steps), squeeze=False)[0], steps, strict=True
+        ):
             _spectra(axis, tables["spectra"], step, job.dampings, looks)
         if table["continued_loss"].notna().any():
             figures["prediction"] = _prediction(middle, looks)
         for figure in figures.values():
-            handles = dict(pair[::-1] for axis in figure.axes for pair in zip(*axis.get_legend_handles_labels(), strict=True))
+            handles = dict(
+                pair[::-1]
+                for axis in figure.axes
+                for pair in zip(*axis.get_legend_handles_labels(), strict=True)
+            )
             figure.legend(handles.values(), handles.keys(), loc="outside right upper")
         figures["layers"] = _layers(tables["layers"], steps)
         if len(tables["pairs"]):
             figures["pairs"] = _pairs(tables["pairs"], list(looks), job.middle)
-        notes = {"training": f", λ = {job.middle:g}", "damping": f", {_after(steps[-1])}", "overview": f", λ = {job.middle:g}"}
+        notes = {
+            "training": f", λ = {job.middle:g}",
+            "damping": f", {_after(steps[-1])}",
+            "overview": f", λ = {job.middle:g}",
+        }
         for name, figure in figures.items():
             figure.suptitle(title + notes.get(name, ""))
         return [save(figure, folder / f"{name}.png") for name, figure in figures.items()]
@@ -79,11 +91,19 @@ def _looks(operators: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Return how each operator is drawn, the same in all pictures."""
     looks: dict[str, dict[str, Any]] = {}
     for i, name in enumerate(operators):
-        looks[name] = {"color": COLOURS[i % 6], "linestyle": LINES[i // 6 % 4], "marker": _MARKERS[i % 9]}
-    looks |= {n: look for n, look in {
-        "exact": {"color": "black", "linewidth": 2.2, "marker": ""},
-        "identity": {"color": "0.55", "linestyle": ":", "marker": "x"},
-    }.items() if n in looks}
+        looks[name] = {
+            "color": COLOURS[i % 6],
+            "linestyle": LINES[i // 6 % 4],
+            "marker": _MARKERS[i % 9],
+        }
+    looks |= {
+        n: look
+        for n, look in {
+            "exact": {"color": "black", "linewidth": 2.2, "marker": ""},
+            "identity": {"color": "0.55", "linestyle": ":", "marker": "x"},
+        }.items()
+        if n in looks
+    }
     return looks
 
 
@@ -100,7 +120,9 @@ def _curves(axis: Axes, table: pd.DataFrame, x: str, measure: str, looks: dict[s
     for name, own in rows.groupby("operator", sort=False):
         line = own.groupby(x)["y"].agg(["median", "min", "max"])
         axis.plot(line.index, line["median"], label=name, **looks[name])
-        axis.fill_between(line.index, line["min"], line["max"], color=looks[name]["color"], alpha=0.15)
+        axis.fill_between(
+            line.index, line["min"], line["max"], color=looks[name]["color"], alpha=0.15
+        )
     axis.set(title=heading, xlabel="damping λ" if x == "damping" else "training step")
     if logarithmic and len(rows):
         axis.set_yscale("log")
@@ -116,7 +138,9 @@ def _curves(axis: Axes, table: pd.DataFrame, x: str, measure: str, looks: dict[s
     axis.minorticks_off()
 
 
-def _spectra(axis: Axes, spectra: pd.DataFrame, step: int, dampings: Iterable[float], looks: dict[str, Any]) -> None:
+def _spectra(
+    axis: Axes, spectra: pd.DataFrame, step: int, dampings: Iterable[float], looks: dict[str, Any]
+) -> None:
     """Draw sorted eigenvalues at one step, medians over the trainings, and the dampings."""
     axis.set(title=f"eigenvalues {_after(step)}; dotted: λ", xlabel="rank")
     if not len(spectra):
@@ -127,7 +151,10 @@ def _spectra(axis: Axes, spectra: pd.DataFrame, step: int, dampings: Iterable[fl
         trainings = [t for _, t in own.groupby("training", sort=False)]
         ranks = trainings[0]["rank"].to_numpy()
         # estimates have other ranks in every training: interpolated on the logarithmic axis
-        logs = [np.interp(ranks, t["rank"], np.log(t["eigenvalue"].clip(lower=1e-300))) for t in trainings]
+        logs = [
+            np.interp(ranks, t["rank"], np.log(t["eigenvalue"].clip(lower=1e-300)))
+            for t in trainings
+        ]
         low, median, high = np.exp(np.quantile(logs, (0, 0.5, 1), axis=0))
         axis.plot(ranks, median, label=name, markevery=max(1, len(ranks) // 8), **looks[name])
         axis.fill_between(ranks, low, high, color=looks[name]["color"], alpha=0.12)
@@ -175,14 +202,20 @@ def _layers(layers: pd.DataFrame, steps: list[int]) -> Figure:
     columns = min(1 + len(names), _MAPS_PER_ROW)
     rows = math.ceil((1 + len(names)) / columns)
     figure.set_size_inches(1.75 * columns + 1.2, 2.0 * rows * len(steps) + 0.6)
-    for part, step in zip(figure.subfigures(len(steps), 1, squeeze=False)[:, 0], steps, strict=True):
+    for part, step in zip(
+        figure.subfigures(len(steps), 1, squeeze=False)[:, 0], steps, strict=True
+    ):
         part.suptitle(f"cosine with the exact block of each pair of layers, {_after(step)}")
         axes, here = part.subplots(rows, columns, squeeze=False), layers[layers["step"] == step]
         for axis, name in zip(axes.flat, [None, *names], strict=False):
             own = here if name is None else here[here["operator"] == name]
-            values = own.pivot_table("mass" if name is None else "cosine", "row", "column", "median")
+            values = own.pivot_table(
+                "mass" if name is None else "cosine", "row", "column", "median"
+            )
             ticks = [str(i + 1) for i in range(len(values))]
-            image = _map(axis, values.to_numpy(), ticks, *(("Greys", 0) if name is None else ("PuOr", -1)))
+            image = _map(
+                axis, values.to_numpy(), ticks, *(("Greys", 0) if name is None else ("PuOr", -1))
+            )
             axis.set_title(name or "mass of exact")
         for axis in axes.flat[1 + len(names) :]:
             axis.set_axis_off()
@@ -196,8 +229,12 @@ def _pairs(pairs: pd.DataFrame, order: list[str], damping: float) -> Figure:
     both = pd.concat([rows, rows.rename(columns={"first": "second", "second": "first"})])
     figure = Figure(figsize=(3 + 0.9 * len(order), 2 + 0.45 * len(order)), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    for axis, (name, heading) in zip(axes, (("cosine", "matrices"), ("step_cosine", f"steps, λ = {damping:g}")), strict=True):
-        values = both.pivot_table(name, "first", "second", "median").reindex(index=order, columns=order)
+    for axis, (name, heading) in zip(
+        axes, (("cosine", "matrices"), ("step_cosine", f"steps, λ = {damping:g}")), strict=True
+    ):
+        values = both.pivot_table(name, "first", "second", "median").reindex(
+            index=order, columns=order
+        )
         numbers = values.to_numpy(copy=True)
         np.fill_diagonal(numbers, np.where(np.isnan(numbers).all(0), np.nan, 1.0))
         image = _map(axis, numbers, order, "PuOr", -1)

@@ -1,4 +1,7 @@
-"""The same loss on other channels: what KFAC is when derivatives are propagated differently."""
+"""The same loss on other channels: what KFAC is when derivatives are propagated differently.
+
+``python experiments/compare.py --operators kfac_expand paper/channels.py:kfac_uncollapsed``
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from pinncurv.curvature import KFAC, reduce
 from pinncurv.diffops import Derivative, DifferentialOperator
 from pinncurv.linearization import Linearization, linearize
 from pinncurv.linops import PyTorchLinearOperator
@@ -100,3 +104,9 @@ class OnChannels:
         operators = {name: self.change(i, operator) for i, (name, operator) in enumerate(known)}
         term = replace(old.term, operators=operators)
         return linearize(term, old.model, old.x, old.fisher, old.chunk_size)
+
+
+kfac_uncollapsed = OnChannels(KFAC(), uncollapsed)
+kfac_reduce_uncollapsed = OnChannels(KFAC(reduce), uncollapsed)
+kfac_unmerged = OnChannels(KFAC(), unmerged)
+kfac_reduce_unmerged = OnChannels(KFAC(reduce), unmerged)
