@@ -52,7 +52,7 @@ class Comparison:
         """Add an option for every field but the experiment."""
         for item in fields(cls)[1:]:
             several = isinstance(item.default, tuple)
-            kind = type((*item.default, "")[0]) if several else type(item.default)
+            kind: Any = type((*item.default, "")[0] if several else item.default)
             nargs = "+" if several else None
             flag = f"--{item.name.replace('_', '-')}"
             parser.add_argument(flag, type=kind, nargs=nargs, **item.metadata)
@@ -146,7 +146,9 @@ def job_of(parser: Parser, options: argparse.Namespace) -> tuple[Comparison, lis
         if stored is not None and options.optimizers is None:
             options.optimizers = list(stored.labels)
         trainings = [training for run in job.runs for training in _of_run(parser, options, run)]
-        return replace(job, experiment=_common(trainings)), trainings
+        if len(known := {training.trainer.describe() for training in trainings}) > 1:
+            raise UserError(f"--runs must be of one problem and network, got {sorted(known)}.")
+        return replace(job, experiment=trainings[0].trainer.experiment), trainings
     if stored is None and options.config is None and options.preset is None:
         options.optimizers = options.optimizers or ["kfac_star"]
         options.seeds = options.seeds or [1, 2, 3]
@@ -183,16 +185,3 @@ def _of_run(parser: Parser, options: argparse.Namespace, run: str) -> Iterator[T
                 check_identity(path, checkpoint["identity"], experiment.identity(label, seed))
                 states[int(checkpoint["state"]["step"])] = checkpoint["state"]
         yield Training(str(place), trainer, states)
-
-
-def _common(trainings: list[Training]) -> Experiment:
-    """Return the experiment of the first training, after checking that medians make sense."""
-    experiments = [training.trainer.experiment for training in trainings]
-    about = [(e.problem, e.network, e.of("problem"), e.of("network"), e.dtype) for e in experiments]
-    for training, own in zip(trainings, about, strict=True):
-        if own != about[0]:
-            raise UserError(
-                "--runs must agree in problem, network, their settings and dtype, but "
-                f"{trainings[0].name} has {about[0]} and {training.name} has {own}."
-            )
-    return experiments[0]

@@ -89,8 +89,7 @@ class Point:
     @cached_property
     def mass(self) -> Tensor:
         """The share of each pair of layers in ‖G‖²."""
-        norms = self._by_layer_pair(self.exact).squared_norm
-        return comparison.mass(norms if isinstance(norms, Tensor) else norms.value)
+        return comparison.mass(_value(self._by_layer_pair(self.exact).squared_norm)[0])
 
     @cached_property
     def best_steps(self) -> dict[float, Tensor]:
@@ -134,7 +133,9 @@ class Point:
         return comparison.estimate_frobenius(P, Q, **self._probing())
 
     def _compare_blocks(self, P: PyTorchLinearOperator) -> Similarity:
-        """Compare the diagonal blocks, of operators without any by probes."""
+        """Compare the diagonal blocks, above the limit of operators without any by probes."""
+        if self.is_dense:
+            return comparison.frobenius_by_layer(P, self.exact, self.layers).total()
         if isinstance(P, LayerwiseLinearOperator):
             return self._similarity(P, self.blocks)
         part = self.blocks if P is self.exact else self._blocks_of(P)
@@ -147,18 +148,14 @@ class Point:
             P = self.exact
         elif self.is_dense:
             P = self._dense(operator)
-        pairs = self._by_layer_pair(P)
-        if isinstance(pairs, comparison.FrobeniusComparison):
-            row = _cells("", pairs.total()) | _cells("block_", pairs.diagonal().total())
-            cosines = pairs.cosine
-        else:
-            whole, blocks = self._similarity(P, self.exact), self._compare_blocks(P)
-            row, cosines = _cells("", whole) | _cells("block_", blocks), pairs.cosine.value
+        row = _cells("", self._similarity(P, self.exact))
+        row |= _cells("block_", self._compare_blocks(P))
+        cosines = _value(self._by_layer_pair(P).cosine)[0]
         about = {**self._where, "operator": label}
         self.tables.rows["layers"] += [
             {**about, "row": i, "column": j, "cosine": cosine, "mass": self.mass[i, j].item()}
-            for i, cosines_of_row in enumerate(cosines.tolist())
-            for j, cosine in enumerate(cosines_of_row)
+            for i, own in enumerate(cosines.tolist())
+            for j, cosine in enumerate(own)
         ]
         self.tables.rows["spectra"] += [
             {**about, "rank": rank, "eigenvalue": value}
@@ -170,7 +167,7 @@ class Point:
     def _spectrum(
         self, operator: PyTorchLinearOperator, P: PyTorchLinearOperator
     ) -> tuple[list[float], list[float]]:
-        """Return ranks and eigenvalues, above the limit estimates where there is no small kernel."""
+        """Return ranks and eigenvalues; above the limit estimates, unless the kernel is small."""
         exact = isinstance(operator, GaussNewtonLinearOperator)
         if self.is_dense or (exact and operator.jacobian.shape[0] <= _KERNEL_LIMIT):
             values = comparison.spectrum(P if self.is_dense else operator.kernel)[: self.dimension]
@@ -199,11 +196,12 @@ class Point:
             row["build_seconds"] = self._now() - start
             # of another inverse of the exact matrix, the inverse alone is the approximation
             if recipe.is_plain or not isinstance(operator, GaussNewtonLinearOperator):
+                others = dict(self._matrices)
                 row |= self._compare_matrix(label, operator)
-                for other, matrix in self._matrices.items():
+                for other, matrix in others.items():
                     with self._noting(f"{label} and {other}", notes):
                         found = self._similarity(matrix, self._matrices[label])
-                        cosines[other] = _cells("", found)["cosine"]
+                        cosines[other] = _value(found.cosine)[0].item()
         for damping in self.job.dampings:
             own, own_notes = {**row, "damping": damping}, list(notes)
             if operator is not None:
@@ -246,8 +244,11 @@ class Point:
             row["condition"] = comparison.condition_number(
                 G, inverse, damping, dense=self.is_dense, steps=steps, generator=generator
             )
-            limits = {"tolerance": job.cg_tolerance, "max_iterations": job.cg_limit}
-            record = comparison.cg_records(G, damping, g, {label: inverse}, **limits)[label]
+            record = comparison.cg_records(
+                *(G, damping, g, {"": inverse}),
+                tolerance=job.cg_tolerance,
+                max_iterations=job.cg_limit,
+            )[""]
             row["cg_iterations"], row["cg_converged"] = record.iterations, record.converged
         if job.continued_steps:
             row["continued_loss"] = math.inf  # if it fails
@@ -284,10 +285,17 @@ class Point:
         return time.perf_counter()
 
 
+def _value(part: Tensor | comparison.Estimate) -> tuple[Tensor, Tensor]:
+    """Return a number or an estimate with its standard error, which is 0 for a number."""
+    return (
+        (part, torch.tensor(0.0)) if isinstance(part, Tensor) else (part.value, part.standard_error)
+    )
+
+
 def _cells(prefix: str, found: Similarity) -> Row:
     """Return cosine and relative error, with standard errors that are 0 where they are exact."""
     row: Row = {}
     for name, part in (("cosine", found.cosine), ("error", found.relative_error)):
-        value, se = (part, 0.0) if isinstance(part, Tensor) else (part.value, part.standard_error)
+        value, se = _value(part)
         row |= {f"{prefix}{name}": float(value), f"{prefix}{name}_se": float(se)}
     return row

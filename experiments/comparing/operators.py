@@ -36,9 +36,9 @@ class DampedBlocks:
         closed_form = isinstance(operator, linops.KroneckerEigenLinearOperator) or (
             kronecker and len(operator.terms) == 1
         )
-        if isinstance(operator, linops.LayerwiseLinearOperator) and not closed_form:
-            if max(block.numel for block in operator.blocks) > _OWN_INVERSE:
-                return linops.factorize_damped_blocks(operator, self.damping)
+        layerwise = isinstance(operator, linops.LayerwiseLinearOperator) and not closed_form
+        if layerwise and max(block.numel for block in operator.blocks) > _OWN_INVERSE:
+            return linops.factorize_damped_blocks(operator, self.damping)
         return linops.Damped(self.damping)(operator)
 
 
@@ -50,10 +50,11 @@ def scaled_identity(linearizations: Sequence[Any]) -> linops.DiagonalLinearOpera
     return linops.DiagonalLinearOperator([torch.ones_like(d) * mean for d in diagonal.diagonals])
 
 
-def _cg(iterations: int, preconditioner: str) -> str:
-    options = f"tolerance=1e-14, max_iterations={iterations}, stop=None"
-    return f"(MatrixFreeGaussNewton(), PreconditionedCG(1.0, {preconditioner}, {options}))"
-
+_CG = (
+    "(MatrixFreeGaussNewton(), PreconditionedCG(1.0, {}, tolerance=1e-14, max_iterations={}, "
+    "stop=None))"
+)
+_CG_WITH = {"": "None", "_kfac": "KFAC()", "_ekfac": "EKFAC(), Damped(1e-8)"}
 
 # A curvature, or a pair of a curvature and the recipe of its inverse, whose damping is replaced;
 # as expressions of the library's names, or the objects themselves.
@@ -78,11 +79,7 @@ OPERATORS: dict[str, Any] = {
     "kronecker_per_term": "OptimalKronecker(per_term=True)",
     "subspace": "(SubspaceGaussNewton(100), InSubspace(1.0))",
     "nystroem": "(MatrixFreeGaussNewton(), Nystroem(1.0, 100))",
-    "cg_5": _cg(5, "None"),
-    "cg_5_kfac": _cg(5, "KFAC()"),
-    "cg_5_ekfac": _cg(5, "EKFAC(), Damped(1e-8)"),
-    "cg_10_kfac": _cg(10, "KFAC()"),
-    "cg_10_ekfac": _cg(10, "EKFAC(), Damped(1e-8)"),
+    **{f"cg_{n}{name}": _CG.format(P, n) for n in (5, 10) for name, P in _CG_WITH.items()},
     "identity": scaled_identity,
 }
 _PRESETS = {n: f for n, f in catalog.OPTIMIZERS.items() if "pinncurv.presets" in f.__module__}

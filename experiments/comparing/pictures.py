@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,227 +17,211 @@ from experiments.comparing.job import Comparison
 from experiments.comparing.tables import Tables
 from experiments.figures import COLOURS, LINES, STYLE, save
 
+_STYLE = {**STYLE, "font.size": 9, "legend.frameon": False, "lines.markersize": 4.5}
+_COLOURS = (*COLOURS[:6], "#8C564B", "#6A3D9A")
 _MARKERS = "os^DvPX<>"
 _MAPS_PER_ROW = 6
 _LEAST_ERROR = 1e-2  # what is smaller is drawn there, to leave room for the others
-_ROUNDING = 1e-16  # eigenvalues that far below the largest one are
+_ROUNDING = 1e-16  # eigenvalues that far below the largest one are rounding errors
 _MANY = 1024  # more eigenvalues get a logarithmic axis, as the largest ones matter
 
-# Of every panel: its heading, and whether its axis is logarithmic.
-_PANELS = {
-    "cosine": ("cosine with the exact matrix", False),
-    "error": (f"relative error of the matrix, at least {_LEAST_ERROR:g}", True),
-    "decrease": ("share of the exact model's decrease", False),
-    "step_cosine": ("cosine with the exact step", False),
-    "condition": ("condition number of (P+λI)⁻¹(G+λI)", True),
-    "cg_iterations": ("iterations of preconditioned CG", True),
+# The heading of a panel of each measure; those of numbers in [0, 1] are not logarithmic.
+_HEADINGS = {
+    "cosine": "cosine with the exact matrix",
+    "error": f"relative error of the matrix, at least {_LEAST_ERROR:g}",
+    "decrease": "share of the exact model's decrease",
+    "step_cosine": "cosine with the exact step",
+    "condition": "condition number of (P+λI)⁻¹(G+λI)",
+    "cg_iterations": "iterations of preconditioned CG",
 }
+_LINEAR = ("cosine", "decrease", "step_cosine")
+
+Looks = dict[str, dict[str, Any]]
 
 
 def draw(folder: Path, tables: Tables, job: Comparison, title: str) -> list[Path]:
-    """Draw all pictures into a folder."""
-    table = tables["table"]
+    """Draw all pictures into a folder.
+
+    Args:
+        folder: Where to.
+        tables: All results.
+        job: What was measured.
+        title: What was trained.
+    """
+    table = tables["table"].replace(math.inf, math.nan)
     table["error"] = table["error"].clip(lower=_LEAST_ERROR)
-    last = table[table["step"] == table["step"].max()]
-    middle = table[table["damping"] == job.middle]
-    looks = _looks(table["operator"].unique())
-    steps = sorted({table["step"].min(), table["step"].max()})
-    with mpl.rc_context(
-        {**STYLE, "font.size": 9, "legend.frameon": False, "lines.markersize": 4.5}
-    ):
-        figures = {
-            "overview": Figure(figsize=(12, 3.6), layout="constrained"),
-            "training": Figure(figsize=(10, 6), layout="constrained"),
-            "damping": Figure(figsize=(10, 6), layout="constrained"),
-        }
-        axes = figures["overview"].subplots(1, 3)
-        _spectra(axes[0], tables["spectra"], steps[-1], job.dampings, looks)
+    steps = sorted({int(table["step"].min()), int(table["step"].max())})
+    last, middle = table[table["step"] == steps[-1]], table[table["damping"] == job.middle]
+    looks, spectra = _looks(table["operator"].unique()), tables["spectra"]
+    at, after = f"λ = {job.middle:g}", _after(steps[-1])
+    with mpl.rc_context(_STYLE):
+        figures = {}
+        figures["overview"], axes = _panels(f"{title}, {after}", 1, 3)
+        _spectra(axes[0], spectra, steps[-1], job.dampings, looks)
         _curves(axes[1], middle, "step", "cosine", looks)
         _curves(axes[2], last, "damping", "decrease", looks)
-        for name, rows, x, measures in (
-            ("training", middle, "step", ("cosine", "error", "decrease", "condition")),
-            ("damping", last, "damping", ("decrease", "step_cosine", "condition", "cg_iterations")),
-        ):
-            for axis, measure in zip(figures[name].subplots(2, 2).flat, measures, strict=True):
-                _curves(axis, rows, x, measure, looks)
-        figures["spectra"] = Figure(figsize=(4.6 * len(steps) + 1.6, 4.2), layout="constrained")
-        for axis, step in zip(
-            figures["spectra"].subplots(1, len(steps), squeeze=False)[0], steps, strict=True
-        ):
-            _spectra(axis, tables["spectra"], step, job.dampings, looks)
+        figures["training"], axes = _panels(f"{title}, {at}", 2, 2)
+        for axis, measure in zip(axes, ("cosine", "error", "decrease", "condition"), strict=True):
+            _curves(axis, middle, "step", measure, looks)
+        figures["damping"], axes = _panels(f"{title}, {after}", 2, 2)
+        for axis, measure in zip(axes, list(_HEADINGS)[2:], strict=True):
+            _curves(axis, last, "damping", measure, looks)
+        figures["spectra"], axes = _panels(title, 1, len(steps))
+        for axis, step in zip(axes, steps, strict=True):
+            _spectra(axis, spectra, step, job.dampings, looks)
         if table["continued_loss"].notna().any():
-            figures["prediction"] = _prediction(middle, looks)
+            figures["prediction"], axes = _panels(f"{title}, {at}, all points", 2, 2)
+            measures = ("decrease", "step_cosine", "condition", "error")
+            for axis, measure in zip(axes, measures, strict=True):
+                _prediction(axis, middle, measure, looks)
         for figure in figures.values():
-            handles = dict(
-                pair[::-1]
-                for axis in figure.axes
-                for pair in zip(*axis.get_legend_handles_labels(), strict=True)
-            )
-            figure.legend(handles.values(), handles.keys(), loc="outside right upper")
-        figures["layers"] = _layers(tables["layers"], steps)
+            pairs = [zip(*a.get_legend_handles_labels(), strict=True) for a in figure.axes]
+            handles = {label: handle for own in pairs for handle, label in own}
+            shown = [name for name in looks if name in handles]
+            figure.legend([handles[name] for name in shown], shown, loc="outside right upper")
+        if len(spectra):
+            figures["layers"] = _layers(tables["layers"], steps, title)
         if len(tables["pairs"]):
-            figures["pairs"] = _pairs(tables["pairs"], list(looks), job.middle)
-        notes = {
-            "training": f", λ = {job.middle:g}",
-            "damping": f", {_after(steps[-1])}",
-            "overview": f", λ = {job.middle:g}",
-        }
-        for name, figure in figures.items():
-            figure.suptitle(title + notes.get(name, ""))
+            figures["pairs"] = _pairs(tables["pairs"], list(looks), job.middle, title)
         return [save(figure, folder / f"{name}.png") for name, figure in figures.items()]
 
 
-def _looks(operators: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Return how each operator is drawn, the same in all pictures."""
-    looks: dict[str, dict[str, Any]] = {}
-    for i, name in enumerate(operators):
-        looks[name] = {
-            "color": COLOURS[i % 6],
-            "linestyle": LINES[i // 6 % 4],
-            "marker": _MARKERS[i % 9],
-        }
-    looks |= {
-        n: look
-        for n, look in {
-            "exact": {"color": "black", "linewidth": 2.2, "marker": ""},
-            "identity": {"color": "0.55", "linestyle": ":", "marker": "x"},
-        }.items()
-        if n in looks
+def _panels(title: str, rows: int, columns: int) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(4 * columns + 1.6, 0.4 + (2.8 if rows > 1 else 3.4) * rows))
+    figure.set_layout_engine("constrained")
+    figure.suptitle(title)
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def _looks(operators: Iterable[str]) -> Looks:
+    """Return how each operator is drawn: the same in all pictures."""
+    looks: Looks = {
+        "exact": {"color": "black", "linewidth": 2.2, "marker": ""},
+        "identity": {"color": "0.55", "linestyle": ":", "marker": "x"},
     }
-    return looks
+    for i, name in enumerate(n for n in operators if n not in looks):
+        line = LINES[i // len(_COLOURS) % len(LINES)]
+        marker = _MARKERS[i % len(_MARKERS)]
+        looks[name] = {"color": _COLOURS[i % len(_COLOURS)], "linestyle": line, "marker": marker}
+    return {name: looks[name] for name in operators}
 
 
 def _after(step: int) -> str:
     return "at initialization" if step == 0 else f"after {step} steps"
 
 
-def _curves(axis: Axes, table: pd.DataFrame, x: str, measure: str, looks: dict[str, Any]) -> None:
+def _curves(axis: Axes, table: pd.DataFrame, x: str, measure: str, looks: Looks) -> None:
     """Draw the median and the range over the trainings of one column, by operator."""
-    heading, logarithmic = _PANELS[measure]
-    rows = table.assign(y=table[measure].astype(float)).replace([np.inf], np.nan).dropna(subset="y")
+    rows = table.assign(y=table[measure].astype(float)).dropna(subset="y")
     if measure in ("cosine", "error"):  # of the exact matrix, they are known
         rows = rows[rows["operator"] != "exact"]
     for name, own in rows.groupby("operator", sort=False):
         line = own.groupby(x)["y"].agg(["median", "min", "max"])
-        axis.plot(line.index, line["median"], label=name, **looks[name])
-        axis.fill_between(
-            line.index, line["min"], line["max"], color=looks[name]["color"], alpha=0.15
-        )
-    axis.set(title=heading, xlabel="damping λ" if x == "damping" else "training step")
-    if logarithmic and len(rows):
-        axis.set_yscale("log")
-    elif not logarithmic:
+        axis.plot(line.index, line["median"], label=name, **looks[str(name)])
+        colour = looks[str(name)]["color"]
+        axis.fill_between(line.index, line["min"], line["max"], color=colour, alpha=0.15)
+    axis.set_title(_HEADINGS[measure])
+    if measure in _LINEAR:
         axis.set_ylim(-0.03, 1.03)
+    elif len(rows):
+        axis.set_yscale("log")
     if x == "damping":
-        axis.set_xscale("log")
+        axis.set(xscale="log", xlabel="damping λ")
         return
     steps = sorted(table["step"].unique())
     if steps[-1] > 0:
         axis.set_xscale("symlog", linthresh=next(step for step in steps if step > 0))
     axis.set_xticks(steps, list(map(str, steps)))
     axis.minorticks_off()
+    axis.set_xlabel("training step")
 
 
-def _spectra(
-    axis: Axes, spectra: pd.DataFrame, step: int, dampings: Iterable[float], looks: dict[str, Any]
-) -> None:
-    """Draw sorted eigenvalues at one step, medians over the trainings, and the dampings."""
-    axis.set(title=f"eigenvalues {_after(step)}; dotted: λ", xlabel="rank")
-    if not len(spectra):
-        return
-    rows = spectra[spectra["step"] == step]
-    top = rows["eigenvalue"].max()
-    for name, own in rows.groupby("operator", sort=False):
-        trainings = [t for _, t in own.groupby("training", sort=False)]
-        ranks = trainings[0]["rank"].to_numpy()
-        # estimates have other ranks in every training: interpolated on the logarithmic axis
-        logs = [
-            np.interp(ranks, t["rank"], np.log(t["eigenvalue"].clip(lower=1e-300)))
-            for t in trainings
-        ]
-        low, median, high = np.exp(np.quantile(logs, (0, 0.5, 1), axis=0))
-        axis.plot(ranks, median, label=name, markevery=max(1, len(ranks) // 8), **looks[name])
-        axis.fill_between(ranks, low, high, color=looks[name]["color"], alpha=0.12)
-    for damping in dampings:
-        axis.axhline(damping, color="0.4", linewidth=0.8, linestyle=(0, (1, 2)))
-    axis.set(yscale="log", ylim=(_ROUNDING * top, 10 * top))
-    if rows["rank"].max() > _MANY:
+def _prediction(axis: Axes, table: pd.DataFrame, measure: str, looks: Looks) -> None:
+    """Draw what further training makes of the loss over one measure, a point per training."""
+    for name, own in table.groupby("operator", sort=False):
+        look = {**looks[str(name)], "linestyle": "none"}
+        look["marker"] = look["marker"] or "*"
+        axis.plot(own[measure], own["continued_loss"] / own["loss"], label=name, **look)
+    axis.set(title=_HEADINGS[measure], yscale="log", ylabel="loss after further steps / before")
+    if measure not in _LINEAR:
         axis.set_xscale("log")
 
 
-def _prediction(table: pd.DataFrame, looks: dict[str, Any]) -> Figure:
-    """Draw what further training makes of the loss, over four measures."""
-    figure = Figure(figsize=(10, 6), layout="constrained")
-    axes = figure.subplots(2, 2, sharey=True).flat
-    for axis, measure in zip(axes, ("decrease", "step_cosine", "condition", "error"), strict=True):
-        heading, logarithmic = _PANELS[measure]
-        for name, own in table.groupby("operator", sort=False):
-            look = {**looks[name], "linestyle": "none", "marker": looks[name]["marker"] or "*"}
-            axis.plot(own[measure], own["continued_loss"] / own["loss"], label=name, **look)
-        axis.set(title=heading, yscale="log", xscale="log" if logarithmic else "linear")
-        axis.set_ylabel("loss after further steps / before")
-        axis.label_outer()
-    return figure
+def _spectra(
+    axis: Axes, table: pd.DataFrame, step: int, dampings: Iterable[float], looks: Looks
+) -> None:
+    """Draw sorted eigenvalues at one step, medians over the trainings, and the dampings."""
+    axis.set(title=f"eigenvalues {_after(step)}; dotted: λ", xlabel="rank")
+    rows = table[table["step"] == step] if len(table) else table
+    for name, own in rows.groupby("operator", sort=False) if len(rows) else ():
+        trainings = [training for _, training in own.groupby("training", sort=False)]
+        ranks = trainings[0]["rank"]
+        # estimates have other ranks in every training: between them, on the logarithmic axis
+        logs = [np.log(training["eigenvalue"].clip(lower=1e-300)) for training in trainings]
+        pairs = zip(trainings, logs, strict=True)
+        curves = [np.interp(ranks, training["rank"], values) for training, values in pairs]
+        low, median, high = np.exp(np.quantile(curves, (0, 0.5, 1), axis=0))
+        axis.plot(ranks, median, label=name, markevery=max(1, len(ranks) // 8), **looks[str(name)])
+        axis.fill_between(ranks, low, high, color=looks[str(name)]["color"], alpha=0.12)
+    for damping in dampings:
+        axis.axhline(damping, color="0.4", linewidth=0.8, linestyle=(0, (1, 2)))
+    if len(rows) and (top := rows["eigenvalue"].max()) > 0:
+        axis.set(yscale="log", ylim=(_ROUNDING * top, 10 * top))
+        axis.set_xscale("log" if rows["rank"].max() > _MANY else "linear")
 
 
-def _map(axis: Axes, values: np.ndarray, ticks: list[str], colours: str, low: float) -> Any:
-    """Draw a number per pair, and write it where there is room."""
-    image = axis.imshow(values, cmap=colours, vmin=low, vmax=1)
+def _map(axis: Axes, values: pd.DataFrame, title: str, colours: str = "PuOr") -> Any:
+    """Draw a number in [-1, 1] per pair, and write it where there is room."""
+    image = axis.imshow(values, cmap=colours, vmin=0 if colours == "Greys" else -1, vmax=1)
     axis.grid(False)
-    axis.set_xticks(range(len(ticks)), ticks, rotation=90 if len(ticks[0]) > 2 else 0)
-    axis.set_yticks(range(len(ticks)), ticks)
-    for (i, j), value in np.ndenumerate(values):
-        if len(ticks) <= 10 and abs(value) >= 0.005:
-            colour = "white" if abs(value) > 0.7 else "black"
+    axis.set_title(title)
+    axis.set_xticks(range(len(values)), values.columns, rotation=90 * (len(values) > _MAPS_PER_ROW))
+    axis.set_yticks(range(len(values)), values.index)
+    for (i, j), value in np.ndenumerate(values.to_numpy()):
+        if len(values) <= 10 and abs(value) >= 0.005:
+            colour = "white" if abs(value) > 0.6 else "black"
             axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=6, color=colour)
     return image
 
 
-def _layers(layers: pd.DataFrame, steps: list[int]) -> Figure:
+def _layers(table: pd.DataFrame, steps: Sequence[int], title: str) -> Figure:
     """Draw maps over the pairs of layers, at the first and the last step."""
-    figure = Figure(layout="constrained")
-    if not len(layers):
-        return figure
-    names = [name for name in layers["operator"].unique() if name != "exact"]
-    columns = min(1 + len(names), _MAPS_PER_ROW)
-    rows = math.ceil((1 + len(names)) / columns)
-    figure.set_size_inches(1.75 * columns + 1.2, 2.0 * rows * len(steps) + 0.6)
-    for part, step in zip(
-        figure.subfigures(len(steps), 1, squeeze=False)[:, 0], steps, strict=True
-    ):
-        part.suptitle(f"cosine with the exact block of each pair of layers, {_after(step)}")
-        axes, here = part.subplots(rows, columns, squeeze=False), layers[layers["step"] == step]
-        for axis, name in zip(axes.flat, [None, *names], strict=False):
-            own = here if name is None else here[here["operator"] == name]
-            values = own.pivot_table(
-                "mass" if name is None else "cosine", "row", "column", "median"
-            )
-            ticks = [str(i + 1) for i in range(len(values))]
-            image = _map(
-                axis, values.to_numpy(), ticks, *(("Greys", 0) if name is None else ("PuOr", -1))
-            )
-            axis.set_title(name or "mass of exact")
-        for axis in axes.flat[1 + len(names) :]:
+    table = table.assign(row=table["row"] + 1, column=table["column"] + 1)
+    names = ["exact's mass", *(name for name in table["operator"].unique() if name != "exact")]
+    columns = min(len(names), _MAPS_PER_ROW)
+    rows = math.ceil(len(names) / columns)
+    size = (1.75 * columns + 1.2, 2.0 * rows * len(steps) + 0.6)
+    figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(f"{title}: cosine with the exact block of each pair of layers")
+    parts = figure.subfigures(len(steps), 1, squeeze=False)[:, 0]
+    for part, step in zip(parts, steps, strict=True):
+        part.suptitle(_after(step))
+        axes = list(part.subplots(rows, columns, squeeze=False).flat)
+        here = table[table["step"] == step]
+        for axis, name in zip(axes, names, strict=False):
+            own = here if name == names[0] else here[here["operator"] == name]
+            what, colours = ("mass", "Greys") if name == names[0] else ("cosine", "PuOr")
+            image = _map(axis, own.pivot_table(what, "row", "column", "median"), name, colours)
+        for axis in axes[len(names) :]:
             axis.set_axis_off()
-        part.colorbar(image, ax=list(axes.flat), label="cosine", shrink=0.8)
+        part.colorbar(image, ax=axes, label="cosine", shrink=0.8)
     return figure
 
 
-def _pairs(pairs: pd.DataFrame, order: list[str], damping: float) -> Figure:
-    """Draw the cosines of the matrices and of the steps of every two operators, at the last step."""
-    rows = pairs[(pairs["step"] == pairs["step"].max()) & (pairs["damping"] == damping)]
+def _pairs(table: pd.DataFrame, order: list[str], damping: float, title: str) -> Figure:
+    """Draw the cosines of matrices and of steps of every two operators, at the last step."""
+    step = table["step"].max()
+    rows = table[(table["step"] == step) & (table["damping"] == damping)]
     both = pd.concat([rows, rows.rename(columns={"first": "second", "second": "first"})])
-    figure = Figure(figsize=(3 + 0.9 * len(order), 2 + 0.45 * len(order)), layout="constrained")
+    size = (3 + 0.9 * len(order), 2 + 0.45 * len(order))
+    figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(f"{title}: cosines of every two operators, {_after(step)}")
     axes = figure.subplots(1, 2, sharey=True)
-    for axis, (name, heading) in zip(
-        axes, (("cosine", "matrices"), ("step_cosine", f"steps, λ = {damping:g}")), strict=True
-    ):
-        values = both.pivot_table(name, "first", "second", "median").reindex(
-            index=order, columns=order
-        )
-        numbers = values.to_numpy(copy=True)
-        np.fill_diagonal(numbers, np.where(np.isnan(numbers).all(0), np.nan, 1.0))
-        image = _map(axis, numbers, order, "PuOr", -1)
-        axis.set_title(f"cosines of {heading}")
+    titles = {"cosine": "matrices", "step_cosine": f"steps, λ = {damping:g}"}
+    for axis, (name, heading) in zip(axes, titles.items(), strict=True):
+        values = both.pivot_table(name, "first", "second", "median", dropna=False)
+        values = values.reindex(index=order, columns=order)
+        values = values.mask(np.eye(len(order), dtype=bool) & values.notna().any().to_numpy(), 1.0)
+        image = _map(axis, values, heading)
     figure.colorbar(image, ax=list(axes), label="cosine", shrink=0.8)
     return figure

@@ -83,7 +83,7 @@ class Tables:
         text += _markdown(shown(table))
         if len(found):
             ranks = found.pivot_table("correlation", ["measure", "damping"], "step", "median")
-            text += _RANKS + _markdown(ranks.reset_index().round(2).astype(str))
+            text += _RANKS + _markdown(ranks.round(2).reset_index().astype(str))
         write_atomically(folder / "table.md", text.encode())
 
 
@@ -105,7 +105,7 @@ def predictors(table: pd.DataFrame) -> pd.DataFrame:
 def shown(table: pd.DataFrame) -> pd.DataFrame:
     """Return medians over the trainings, as text."""
     keys = ["step", "damping", "operator"]
-    numbers = {name: float for name in COLUMNS[3:-1]}
+    numbers = dict.fromkeys(COLUMNS[3:-1], float)
     medians = table.astype(numbers).groupby(keys, sort=False)[COLUMNS[4:-1]].median().reset_index()
     medians = medians.sort_values(["step", "damping"], ascending=[True, False], kind="stable")
     text = medians[keys].astype(str)
