@@ -10,7 +10,7 @@ from pathlib import Path
 if __name__ == "__main__":  # `experiments` is not installed: the script sees the repository instead
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from experiments import figures
+from experiments import catalog, figures
 from experiments.command import (
     ExitCode,
     Interruption,
@@ -23,10 +23,12 @@ from experiments.command import (
 )
 from experiments.experiment import Experiment
 from experiments.folder import RunFolder, write_atomically
-from experiments.objects import UserError
+from experiments.objects import UserError, arguments, evaluate, resolve
 from experiments.results import gather, last_rows
-from experiments.tracking import TRACKERS, Trackers
+from experiments.tracking import TRACKERS, Trackers, check_trackers
 from experiments.training import FINISHED, INTERRUPTED, Trainer, Watch, restore, train
+
+SMOKE_POINTS = 20
 
 _DESCRIPTION = (
     "Train a network on a PDE, with one or several optimizers side by side for equal time. Without "
@@ -67,15 +69,20 @@ def main(arguments: Sequence[str]) -> ExitCode:
 
 
 def smoke(experiment: Experiment) -> Experiment:
-    """Return an experiment cut down to two steps, of one seed."""
+    """Return an experiment cut down to two steps, one seed, few points and narrow layers."""
     settings = {
-        k: v
-        for k, v in experiment.settings.items()
-        if k.partition(".")[2] not in ("seconds", "steps")
+        key: str(SMOKE_POINTS) if key.rpartition(".")[2].startswith("n_") else text
+        for key, text in experiment.settings.items()
+        if key.rpartition(".")[2] not in ("seconds", "steps")
     }
-    return dataclasses.replace(
-        experiment, steps=2, seconds=None, seeds=experiment.seeds[:1], settings=settings
-    )
+    build = resolve(experiment.problem, catalog.PROBLEMS, "problem")
+    sizes = [name for name in arguments(build) if name.startswith("n_")] if callable(build) else []
+    settings.update({f"problem.{name}": str(SMOKE_POINTS) for name in sizes})
+    if "network.widths" in settings:
+        widths = evaluate(settings["network.widths"])
+        settings["network.widths"] = str(tuple(min(width, 8) for width in widths))
+    short = dataclasses.replace(experiment, steps=2, seconds=None, seeds=experiment.seeds[:1])
+    return dataclasses.replace(short, settings=settings).checked()
 
 
 def run(
@@ -92,6 +99,7 @@ def run(
         resume: The run folder to continue in.
         trackers: Names of trackers to write to as well.
     """
+    check_trackers(trackers)
     device = set_up_device(experiment)
     trainings = [(label, seed) for seed in experiment.seeds for label in experiment.labels]
     # of the first seed all are built before anything is written, so that what is wrong shows now
