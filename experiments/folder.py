@@ -120,7 +120,7 @@ def _unused(stem: str) -> Path:
     return path
 
 
-# --- files ------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def write_atomically(path: Path, content: bytes, keep: Path | None = None) -> None:
@@ -162,7 +162,7 @@ def read_config(path: Path, option: str) -> Any:
         raise UserError(f"{option}: {path} is no valid JSON ({error}).") from error
 
 
-# --- environment ------------------------------------------------------------------------------------
+# --- environment ----------------------------------------------------------------------------------
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Run every preset for two steps on a few points, to see that it runs: ``tox run -e experiments``."""
+"""Run every preset for two steps on few points, to see that it runs: ``tox run -e experiments``."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class TensorBoard:
 
 
 class WandB:
-    """Writes to Weights & Biases, one run per run folder; WANDB_MODE=offline keeps it on the disk."""
+    """Writes to Weights & Biases, one run per run folder; WANDB_MODE=offline keeps it local."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         import wandb  # noqa: PLC0415 - an extra

@@ -60,7 +60,8 @@ def main(arguments: Sequence[str]) -> ExitCode:
         return ExitCode.SUCCESS
     if options.resume and (options.config or options.run_folder):
         raise UserError(
-            "--resume continues in its own folder with its own settings; drop --config and --run-folder."
+            "--resume continues in its own folder with its own settings; drop --config and "
+            "--run-folder."
         )
     experiment = experiment_of(parser, options, resumed(options.resume) if options.resume else None)
     if options.smoke:
@@ -162,10 +163,10 @@ def _close(
         if table.empty:
             return
         rows = last_rows(table)
-        outcome = [
+        ended = [
             outcomes.get(f"{r.optimizer}/seed{r.seed}", "not started") for r in rows.itertuples()
         ]
-        rows = rows.assign(outcome=outcome)
+        rows = rows.assign(outcome=ended)
         shown = rows[
             [
                 "optimizer",
@@ -181,8 +182,8 @@ def _close(
         shown = shown.rename(columns={"step": "steps", "seconds": "time [s]", "rmse": "RMSE"})
         print(f"\n{title}\n{shown.to_string(index=False, float_format='{:.3g}'.format)}")
         print(
-            "time: of the optimizer's steps alone. RMSE: root mean square of u - u* on fresh points; "
-            "relative error: divided by that of u*. held_out_loss: the loss on points not trained on."
+            "time: of the steps alone. RMSE: root mean square of u - u* on fresh points; "
+            "relative error: divided by that of u*. held_out_loss: on points not trained on."
         )
         write_atomically(path / "summary.csv", rows.to_csv(index=False).encode())
         trained = {

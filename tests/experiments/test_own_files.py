@@ -27,7 +27,7 @@ FILES = ["--problem", "my_pde.py:allen_cahn", "--network", "my_net.py:build"]
 
 def test_they_are_trained_and_resumed_without_a_solution(own, capsys):
     options = [*FILES, "--optimizers", "my_opt.py:mine", "kfac_star", "--threads", "1"]
-    options += ["--set", "my_opt.py:mine.damping=1e-5"] if False else ["--set", "mine.damping=1e-5"]
+    options += ["--set", "mine.damping=1e-5"]
     assert program(*options, "--steps", "6", "--run-folder", "whole") == 0
     assert "held_out_loss" in capsys.readouterr().out
     losses = column(own / "whole", "mine", "held_out_loss")
