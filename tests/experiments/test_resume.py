@@ -196,6 +196,7 @@ def test_an_interrupted_write_leaves_the_old_file(
     monkeypatch.setattr(folder.os, "fsync", fail)
     with pytest.raises(OSError, match="No space left"):
         folder.write_atomically(path, b"new", keep=tmp_path / "kept")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert path.read_bytes() == b"old"
 
 
