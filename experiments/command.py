@@ -1,4 +1,4 @@
-"""What all programs share: options, errors in one line, exit codes, signals, streams that may close."""
+"""What all programs share: options, errors in one line, exit codes, signals, streams."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class ExitCode(IntEnum):
     INTERRUPTED = 130  # as shells have it: 128 + SIGINT
 
 
-# --- options ----------------------------------------------------------------------------------------
+# --- options --------------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
@@ -229,7 +229,8 @@ def set_up_device(experiment: Experiment) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         choices = "cpu or cuda" if torch.cuda.is_available() else "cpu"
         raise UserError(
-            f"--device {experiment.device} cannot be used here ({first_line(error)}). Use {choices}."
+            f"--device {experiment.device} cannot be used here ({first_line(error)}). Use "
+            f"{choices}."
         ) from error
     return device
 
@@ -239,7 +240,7 @@ def resumed(folder: Path) -> Experiment:
     return from_json(read_config(folder / CONFIG, "--resume"), str(folder / CONFIG))
 
 
-# --- programs ---------------------------------------------------------------------------------------
+# --- programs -------------------------------------------------------------------------------------
 
 
 def run_program(main: Callable[[], ExitCode]) -> ExitCode:
@@ -288,7 +289,7 @@ class _Surviving:
 def surviving_streams() -> Iterator[None]:
     """Let the program go on if the reader of its output goes away."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (_Surviving(s) if s else open(os.devnull, "w") for s in before)  # noqa: SIM115 - until exit
+    sys.stdout, sys.stderr = _Surviving(before[0]), _Surviving(before[1])
     try:
         yield
     finally:

@@ -143,9 +143,7 @@ class Experiment:
         if self.threads is not None and self.threads > _MOST_THREADS:
             raise UserError(f"--threads must be at most {_MOST_THREADS}, got {self.threads}.")
         if self.dtype not in DTYPES:
-            raise UserError(
-                f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype}.{near_misses(self.dtype, DTYPES)}"
-            )
+            raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype}.")
         if not self.seeds or min(self.seeds) < 1 or len(set(self.seeds)) < len(self.seeds):
             raise UserError(f"--seeds must be different numbers from 1 on, got {list(self.seeds)}.")
         return self._with_checked_names()
@@ -202,13 +200,15 @@ class Experiment:
         if isinstance(found, Problem):
             if self.of("problem"):
                 raise UserError(
-                    f"{self.problem} is a Problem, which has no arguments to set; name a function that returns one."
+                    f"{self.problem} is a Problem, which has no arguments to set; name a function "
+                    "that returns one."
                 )
             return copy.deepcopy(found)
         problem = _call(found, bind(found, self.of("problem"), short(self.problem)), self.problem)
         if not isinstance(problem, Problem):
             raise UserError(
-                f"{self.problem} must be or return a pinncurv.Problem, got {type(problem).__name__}."
+                f"{self.problem} must be or return a pinncurv.Problem, got "
+                f"{type(problem).__name__}."
             )
         return problem
 
@@ -217,8 +217,8 @@ class Experiment:
         found = resolve(self.network, catalog.NETWORKS, "network")
         if isinstance(found, nn.Module):
             raise UserError(
-                f"{self.network} is a network, of which every optimizer and seed would get the same. "
-                "Name a class or a function that builds it."
+                f"{self.network} is a network, of which every training would get the same. Name a "
+                "class or a function that builds it."
             )
         given = {name: getattr(problem, name) for name in _OF_NETWORKS if name in arguments(found)}
         values = bind(found, self.of("network"), short(self.network), given)
@@ -247,7 +247,8 @@ class Experiment:
             n for n in ("step", "state_dict", "load_state_dict") if not hasattr(optimizer, n)
         ]:
             raise UserError(
-                f"{name} must return an optimizer, got {type(optimizer).__name__} without {', '.join(missing)}."
+                f"{name} must return an optimizer, got {type(optimizer).__name__} without "
+                f"{', '.join(missing)}."
             )
         return optimizer
 
@@ -281,7 +282,7 @@ def from_json(tree: Any, where: str) -> Experiment:
     for name in tree:
         if name not in known:
             raise UserError(f"{where} has an unknown field {name!r}.{near_misses(name, known)}")
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in tree.items()}
+    values: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in tree.items()}
     return Experiment(**values)
 
 

@@ -101,8 +101,8 @@ def draw_curves(
             curves = [c[[x, quantity]].dropna() for _, c in rows[rows["step"] > 0].groupby("seed")]
             _draw_bundle(axis, [c for c in curves if len(c)], str(name), style_of(i))
         if published is not None:
-            for i, (name, rows) in enumerate(published.groupby("optimizer", sort=False)):
-                rows = rows[rows["step"] > 0]
+            later = published[published["step"] > 0]
+            for i, (name, rows) in enumerate(later.groupby("optimizer", sort=False)):
                 axis.plot(
                     rows[x],
                     rows["rmse"],
@@ -142,11 +142,11 @@ def _draw_bundle(
     axis.fill_between(x, lower, upper, color=style["color"], alpha=0.2, linewidth=0)
 
 
-# --- maps -------------------------------------------------------------------------------------------
+# --- maps -----------------------------------------------------------------------------------------
 
 
 def _grid_of(problem: Problem, model: nn.Module) -> tuple[tuple[float, ...], torch.Tensor] | None:
-    """Return extent and points of a grid on a rectangle; None where there is none or no solution."""
+    """Return extent and points of a grid on a rectangle; None without one or a solution."""
     sampler = problem.evaluation
     if problem.solution is None or not (isinstance(sampler, Interior) and sampler.dim == 2):
         return None

@@ -120,16 +120,20 @@ def _unused(stem: str) -> Path:
     return path
 
 
-# --- files ------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def write_atomically(path: Path, content: bytes, keep: Path | None = None) -> None:
     """Write a file completely, or not at all; the old one goes to ``keep``, if that is given."""
     partial = path.with_name(path.name + PARTIAL)
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        partial.unlink(missing_ok=True)  # what does not fit must not stay in the way of others
+        raise
     if keep is not None and path.is_file():
         os.replace(path, keep)
     os.replace(partial, path)
@@ -162,7 +166,7 @@ def read_config(path: Path, option: str) -> Any:
         raise UserError(f"{option}: {path} is no valid JSON ({error}).") from error
 
 
-# --- environment ------------------------------------------------------------------------------------
+# --- environment ----------------------------------------------------------------------------------
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:

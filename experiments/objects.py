@@ -1,4 +1,4 @@
-"""Names of the command line become objects of the library: by their signatures, and by no copies of them.
+"""Names of the command line become objects of the library, by signatures and no copies of them.
 
 ``kfac_star.damping=1e-10`` sets an argument of ``pinncurv.presets.kfac_star``. A value is a Python
 literal, or the name or a call of something that the library exports (``reduce``,
@@ -40,13 +40,14 @@ def near_misses(name: str, known: Iterable[str], at_most: int = 3) -> str:
     return f" Perhaps you meant {' or '.join(lower[n] for n in near)}." if near else ""
 
 
-# --- values -----------------------------------------------------------------------------------------
+# --- values ---------------------------------------------------------------------------------------
 
 
 @cache
 def vocabulary() -> dict[str, Any]:
     """Return what the library exports and values may name: recipes, rules, samplers, ..."""
-    from pinncurv import curvature, diffops, linearization, linops, optim, problems  # noqa: PLC0415 - slow
+    # imported here since a list of names or an error needs none of it
+    from pinncurv import curvature, diffops, linearization, linops, optim, problems  # noqa: PLC0415
 
     exported: dict[str, Any] = {}
     for package in (linearization, diffops, problems, linops, optim, curvature):
@@ -105,7 +106,7 @@ def _named(name: str) -> Any:
     return known[name]
 
 
-# --- arguments --------------------------------------------------------------------------------------
+# --- arguments ------------------------------------------------------------------------------------
 
 
 def arguments(
@@ -184,7 +185,7 @@ def _parts(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
-# --- names ------------------------------------------------------------------------------------------
+# --- names ----------------------------------------------------------------------------------------
 
 
 def resolve(name: str, known: Mapping[str, Callable[..., Any]], kind: str) -> Callable[..., Any]:
@@ -199,7 +200,8 @@ def resolve(name: str, known: Mapping[str, Callable[..., Any]], kind: str) -> Ca
         UserError: If there is nothing of the name.
     """
     if is_own(name):
-        return _from_file(*name.rsplit(":", 1), kind)
+        file, _, own = name.rpartition(":")
+        return _from_file(file or name, own if file else "", kind)
     plain = name.replace("-", "_")
     if plain not in known:
         near = near_misses(plain, known) or f" Choose one of {', '.join(known)}"
@@ -272,7 +274,7 @@ def _from_file(file: str, name: str, kind: str) -> Any:
     return found
 
 
-# --- help -------------------------------------------------------------------------------------------
+# --- help -----------------------------------------------------------------------------------------
 
 
 def describe(name: str, target: Callable[..., Any], given: Iterable[str] = ()) -> Iterator[str]:

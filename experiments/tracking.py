@@ -40,7 +40,7 @@ class TensorBoard:
 
 
 class WandB:
-    """Writes to Weights & Biases, one run per run folder; WANDB_MODE=offline keeps it on the disk."""
+    """Writes to Weights & Biases, one run per run folder; WANDB_MODE=offline keeps it local."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         import wandb  # noqa: PLC0415 - an extra
@@ -64,6 +64,19 @@ TRACKERS: dict[str, Callable[[Path, Mapping[str, Any]], Tracker]] = {
 }
 
 
+def check_trackers(names: Sequence[str]) -> None:
+    """Check that there are trackers of some names.
+
+    Raises:
+        UserError: If there is none of a name.
+    """
+    for name in names:
+        if name not in TRACKERS:
+            known = ", ".join(TRACKERS)
+            near = near_misses(name, TRACKERS)
+            raise UserError(f"--track must be of {known}, got {name}.{near}")
+
+
 class Trackers:
     """The trackers of a run.
 
@@ -73,16 +86,12 @@ class Trackers:
         experiment: What is run.
 
     Raises:
-        UserError: If there is no such tracker, or it is not installed.
+        UserError: If one is not installed.
     """
 
     def __init__(self, names: Sequence[str], folder: Path, experiment: Experiment) -> None:
         self._trackers: list[Tracker] = []
         for name in names:
-            if name not in TRACKERS:
-                raise UserError(
-                    f"--track must be of {', '.join(TRACKERS)}, got {name}.{near_misses(name, TRACKERS)}"
-                )
             try:
                 self._trackers.append(TRACKERS[name](folder, dataclasses.asdict(experiment)))
             except ImportError as error:

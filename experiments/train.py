@@ -10,7 +10,7 @@ from pathlib import Path
 if __name__ == "__main__":  # `experiments` is not installed: the script sees the repository instead
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from experiments import figures
+from experiments import catalog, figures
 from experiments.command import (
     ExitCode,
     Interruption,
@@ -23,10 +23,12 @@ from experiments.command import (
 )
 from experiments.experiment import Experiment
 from experiments.folder import RunFolder, write_atomically
-from experiments.objects import UserError
+from experiments.objects import UserError, arguments, evaluate, resolve
 from experiments.results import gather, last_rows
-from experiments.tracking import TRACKERS, Trackers
+from experiments.tracking import TRACKERS, Trackers, check_trackers
 from experiments.training import FINISHED, INTERRUPTED, Trainer, Watch, restore, train
+
+SMOKE_POINTS = 20
 
 _DESCRIPTION = (
     "Train a network on a PDE, with one or several optimizers side by side for equal time. Without "
@@ -58,7 +60,8 @@ def main(arguments: Sequence[str]) -> ExitCode:
         return ExitCode.SUCCESS
     if options.resume and (options.config or options.run_folder):
         raise UserError(
-            "--resume continues in its own folder with its own settings; drop --config and --run-folder."
+            "--resume continues in its own folder with its own settings; drop --config and "
+            "--run-folder."
         )
     experiment = experiment_of(parser, options, resumed(options.resume) if options.resume else None)
     if options.smoke:
@@ -67,15 +70,20 @@ def main(arguments: Sequence[str]) -> ExitCode:
 
 
 def smoke(experiment: Experiment) -> Experiment:
-    """Return an experiment cut down to two steps, of one seed."""
+    """Return an experiment cut down to two steps, one seed, few points and narrow layers."""
     settings = {
-        k: v
-        for k, v in experiment.settings.items()
-        if k.partition(".")[2] not in ("seconds", "steps")
+        key: str(SMOKE_POINTS) if key.rpartition(".")[2].startswith("n_") else text
+        for key, text in experiment.settings.items()
+        if key.rpartition(".")[2] not in ("seconds", "steps")
     }
-    return dataclasses.replace(
-        experiment, steps=2, seconds=None, seeds=experiment.seeds[:1], settings=settings
-    )
+    build = resolve(experiment.problem, catalog.PROBLEMS, "problem")
+    sizes = [name for name in arguments(build) if name.startswith("n_")] if callable(build) else []
+    settings.update({f"problem.{name}": str(SMOKE_POINTS) for name in sizes})
+    if "network.widths" in settings:
+        widths = evaluate(settings["network.widths"])
+        settings["network.widths"] = str(tuple(min(width, 8) for width in widths))
+    short = dataclasses.replace(experiment, steps=2, seconds=None, seeds=experiment.seeds[:1])
+    return dataclasses.replace(short, settings=settings).checked()
 
 
 def run(
@@ -92,6 +100,7 @@ def run(
         resume: The run folder to continue in.
         trackers: Names of trackers to write to as well.
     """
+    check_trackers(trackers)
     device = set_up_device(experiment)
     trainings = [(label, seed) for seed in experiment.seeds for label in experiment.labels]
     # of the first seed all are built before anything is written, so that what is wrong shows now
@@ -154,10 +163,10 @@ def _close(
         if table.empty:
             return
         rows = last_rows(table)
-        outcome = [
+        ended = [
             outcomes.get(f"{r.optimizer}/seed{r.seed}", "not started") for r in rows.itertuples()
         ]
-        rows = rows.assign(outcome=outcome)
+        rows = rows.assign(outcome=ended)
         shown = rows[
             [
                 "optimizer",
@@ -173,8 +182,8 @@ def _close(
         shown = shown.rename(columns={"step": "steps", "seconds": "time [s]", "rmse": "RMSE"})
         print(f"\n{title}\n{shown.to_string(index=False, float_format='{:.3g}'.format)}")
         print(
-            "time: of the optimizer's steps alone. RMSE: root mean square of u - u* on fresh points; "
-            "relative error: divided by that of u*. held_out_loss: the loss on points not trained on."
+            "time: of the steps alone. RMSE: root mean square of u - u* on fresh points; "
+            "relative error: divided by that of u*. held_out_loss: on points not trained on."
         )
         write_atomically(path / "summary.csv", rows.to_csv(index=False).encode())
         trained = {

@@ -11,6 +11,7 @@ import pickle
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from experiments.command import Interruption
 from experiments.experiment import DTYPES, Experiment
 from experiments.folder import write_atomically
-from experiments.objects import UserError, first_line
+from experiments.objects import UserError, first_line, short
 from pinncurv.curvature import GaussNewton, Objective
 from pinncurv.linops import FactorizationError
 from pinncurv.optim import CurvatureOptimizer, StepRecord
@@ -75,7 +76,9 @@ class Trainer:
     def describe(self) -> str:
         """Return what is trained, in a few words."""
         count = sum(parameter.numel() for parameter in self.objective.parameters())
-        return f"{self.problem.name}, {self.experiment.network}, {count} parameters, {self.experiment.dtype}"
+        settings = [f"{k}={v}" for k, v in self.experiment.of("network").items()]
+        network = f"{short(self.experiment.network)}({', '.join(settings)})"
+        return f"{self.problem.name}, {network}, {count} parameters, {self.experiment.dtype}"
 
     def advance(self) -> StepRecord:
         """Take one step, on new points if they are due, and count its time.
@@ -182,7 +185,7 @@ class Trainer:
 
 
 def _check_memory(label: str, optimizer: Any, parameters: Sequence[torch.Tensor]) -> None:
-    """Check that a dense matrix and its factorization fit, lest the run be killed in its first step."""
+    """Check that a dense matrix and its factorization fit, lest the first step be killed."""
     if not isinstance(optimizer, CurvatureOptimizer) or not isinstance(
         optimizer.preconditioner.curvature, GaussNewton
     ):
@@ -195,12 +198,13 @@ def _check_memory(label: str, optimizer: Any, parameters: Sequence[torch.Tensor]
         present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > present:
         raise UserError(
-            f"{label}: the Gauss-Newton matrix of {dimension} parameters needs about {needed / 2**30:.0f} "
-            f"GiB of memory, and there are {present / 2**30:.0f}. Choose another optimizer, e.g. kfac_star."
+            f"{label}: the Gauss-Newton matrix of {dimension} parameters needs about "
+            f"{needed / 2**30:.0f} GiB of memory, and there are {present / 2**30:.0f}. Choose "
+            "another optimizer, e.g. kfac_star."
         )
 
 
-# --- checkpoints ------------------------------------------------------------------------------------
+# --- checkpoints ----------------------------------------------------------------------------------
 
 
 def save_checkpoint(folder: Path, trainer: Trainer) -> None:
@@ -301,7 +305,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-# --- metrics ----------------------------------------------------------------------------------------
+# --- metrics --------------------------------------------------------------------------------------
 
 
 class MetricsFile:
@@ -367,7 +371,7 @@ def last_row(folder: Path) -> dict[str, float]:
     return numbers
 
 
-# --- the loop ---------------------------------------------------------------------------------------
+# --- the loop -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -386,7 +390,7 @@ class Watch:
 
 
 def is_recorded(step: int, every: int) -> bool:
-    """Return whether a step gets a row in the metrics: 32 per doubling of the step, or every k-th."""
+    """Return whether a step gets a row: 32 per doubling of the step, or every k-th."""
     return step % (every or max(1, 1 << max(0, step.bit_length() - 6))) == 0
 
 
@@ -438,10 +442,8 @@ def train(trainer: Trainer, folder: Path, watch: Watch) -> str:
     finally:
         bar.close()
         if metrics is not None:
-            try:
+            with suppress(OSError):  # what is left in the buffer does not fit on the disk either
                 metrics.close()
-            except OSError:  # what is left in the buffer does not fit on the disk either
-                pass
     if pruned:
         return PRUNED
     return INTERRUPTED if watch.interruption.requested and _spent(trainer) < 1 else FINISHED
@@ -451,7 +453,7 @@ def _spent(trainer: Trainer) -> float:
     """Return the part of the budget that is spent."""
     seconds, steps = trainer.experiment.seconds, trainer.experiment.steps
     parts = [trainer.seconds / seconds] if seconds else []
-    return max(parts + [trainer.step / steps] if steps else parts)
+    return max([*parts, trainer.step / steps] if steps else parts)
 
 
 class Lines:

@@ -1,11 +1,12 @@
 """Leaves the number of threads, which a run sets, as it was; and runs without figures."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
-from experiments.training import figure
+from experiments import figures
 
 
 @pytest.fixture(autouse=True)
@@ -18,4 +19,8 @@ def _same_threads() -> Iterator[None]:
 @pytest.fixture
 def _no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     """Save the second that every figure of a training takes."""
-    monkeypatch.setattr(figure, "draw", lambda folder, *_: folder / figure.FIGURE)
+
+    def draw(path: Path, *_: object) -> Path:
+        return path
+
+    monkeypatch.setattr(figures, "draw_run", draw)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from experiments.training.metrics import read_metrics
 from scipy.stats import rankdata
 
 from experiments.comparing import figures, main as comparing_main, measure
@@ -20,7 +21,6 @@ from experiments.comparing.operators import OPERATORS, DampedBlocks, Entry
 from experiments.comparing.panels import Range
 from experiments.comparing.points import OwnTraining, Point
 from experiments.comparing.settings import Settings
-from experiments.training.metrics import read_metrics
 from pinncurv.curvature import (
     KFAC,
     BlockDiagonalGaussNewton,

@@ -11,10 +11,21 @@ from pathlib import Path
 
 import pytest
 
-from experiments.training import files
-from experiments.training.checkpoint import CURRENT, PREVIOUS, DamagedCheckpointError, read
-from experiments.training.metrics import METRICS, MetricsFile
-from tests.experiments.runs import ALL, EVERY, TINY, resume, rows, same, start, state
+from experiments import folder
+from experiments.objects import UserError
+from experiments.training import CURRENT, METRICS, PREVIOUS, MetricsFile, read_checkpoint
+from tests.experiments.runs import (
+    ALL,
+    BOUNDARY,
+    EVERY,
+    TINY,
+    part,
+    resume,
+    rows,
+    same,
+    start,
+    state,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("_no_figure")
     ("names", "options"),
     [
         (ALL, [*EVERY, "--resample-every", "2"]),
-        (["kfac-star", "adam"], ["--optimizers", "kfac-star", "adam"]),
+        (["kfac_star", "adam"], ["--optimizers", "kfac_star", "adam"]),
     ],
     ids=["every", "fixed-batch"],
 )
@@ -44,29 +55,28 @@ def test_every_preset_resumes_bit_for_bit(
 
 def test_intervals_and_adaptive_damping_resume_bit_for_bit(tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    options = ["--optimizers", "kfac", "gauss-newton", "--kfac.momentum", "0.5"]
-    options += ["--kfac.line-search-exponents", "-3", "0"]
-    options += ["--kfac.curvature-every", "2", "--kfac.inverse-every", "3"]
-    options += ["--gauss-newton.curvature-every", "2", "--gauss-newton.inverse-every", "4"]
+    options = ["--optimizers", "kept=curvature_optimizer", "levenberg_marquardt", "--set"]
+    options += ["kept.curvature=KFAC()", "kept.inverse=FactorDamping(1e-8)"]
+    options += ["kept.intervals=Intervals(2, 3)", "kept.average=ExponentialAverage(0.5)"]
     start(whole, "--steps", "8", *options)
     start(parts, "--steps", "5", *options)
     resume(parts, "--steps", "8")
-    for name in ("kfac", "gauss-newton"):
+    for name in ("kept", "levenberg_marquardt"):
         assert same(state(whole, name), state(parts, name)), name
 
 
 def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    options = ["--optimizers", "kfac-star", "--resample-every", "10"]
+    options = ["--optimizers", "kfac_star", "--resample-every", "10"]
     options += ["--checkpoint-steps", "3", "--record-every", "2"]
-    arguments = ["--run-folder", str(killed), "--steps", "1000000", *TINY, *options]
+    arguments = ["--run-folder", str(killed), "--steps", "1000000", *TINY, *BOUNDARY, *options]
     process = subprocess.Popen(
         [sys.executable, "experiments/train.py", *arguments],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
         stdout=subprocess.DEVNULL,
     )
-    checkpoint = killed / "kfac-star" / PREVIOUS
+    checkpoint = part(killed, "kfac_star") / PREVIOUS
     while not checkpoint.exists():
         assert process.poll() is None
         time.sleep(0.01)
@@ -74,12 +84,12 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
 
-    last = max(int(row["step"]) for row in rows(killed, "kfac-star"))
+    last = max(int(row["step"]) for row in rows(killed, "kfac_star"))
     steps = str(last + 4)
     assert resume(killed, "--steps", steps) == 0
     assert start(whole, "--steps", steps, *options) == 0
-    assert same(state(whole, "kfac-star"), state(killed, "kfac-star"))
-    assert rows(whole, "kfac-star") == rows(killed, "kfac-star")
+    assert same(state(whole, "kfac_star"), state(killed, "kfac_star"))
+    assert rows(whole, "kfac_star") == rows(killed, "kfac_star")
 
 
 def test_elapsed_time_is_counted_on(tmp_path: Path) -> None:
@@ -110,13 +120,29 @@ def test_more_optimizers_can_join(tmp_path: Path) -> None:
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path) -> None:
     whole = tmp_path / "whole"
-    start(whole, "--steps", "5", "--optimizers", "kfac-star", "--checkpoint-steps", "3")
+    start(whole, "--steps", "5", "--optimizers", "kfac_star", "--checkpoint-steps", "3")
     for damage in ("cut", "flip", "missing"):
         run = shutil.copytree(whole, tmp_path / damage)
-        _damage(run / "kfac-star" / CURRENT, damage)
+        _damage(part(run, "kfac_star") / CURRENT, damage)
         assert resume(run) == 0
-        assert same(state(whole, "kfac-star"), state(run, "kfac-star"))
-        assert rows(whole, "kfac-star") == rows(run, "kfac-star")
+        assert same(state(whole, "kfac_star"), state(run, "kfac_star"))
+        assert rows(whole, "kfac_star") == rows(run, "kfac_star")
+
+
+@pytest.mark.parametrize("how", ["gone", "folders"])
+def test_metrics_without_checkpoints_are_not_overwritten(
+    how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    start(run, "--steps", "4", "--optimizers", "adam", "--checkpoint-steps", "1")
+    for name in (CURRENT, PREVIOUS):
+        (part(run, "adam") / name).unlink()
+        if how == "folders":
+            (part(run, "adam") / name).mkdir()
+    metrics = (part(run, "adam") / METRICS).read_bytes()
+    assert resume(run) == 2
+    assert "No whole checkpoint is left" in capsys.readouterr().err
+    assert (part(run, "adam") / METRICS).read_bytes() == metrics
 
 
 def test_nothing_but_damaged_checkpoints_is_refused(
@@ -125,11 +151,11 @@ def test_nothing_but_damaged_checkpoints_is_refused(
     run = tmp_path / "run"
     start(run, "--steps", "4", "--optimizers", "adam", "--checkpoint-steps", "1")
     for name in (CURRENT, PREVIOUS):
-        _damage(run / "adam" / name, "flip")
-    metrics = (run / "adam" / "metrics.csv").read_bytes()
+        _damage(part(run, "adam") / name, "flip")
+    metrics = (part(run, "adam") / "metrics.csv").read_bytes()
     assert resume(run) == 2
     assert "No whole checkpoint is left" in capsys.readouterr().err
-    assert (run / "adam" / "metrics.csv").read_bytes() == metrics
+    assert (part(run, "adam") / "metrics.csv").read_bytes() == metrics
 
 
 def test_a_checkpoint_of_something_else_is_refused(
@@ -140,10 +166,9 @@ def test_a_checkpoint_of_something_else_is_refused(
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     capsys.readouterr()
     for arguments, message in (
-        (["--hidden", "5", "5"], "hidden was [5] and now is [5, 5]"),
+        (["--set", "network.widths=(5, 5)"], "network.widths was (5,) and now is (5, 5)"),
         (["--problem", "heat1d"], "problem was poisson2d and now is heat1d"),
-        (["--adam.lr", "0.5"], "adam.lr was 0.0017 and now is 0.5"),
-        (["--seeds.points", "9"], "seeds.points was 0 and now is 9"),
+        (["--set", "adam.lr=0.5"], "optimizer.lr was 1.7e-3 and now is 0.5"),
         (["--dtype", "float32"], "dtype was float64 and now is float32"),
     ):
         assert resume(run, *arguments) == 2
@@ -163,22 +188,23 @@ def test_an_interrupted_write_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "file"
-    files.write_atomically(path, b"old")
+    folder.write_atomically(path, b"old")
 
     def fail(descriptor: int) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(files.os, "fsync", fail)
+    monkeypatch.setattr(folder.os, "fsync", fail)
     with pytest.raises(OSError, match="No space left"):
-        files.write_atomically(path, b"new", keep=tmp_path / "kept")
+        folder.write_atomically(path, b"new", keep=tmp_path / "kept")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert path.read_bytes() == b"old"
 
 
 def test_a_file_that_was_never_a_checkpoint_is_damaged(tmp_path: Path) -> None:
     path = tmp_path / CURRENT
     path.write_bytes(b"")
-    with pytest.raises(DamagedCheckpointError, match="0 bytes do not have the checksum"):
-        read(path)
+    with pytest.raises(UserError, match="0 bytes do not have the checksum"):
+        read_checkpoint(path)
 
 
 def _damage(path: Path, how: str) -> None:
