@@ -52,7 +52,8 @@ class Comparison:
         """Add an option for every field but the experiment."""
         for item in fields(cls)[1:]:
             several = isinstance(item.default, tuple)
-            kind: Any = type((*item.default, "")[0] if several else item.default)
+            default: Any = item.default
+            kind = type((*default, "")[0] if several else default)
             nargs = "+" if several else None
             flag = f"--{item.name.replace('_', '-')}"
             parser.add_argument(flag, type=kind, nargs=nargs, **item.metadata)

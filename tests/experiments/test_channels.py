@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import Linear, Sequential, Tanh
 
-from experiments.comparing.channels import OnChannels, uncollapsed, unmerged
+from paper.channels import OnChannels, uncollapsed, unmerged
 from pinncurv import problems
 from pinncurv.curvature import KFAC, GaussNewton, Objective
 from pinncurv.linearization import Linearization
