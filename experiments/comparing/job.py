@@ -8,7 +8,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
+
+import typeguard
 
 from experiments.command import Interruption, Parser, experiment_of, set_up_device
 from experiments.comparing.operators import recipes
@@ -69,6 +71,11 @@ class Comparison:
         Raises:
             UserError: If something is out of range.
         """
+        for name, hint in get_type_hints(Comparison).items():
+            try:
+                typeguard.check_type(getattr(self, name), hint)
+            except typeguard.TypeCheckError as error:
+                raise UserError(f"{name} cannot be {getattr(self, name)!r}: {error}.") from None
         rule = evaluate(self.continued_rule)
         several = {n: getattr(self, n) for n in ("operators", "steps", "dampings")}
         for name, fine, wanted in (
@@ -134,6 +141,11 @@ def job_of(parser: Parser, options: argparse.Namespace) -> tuple[Comparison, lis
         if isinstance(tree, dict) and "experiment" in tree:  # of a comparison
             stored = from_json(tree.pop("experiment"), str(options.config))
             values, options.config = tree, None
+            if options.operators is None and any(map(is_own, tree.get("operators", ()))):
+                raise UserError(
+                    "No code is run because a run folder names it. If you trust the files of its "
+                    f"operators, give them again: --operators {' '.join(tree['operators'])}."
+                )
     values |= {n: v for n in names if (v := getattr(options, n, None)) is not None}
     values = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
     if unknown := set(values) - set(names):

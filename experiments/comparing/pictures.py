@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,60 +38,55 @@ _HEADINGS = {
 _LINEAR = ("cosine", "decrease", "step_cosine")
 
 Looks = dict[str, dict[str, Any]]
+_Panel = Callable[[Axes], None]
 
 
 def draw(folder: Path, tables: Tables, job: Comparison, title: str) -> list[Path]:
-    """Draw all pictures into a folder.
-
-    Args:
-        folder: Where to.
-        tables: All results.
-        job: What was measured.
-        title: What was trained.
-    """
+    """Draw all pictures of some tables into a folder."""
     table = tables["table"].replace(math.inf, math.nan)
     table["error"] = table["error"].clip(lower=_LEAST_ERROR)
     steps = sorted({int(table["step"].min()), int(table["step"].max())})
     last, middle = table[table["step"] == steps[-1]], table[table["damping"] == job.middle]
-    looks, spectra = _looks(table["operator"].unique()), tables["spectra"]
+    looks = _looks(table["operator"].unique())
+
+    def spectra(*at: int) -> list[_Panel]:
+        eigenvalues = tables["spectra"]
+        return [partial(_spectra, eigenvalues, step, job.dampings, looks) for step in at]
+
+    def curves(rows: pd.DataFrame, x: str, *measures: str) -> list[_Panel]:
+        return [partial(_curves, rows, x, measure, looks) for measure in measures]
+
     at, after = f"λ = {job.middle:g}", _after(steps[-1])
+    along, over = ("cosine", "error", "decrease", "condition"), list(_HEADINGS)[2:]
+    ends = [*curves(middle, "step", "cosine"), *curves(last, "damping", "decrease")]
+    panels: dict[str, tuple[str, int, list[_Panel]]] = {
+        "overview": (after, 3, [*spectra(steps[-1]), *ends]),
+        "training": (at, 2, curves(middle, "step", *along)),
+        "damping": (after, 2, curves(last, "damping", *over)),
+        "spectra": ("eigenvalues", len(steps), spectra(*steps)),
+    }
+    if table["continued_loss"].notna().any():
+        predictions: list[_Panel] = [partial(_prediction, middle, m, looks) for m in along]
+        panels["prediction"] = (f"{at}, all points", 2, predictions)
+    figures = {}
     with mpl.rc_context(_STYLE):
-        figures = {}
-        figures["overview"], axes = _panels(f"{title}, {after}", 1, 3)
-        _spectra(axes[0], spectra, steps[-1], job.dampings, looks)
-        _curves(axes[1], middle, "step", "cosine", looks)
-        _curves(axes[2], last, "damping", "decrease", looks)
-        figures["training"], axes = _panels(f"{title}, {at}", 2, 2)
-        for axis, measure in zip(axes, ("cosine", "error", "decrease", "condition"), strict=True):
-            _curves(axis, middle, "step", measure, looks)
-        figures["damping"], axes = _panels(f"{title}, {after}", 2, 2)
-        for axis, measure in zip(axes, list(_HEADINGS)[2:], strict=True):
-            _curves(axis, last, "damping", measure, looks)
-        figures["spectra"], axes = _panels(title, 1, len(steps))
-        for axis, step in zip(axes, steps, strict=True):
-            _spectra(axis, spectra, step, job.dampings, looks)
-        if table["continued_loss"].notna().any():
-            figures["prediction"], axes = _panels(f"{title}, {at}, all points", 2, 2)
-            measures = ("decrease", "step_cosine", "condition", "error")
-            for axis, measure in zip(axes, measures, strict=True):
-                _prediction(axis, middle, measure, looks)
-        for figure in figures.values():
-            pairs = [zip(*a.get_legend_handles_labels(), strict=True) for a in figure.axes]
-            handles = {label: handle for own in pairs for handle, label in own}
+        for name, (note, columns, parts) in panels.items():
+            rows = len(parts) // columns
+            size = (4 * columns + 1.6, 0.4 + (2.8 if rows > 1 else 3.4) * rows)
+            figures[name] = figure = Figure(figsize=size, layout="constrained")
+            figure.suptitle(f"{title}, {note}")
+            handles: dict[str, Any] = {}
+            axes = figure.subplots(rows, columns, squeeze=False).flat
+            for axis, part in zip(axes, parts, strict=True):
+                part(axis)
+                handles |= dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True))
             shown = [name for name in looks if name in handles]
             figure.legend([handles[name] for name in shown], shown, loc="outside right upper")
-        if len(spectra):
+        if tables.rows["layers"]:
             figures["layers"] = _layers(tables["layers"], steps, title)
-        if len(tables["pairs"]):
+        if tables.rows["pairs"]:
             figures["pairs"] = _pairs(tables["pairs"], list(looks), job.middle, title)
         return [save(figure, folder / f"{name}.png") for name, figure in figures.items()]
-
-
-def _panels(title: str, rows: int, columns: int) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(4 * columns + 1.6, 0.4 + (2.8 if rows > 1 else 3.4) * rows))
-    figure.set_layout_engine("constrained")
-    figure.suptitle(title)
-    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
 def _looks(operators: Iterable[str]) -> Looks:
@@ -110,7 +106,7 @@ def _after(step: int) -> str:
     return "at initialization" if step == 0 else f"after {step} steps"
 
 
-def _curves(axis: Axes, table: pd.DataFrame, x: str, measure: str, looks: Looks) -> None:
+def _curves(table: pd.DataFrame, x: str, measure: str, looks: Looks, axis: Axes) -> None:
     """Draw the median and the range over the trainings of one column, by operator."""
     rows = table.assign(y=table[measure].astype(float)).dropna(subset="y")
     if measure in ("cosine", "error"):  # of the exact matrix, they are known
@@ -136,7 +132,7 @@ def _curves(axis: Axes, table: pd.DataFrame, x: str, measure: str, looks: Looks)
     axis.set_xlabel("training step")
 
 
-def _prediction(axis: Axes, table: pd.DataFrame, measure: str, looks: Looks) -> None:
+def _prediction(table: pd.DataFrame, measure: str, looks: Looks, axis: Axes) -> None:
     """Draw what further training makes of the loss over one measure, a point per training."""
     for name, own in table.groupby("operator", sort=False):
         look = {**looks[str(name)], "linestyle": "none"}
@@ -148,18 +144,16 @@ def _prediction(axis: Axes, table: pd.DataFrame, measure: str, looks: Looks) -> 
 
 
 def _spectra(
-    axis: Axes, table: pd.DataFrame, step: int, dampings: Iterable[float], looks: Looks
+    table: pd.DataFrame, step: int, dampings: Iterable[float], looks: Looks, axis: Axes
 ) -> None:
     """Draw sorted eigenvalues at one step, medians over the trainings, and the dampings."""
     axis.set(title=f"eigenvalues {_after(step)}; dotted: λ", xlabel="rank")
     rows = table[table["step"] == step] if len(table) else table
     for name, own in rows.groupby("operator", sort=False) if len(rows) else ():
-        trainings = [training for _, training in own.groupby("training", sort=False)]
-        ranks = trainings[0]["rank"]
-        # estimates have other ranks in every training: between them, on the logarithmic axis
-        logs = [np.log(training["eigenvalue"].clip(lower=1e-300)) for training in trainings]
-        pairs = zip(trainings, logs, strict=True)
-        curves = [np.interp(ranks, training["rank"], values) for training, values in pairs]
+        logs = own.assign(eigenvalue=np.log(own["eigenvalue"].clip(lower=1e-300)))
+        trainings = [part for _, part in logs.groupby("training", sort=False)]
+        ranks = trainings[0]["rank"]  # estimates have others in every training
+        curves = [np.interp(ranks, part["rank"], part["eigenvalue"]) for part in trainings]
         low, median, high = np.exp(np.quantile(curves, (0, 0.5, 1), axis=0))
         axis.plot(ranks, median, label=name, markevery=max(1, len(ranks) // 8), **looks[str(name)])
         axis.fill_between(ranks, low, high, color=looks[str(name)]["color"], alpha=0.12)

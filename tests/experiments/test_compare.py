@@ -340,7 +340,9 @@ def test_checkpoints_of_a_run_are_compared_where_they_are(
 
 
 @pytest.mark.usefixtures("_no_figures")
-def test_the_settings_of_a_comparison_can_be_fed_back(tmp_path: Path) -> None:
+def test_the_settings_of_a_comparison_can_be_fed_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ["--operators", "kfac_merged", "a=KFAC(reduce)", "--optimizers", "kfac_star=kfac"]
     first = compared(
         tmp_path / "a", "--steps", "0", "1", *options, "--set", "kfac_star.heuristic=trace_norm"
@@ -350,7 +352,17 @@ def test_the_settings_of_a_comparison_can_be_fed_back(tmp_path: Path) -> None:
     second = pd.read_csv(tmp_path / "b" / "table.csv", keep_default_na=False, na_values=[""])
     columns = [name for name in first if not name.endswith("seconds")]
     pd.testing.assert_frame_equal(first[columns], second[columns])
-    assert (tmp_path / "a/config.json").read_text() == (tmp_path / "b/config.json").read_text()
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert config == json.loads((tmp_path / "b" / "config.json").read_text())
+    for change, message in (
+        ({"operators": ["mine.py:own"]}, "No code is run because a run folder names it"),
+        ({"dampings": ["a"]}, "dampings cannot be ('a',)"),
+        ({"damping": 1.0}, "must have the settings of a comparison, got ['damping']"),
+    ):
+        changed = tmp_path / "changed.json"
+        changed.write_text(json.dumps({**config, **change}))
+        assert program("--config", str(changed), "--run-folder", str(tmp_path / "c")) == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
