@@ -241,9 +241,11 @@ class Point:
         elif not isinstance(recipe.template, curvature.PreconditionedCG):  # which is no matrix
             steps, generator = job.lanczos_steps, Generator().manual_seed(0)
             row["condition_is_bound"] = not self.is_dense
-            row["condition"] = comparison.condition_number(
+            number = comparison.condition_number(
                 G, inverse, damping, dense=self.is_dense, steps=steps, generator=generator
             )
+            bounded = self.is_dense or math.isfinite(number)  # rounding makes no lower bound
+            row["condition"] = number if bounded else math.nan
             record = comparison.cg_records(
                 *(G, damping, g, {"": inverse}),
                 tolerance=job.cg_tolerance,

@@ -118,7 +118,7 @@ def _curves(table: pd.DataFrame, x: str, measure: str, looks: Looks, axis: Axes)
         axis.fill_between(line.index, line["min"], line["max"], color=colour, alpha=0.15)
     axis.set_title(_HEADINGS[measure])
     if measure in _LINEAR:
-        axis.set_ylim(-0.03, 1.03)
+        axis.set_ylim(min(-0.03, rows["y"].min() - 0.03), 1.03)
     elif len(rows):
         axis.set_yscale("log")
     if x == "damping":
