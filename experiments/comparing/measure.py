@@ -176,8 +176,9 @@ class Point:
         density = comparison.spectral_density(
             P, steps=steps, vectors=_SPECTRUM_PROBES, generator=generator
         )
-        nodes, order = density.nodes.flatten().sort(descending=True)
-        shares = self.dimension * density.weights.flatten()[order] / _SPECTRUM_PROBES
+        kept = density.weights > 0  # a probe may need fewer nodes than others
+        nodes, order = density.nodes[kept].sort(descending=True)
+        shares = self.dimension * density.weights[kept][order] / _SPECTRUM_PROBES
         # the rank at the middle of a node's share is that of the eigenvalue it stands for
         return (shares.cumsum(0) - shares / 2).clamp(min=0.5).tolist(), nodes.tolist()
 

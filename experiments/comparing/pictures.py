@@ -66,7 +66,8 @@ def draw(folder: Path, tables: Tables, job: Comparison, title: str) -> list[Path
         "spectra": ("eigenvalues", len(steps), spectra(*steps)),
     }
     if table["continued_loss"].notna().any():
-        predictions: list[_Panel] = [partial(_prediction, middle, m, looks) for m in along]
+        measures = ("decrease", "step_cosine", "condition", "error")
+        predictions: list[_Panel] = [partial(_prediction, middle, m, looks) for m in measures]
         panels["prediction"] = (f"{at}, all points", 2, predictions)
     figures = {}
     with mpl.rc_context(_STYLE):

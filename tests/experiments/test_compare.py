@@ -196,10 +196,25 @@ def test_further_training_is_that_of_an_optimizer_and_leaves_the_point_alone(
 
 
 _OWN = """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from torch import nn
+
+from pinncurv import presets, problems
 from pinncurv.curvature import DiagonalGaussNewton
 from pinncurv.linops import Damped, FactorizationError
+
+
+def pde(n: int = 12):
+    return replace(problems.poisson2d(n_interior=n, n_boundary=6), solution=None)
+
+
+def net(d_in, d_out):
+    return nn.Sequential(nn.Linear(d_in, 4), nn.Tanh(), nn.Linear(4, d_out))
+
+
+def optimizer(params):
+    return presets.kfac(params)
 
 
 def diagonal(linearizations):
@@ -243,6 +258,20 @@ def test_own_operators_are_compared_and_what_fails_is_noted(
         for name in ("cosine", "decrease", "condition", "continued_loss"):
             assert getattr(mine, name) == pytest.approx(getattr(theirs, name)), name
     assert rows["kfac_star", 1e-2].decrease > 0  # with the inverse of the preset
+
+
+def test_own_problem_network_and_optimizer_train(tmp_path: Path) -> None:
+    own = tmp_path / "own.py"
+    own.write_text(_OWN)
+    options = ["--problem", f"{own}:pde", "--network", f"{own}:net", "--set", "pde.n=10"]
+    options += ["--optimizers", f"{own}:optimizer", "--steps", "1", "--operators", "cg_5"]
+    run = ["--run-folder", str(tmp_path / "run"), "--threads", "1", "--dampings", "1e-3"]
+    assert program(*options, *run) == 0  # with pictures, though there is no matrix to show
+    table = pd.read_csv(tmp_path / "run" / "table.csv")
+    assert list(table["training"]) == ["seed1", "seed2", "seed3"]
+    assert table["rmse"].isna().all()
+    assert (tmp_path / "run" / "overview.png").is_file()
+    assert not (tmp_path / "run" / "layers.png").exists()
 
 
 @pytest.mark.usefixtures("_no_figures")
