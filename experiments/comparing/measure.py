@@ -27,22 +27,9 @@ from pinncurv.optim import CurvatureOptimizer, QuadraticModel, offers
 _SPECTRUM_PROBES = 2  # of an estimated spectrum, each of as many steps as condition numbers take
 _KERNEL_LIMIT = 2048  # the kernel of so many residuals gives all eigenvalues of the exact matrix
 _BLOCK_LIMIT = 4200  # most parameters of a layer for which its block is formed
-_MOST_ROWS = 1 << 27  # most entries of the Jacobian that are held, 1 GiB in float64
 
 Row = dict[str, Any]
 Similarity = comparison.FrobeniusComparison | comparison.FrobeniusEstimate
-
-
-class _Rows(linops.SymmetricLinearOperator):
-    """JᵀJ by the rows of J: several times faster for many vectors than from inputs and outputs."""
-
-    def __init__(self, jacobian: curvature.JacobianLinearOperator) -> None:
-        super().__init__(jacobian.space.shapes, jacobian.device, jacobian.dtype)
-        self._J = jacobian.to_dense()
-
-    def _matmat(self, X: list[Tensor]) -> list[Tensor]:
-        Y = self._J.mT @ (self._J @ torch.cat([x.reshape(-1, x.shape[-1]) for x in X]))
-        return [y.reshape(x.shape) for y, x in zip(Y.split(self._in_shape_flat), X, strict=True)]
 
 
 class Point:
@@ -61,23 +48,16 @@ class Point:
         self._where = {"training": training, "step": trainer.step}
         self._losses = {name: metrics[name] for name in ("loss", "rmse")}
         self.linearized = self.objective.linearize()
-        self.free = GaussNewtonLinearOperator(self.linearized.jacobian)
-        self.layers, self.dimension = self.linearized.space.blocks, self.free.shape[1]
+        free = GaussNewtonLinearOperator(self.linearized.jacobian)
+        self.layers, self.dimension = self.linearized.space.blocks, free.shape[1]
         self.is_dense = self.dimension <= job.dense_limit
+        self.exact = self._dense(free) if self.is_dense else free
         self.has_blocks = max(block.numel for block in self.layers) <= _BLOCK_LIMIT
         self.gradient = torch.cat([part.flatten() for part in self.linearized.gradient()])
         self._matrices: dict[str, PyTorchLinearOperator] = {}
         self._steps: dict[tuple[str, float], Tensor] = {}
 
     # --- the exact matrix ------------------------------------------------------------------------
-
-    @cached_property
-    def exact(self) -> PyTorchLinearOperator:
-        """G, dense below the limit, else from the rows of J if these fit, else matrix-free."""
-        if self.is_dense:
-            return self._dense(self.free)
-        fits = math.prod(self.free.jacobian.shape) <= _MOST_ROWS
-        return _Rows(self.free.jacobian) if fits else self.free
 
     @cached_property
     def blocks(self) -> LayerwiseLinearOperator:
@@ -94,8 +74,7 @@ class Point:
     @cached_property
     def best_steps(self) -> dict[float, Tensor]:
         """−(G + λI)⁻¹∇L by λ; above the limit from the kernel if that is small enough."""
-        G = self.exact if self.is_dense else self.free
-        return {d: self._step(linops.Damped(d)(G)) for d in self.job.dampings}
+        return {d: self._step(linops.Damped(d)(self.exact)) for d in self.job.dampings}
 
     def _step(self, inverse: PyTorchLinearOperator) -> Tensor:
         """Return the step of an inverse, as the optimizer computes it."""
