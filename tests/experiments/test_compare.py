@@ -260,17 +260,23 @@ def test_own_operators_are_compared_and_what_fails_is_noted(
     assert rows["kfac_star", 1e-2].decrease > 0  # with the inverse of the preset
 
 
+@pytest.mark.usefixtures("_no_figures")
 def test_own_problem_network_and_optimizer_train(tmp_path: Path) -> None:
     own = tmp_path / "own.py"
     own.write_text(_OWN)
     options = ["--problem", f"{own}:pde", "--network", f"{own}:net", "--set", "pde.n=10"]
     options += ["--optimizers", f"{own}:optimizer", "--steps", "1", "--operators", "cg_5"]
     run = ["--run-folder", str(tmp_path / "run"), "--threads", "1", "--dampings", "1e-3"]
-    assert program(*options, *run) == 0  # with pictures, though there is no matrix to show
+    assert program(*options, *run) == 0
     table = pd.read_csv(tmp_path / "run" / "table.csv")
     assert list(table["training"]) == ["seed1", "seed2", "seed3"]
     assert table["rmse"].isna().all()
-    assert (tmp_path / "run" / "overview.png").is_file()
+
+
+@pytest.mark.slow
+def test_pictures_need_no_matrix(tmp_path: Path) -> None:
+    compared(tmp_path / "run", "--steps", "0", "--operators", "cg_5", "--continued-steps", "1")
+    assert (tmp_path / "run" / "prediction.png").is_file()
     assert not (tmp_path / "run" / "layers.png").exists()
 
 
