@@ -135,13 +135,14 @@ def _curves(table: pd.DataFrame, x: str, measure: str, looks: Looks, axis: Axes)
 
 def _prediction(table: pd.DataFrame, measure: str, looks: Looks, axis: Axes) -> None:
     """Draw what further training makes of the loss over one measure, a point per training."""
-    for name, own in table.groupby("operator", sort=False):
+    rows = table.dropna(subset=[measure, "continued_loss"])
+    for name, own in rows.groupby("operator", sort=False):
         look = {**looks[str(name)], "linestyle": "none"}
         look["marker"] = look["marker"] or "*"
         axis.plot(own[measure], own["continued_loss"] / own["loss"], label=name, **look)
-    axis.set(title=_HEADINGS[measure], yscale="log", ylabel="loss after further steps / before")
-    if measure not in _LINEAR:
-        axis.set_xscale("log")
+    axis.set(title=_HEADINGS[measure], ylabel="loss after further steps / before")
+    if len(rows):
+        axis.set(yscale="log", xscale="linear" if measure in _LINEAR else "log")
 
 
 def _spectra(
