@@ -120,7 +120,7 @@ def _curves(table: pd.DataFrame, x: str, measure: str, looks: Looks, axis: Axes)
     axis.set_title(_HEADINGS[measure])
     if measure in _LINEAR:
         axis.set_ylim(min(-0.03, rows["y"].min() - 0.03), 1.03)
-    elif len(rows):
+    elif (rows["y"] > 0).any():
         axis.set_yscale("log")
     if x == "damping":
         axis.set(xscale="log", xlabel="damping λ")

@@ -116,7 +116,7 @@ def shown(table: pd.DataFrame) -> pd.DataFrame:
             cells = pd.Series([style.format(x) if x == x else "" for x in medians[name]])
             if name in signs:
                 column, value, sign = signs[name]
-                cells = medians[column].eq(value).map({True: sign, False: ""}).to_numpy() + cells
+                cells = cells.mask(medians[column].eq(value) & cells.ne(""), sign + cells)
             if f"{name}_se" in medians:
                 cells += [f" ± {se:.0e}" if se > 0 else "" for se in medians[f"{name}_se"]]
             if (cells != "").any():

@@ -159,6 +159,10 @@ def test_without_matrices_estimates_agree_within_their_errors(
         assert free[name].to_numpy() == pytest.approx(dense[name].to_numpy(), rel=1e-4)
     assert free["condition_is_bound"][:4].all()
     assert (free["condition"] <= dense["condition"] * (1 + 1e-6)).all()
+    text = (tmp_path / "free" / "table.md").read_text()
+    assert f"{free['cosine'][2]:.3g} ± {free['cosine_se'][2]:.0e}" in text
+    assert f"≥{free['condition'][2]:.3g}" in text
+    assert "≥inf" not in text
     pairs = [
         pd.read_csv(tmp_path / name / "pairs.csv").set_index(["first", "second"])["cosine"]
         for name in ("dense", "free")
