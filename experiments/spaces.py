@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, get_args
 
@@ -84,7 +85,10 @@ Space = Mapping[str, Float | Choice]
 
 _DAMPING = Float(1e-15, 1e-2, log=True)
 _LR = Float(1e-6, 1e-1, log=True)
-_AVERAGE = {"decay": Float(0.0, 0.99), "start": Choice(("from_zero", "from_identity"))}
+_AVERAGE: dict[str, Float | Choice] = {
+    "decay": Float(0.0, 0.99),
+    "start": Choice(("from_zero", "from_identity")),
+}
 
 # By the name of an optimizer, what is varied unless --space says otherwise; others are for --space
 # alone. `damping` is an argument of the optimizer, `problem.n_interior` one of the problem. Bounds
@@ -129,12 +133,11 @@ def parse(text: str, real: bool = False) -> Float | Choice:
     """
     if bounds := re.fullmatch(r"([^:,(]+):([^:,(]+)(:log)?", text):
         low, high, log = bounds.groups()
-        for kind, number in ((Float, float),) if real else ((Int, int), (Float, float)):
-            try:
-                ends = number(low), number(high)
-            except ValueError:
-                continue
-            return kind(*ends, log=bool(log))
+        if not real:
+            with suppress(ValueError):
+                return Int(int(low), int(high), bool(log))
+        with suppress(ValueError):
+            return Float(float(low), float(high), bool(log))
     options = [part.strip() for part in re.split(r",(?![^(\[]*[)\]])", text)]  # (8,),(8,8) are two
     if bounds or len(options) < 2 or len({*options, ""}) <= len(options):
         raise UserError(f"a range must be LOW:HIGH, LOW:HIGH:log or A,B,..., got {text!r}.")

@@ -167,20 +167,18 @@ class Study:
         self.folder, self.sweep = folder, sweep
         self.place = f"{platform.node()}:{folder.resolve()}"
         self.storage = _open(folder, sweep.storage)
-        self.study = self._study(0, optuna.create_study)
+        self.study = self._study(0)
         self.id = self.storage.get_study_id_from_name(sweep.study)
         self._signs: dict[int, tuple[float, Any]] = {}
 
-    def _study(self, seed: int, find: Callable[..., optuna.Study] = optuna.load_study) -> Any:
+    def _study(self, seed: int) -> optuna.Study:
         """Return Optuna's study with a sampler of its own, lest all workers draw the same."""
-        parts = PARTS * len(self.sweep.experiment.seeds)
-        more = {"load_if_exists": True} if find is optuna.create_study else {}
-        return find(
+        return optuna.create_study(
             study_name=self.sweep.study,
             storage=self.storage,
             sampler=_SAMPLERS[self.sweep.sampler](seed),
-            pruner=_PRUNERS[self.sweep.pruner](parts),
-            **more,
+            pruner=_PRUNERS[self.sweep.pruner](PARTS * len(self.sweep.experiment.seeds)),
+            load_if_exists=True,
         )
 
     def trials(self) -> list[FrozenTrial]:
@@ -215,9 +213,9 @@ class Study:
                 self.study.enqueue_trial({})  # a place in the queue, drawn by who claims it
         return self.claim() if more else None
 
-    def _last(self, number: int) -> int:
+    def _last(self, trial: optuna.Trial) -> int:
         """Return the last part of a trial that was reported."""
-        return next(t for t in self.trials() if t.number == number).last_step or 0
+        return next(t for t in self.trials() if t.number == trial.number).last_step or 0
 
     def _lives_elsewhere(self, frozen: FrozenTrial) -> bool:
         """Whether a worker of another folder, whose locks say nothing here, is at work."""
@@ -230,55 +228,49 @@ class Study:
 
     def run(self, trial: optuna.Trial, folder: RunFolder, interruption: Interruption) -> None:
         """Train, and tell the study how it went; what is interrupted stays to be taken up again."""
-        reported = self._last(trial.number)
         part, deaths = trial.user_attrs.get("deaths", (0, -1))
+        reported = self._last(trial)
         deaths = deaths + 1 if part == reported else 0
         if deaths >= DEATHS:
-            self._tell(trial, TrialState.FAIL, f"its worker died {deaths} times")
+            self._tell(trial, TrialState.FAIL, f"its worker died {deaths} times in a row")
             return
         trial.set_user_attr("deaths", (reported, deaths))
-        try:
-            with self._signs_of_life(trial):
-                outcome = self._train(trial, folder, interruption)
-        except (optuna.exceptions.OptunaError, SQLAlchemyError, OSError):
-            raise
-        except Exception as error:  # of the user's own code it may be any
-            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-            outcome = TrialState.FAIL, kind + first_line(error), None
-        if outcome is None:
-            trial.set_user_attr("deaths", (0, -1))
-        else:
-            self._tell(trial, *outcome)
-
-    def _train(
-        self, trial: optuna.Trial, folder: RunFolder, interruption: Interruption
-    ) -> tuple[TrialState, str, float | None] | None:
-        """Train from all seeds; return how it ended, why, and the median error, or nothing if not."""
         drawn = {key: found.suggest(trial, key) for key, found in self.sweep.space.items()}
-        experiment, label = self.sweep.of(drawn), self.sweep.label
+        experiment = self.sweep.of(drawn)
         device = set_up_device(experiment)
         folder.begin(experiment, device)
         errors: list[float] = []
-        for k, seed in enumerate(experiment.seeds):
-            trainer = Trainer(experiment, label, seed, device)
-            place = folder.part(label, f"seed{seed}")
-            restore(place, trainer)
-            watch = Watch(interruption, folder.path.name, self._reporter(trial, trainer, k * PARTS))
-            outcome = train(trainer, place, watch)
-            if outcome == INTERRUPTED:
-                return None
-            if outcome.startswith("cannot write"):
-                raise UserError(outcome)
-            if outcome != FINISHED:
-                return TrialState.PRUNED, outcome.replace(PRUNED, self.sweep.pruner), None
-            errors.append(last_row(place)[self.sweep.objective])
-            if not math.isfinite(errors[-1]):
-                return TrialState.PRUNED, f"{self.sweep.objective} is {errors[-1]}", None
-        return TrialState.COMPLETE, "", statistics.median(errors)
+        with self._signs_of_life(trial):
+            for k, seed in enumerate(experiment.seeds):
+                place = folder.part(self.sweep.label, f"seed{seed}")
+                try:
+                    trainer = Trainer(experiment, self.sweep.label, seed, device)
+                    restore(place, trainer)
+                    report = self._reporter(trial, trainer, k * PARTS)
+                    outcome = train(trainer, place, Watch(interruption, folder.path.name, report))
+                except (optuna.exceptions.OptunaError, SQLAlchemyError, OSError):
+                    raise
+                except Exception as error:  # of the user's own code it may be any
+                    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+                    self._tell(trial, TrialState.FAIL, kind + first_line(error))
+                    return
+                if outcome == INTERRUPTED:
+                    trial.set_user_attr("deaths", (0, -1))
+                    return
+                if outcome.startswith("cannot write"):
+                    raise OSError(outcome)
+                errors.append(last_row(place).get(self.sweep.objective, math.nan))
+                if outcome == FINISHED and not math.isfinite(errors[-1]):
+                    outcome = f"{self.sweep.objective} is {errors[-1]}"
+                if outcome != FINISHED:
+                    reason = outcome.replace(PRUNED, f"pruned ({self.sweep.pruner})")
+                    self._tell(trial, TrialState.PRUNED, reason)
+                    return
+        self._tell(trial, TrialState.COMPLETE, "", statistics.median(errors))
 
     def _reporter(self, trial: optuna.Trial, trainer: Trainer, first: int) -> Callable[[Row], bool]:
         """Return what reports errors to the study and says whether the trial is to be pruned."""
-        done = max(first, self._last(trial.number))
+        done = max(first, self._last(trial))
 
         def report(row: Row) -> bool:
             nonlocal done
@@ -348,10 +340,8 @@ class Study:
         best = table[table["state"] == "complete"].sort_values(sweep.objective).head(10)
         shown = best.drop(columns=["state", "reason"])
         print(shown.to_string(index=False, float_format="{:.3g}".format))
-        print(
-            f"{sweep.objective}: median over {len(sweep.experiment.seeds)} seed(s). The first is the "
-            f"best of a sweep of {sweep.trials}, which flatters it: train it from other seeds."
-        )
+        print(f"{sweep.objective}: median over seeds {', '.join(map(str, sweep.experiment.seeds))}.")
+        print(f"The first is the best of {sweep.trials} trials, and so flattered: try other seeds.")
 
     def save(self) -> None:
         """Write the table and the best experiment."""
@@ -443,9 +433,10 @@ def main(arguments: Sequence[str]) -> ExitCode:
             Study(options.show, _stored(options.show, options.storage)).show()
             return ExitCode.SUCCESS
         return _sweep(_set_up(parser, options), options)
-    except (optuna.exceptions.OptunaError, SQLAlchemyError) as error:
+    except (optuna.exceptions.OptunaError, SQLAlchemyError, OSError) as error:
         raise UserError(
-            f"the storage failed: {first_line(error)} The same command goes on once it works again."
+            f"the storage or the disk failed: {first_line(error)} Once it works again, the same "
+            "command goes on."
         ) from error
 
 
@@ -501,33 +492,42 @@ def _employ(study: Study, options: argparse.Namespace) -> bool:
         if any(map(is_own, words)):
             command += [f"--{name}", *words]
     os.environ[STORAGE] = study.sweep.storage
+    logs = [study.folder / f"worker{k}.log" for k in range(options.workers or 1)]
+    jobs, processes = [], []
     if options.submitit:
         jobs = _submit(study.folder, command, options)
-        print(f"jobs: {', '.join(job.job_id for job in jobs)}; --show {study.folder}", flush=True)
+        print(
+            f"jobs {', '.join(job.job_id for job in jobs)}; see --show {study.folder}", flush=True
+        )
         if options.submitit[0] == "slurm":
             return False
-        running, stop = [lambda job=job: not job.done() for job in jobs], []
-    else:
-        processes = []
-        for k in range(options.workers):
-            with (study.folder / f"worker{k}.log").open("ab") as log:
-                processes.append(
-                    subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-                )
-        running = [lambda p=p: p.poll() is None for p in processes]
-        stop = [p.terminate for p in processes]
-    seen, begun = len(study.finished()), time.monotonic()
-    first = seen
+    for path in logs if not jobs else ():
+        with path.open("ab") as log:  # in a session of its own, to get Ctrl-C once and from here
+            processes.append(
+                subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+            )
+    seen = first = len(study.finished())
+    begun = time.monotonic()
+    asked = False
     with Interruption() as interruption:
-        while any(alive() for alive in running):
-            if interruption.requested:
-                while stop:
-                    stop.pop()()
-            if (now := len(study.finished())) > seen:
-                left = (time.monotonic() - begun) / (now - first) * (study.sweep.trials - now)
-                print(f"{now} of {study.sweep.trials} trials done, {left:.0f} s left", flush=True)
-            seen = now
-            time.sleep(POLL / 4)
+        try:
+            while any(p.poll() is None for p in processes) or not all(job.done() for job in jobs):
+                if interruption.requested and not asked:
+                    asked = True
+                    for process in processes:
+                        process.terminate()
+                if (now := len(study.finished())) > seen:
+                    left = (time.monotonic() - begun) / (now - first) * (study.sweep.trials - now)
+                    print(f"{now} of {study.sweep.trials} trials, {left:.0f} s left", flush=True)
+                seen = now
+                time.sleep(POLL / 4)
+        except KeyboardInterrupt:
+            for process in processes:
+                process.kill()
+            raise
+    for process, path in zip(processes, logs, strict=False):
+        if process.returncode not in (ExitCode.SUCCESS, ExitCode.INTERRUPTED):
+            print(f"a worker ended with exit code {process.returncode}; see {path}")
     return interruption.requested
 
 
@@ -541,7 +541,7 @@ def _submit(folder: Path, command: list[str], options: argparse.Namespace) -> li
         executor = submitit.AutoExecutor(folder / "submitit", cluster=cluster)
         executor.update_parameters(**{"timeout_min": 24 * 60, **pairs})
         worker = submitit.helpers.CommandFunction(command, cwd=Path.cwd())
-        worker.checkpoint = partial(submitit.helpers.DelayedSubmission, worker)
+        vars(worker)["checkpoint"] = partial(submitit.helpers.DelayedSubmission, worker)
         return [executor.submit(worker) for _ in range(options.workers or 1)]
     except (ValueError, NameError, AssertionError, RuntimeError, OSError) as error:
         raise UserError(f"--submitit {' '.join(options.submitit)}: {first_line(error)}") from error
