@@ -340,7 +340,9 @@ class Study:
         best = table[table["state"] == "complete"].sort_values(sweep.objective).head(10)
         shown = best.drop(columns=["state", "reason"])
         print(shown.to_string(index=False, float_format="{:.3g}".format))
-        print(f"{sweep.objective}: median over seeds {', '.join(map(str, sweep.experiment.seeds))}.")
+        print(
+            f"{sweep.objective}: median over seeds {', '.join(map(str, sweep.experiment.seeds))}."
+        )
         print(f"The first is the best of {sweep.trials} trials, and so flattered: try other seeds.")
 
     def save(self) -> None:
