@@ -228,45 +228,54 @@ class Study:
 
     def run(self, trial: optuna.Trial, folder: RunFolder, interruption: Interruption) -> None:
         """Train, and tell the study how it went; what is interrupted stays to be taken up again."""
-        part, deaths = trial.user_attrs.get("deaths", (0, -1))
-        reported = self._last(trial)
-        deaths = deaths + 1 if part == reported else 0
-        if deaths >= DEATHS:
-            self._tell(trial, TrialState.FAIL, f"its worker died {deaths} times in a row")
-            return
-        trial.set_user_attr("deaths", (reported, deaths))
+        with suppress(optuna.exceptions.UpdateFinishedTrialError):  # by who took it for dead
+            part, deaths = trial.user_attrs.get("deaths", (0, -1))
+            reported = self._last(trial)
+            deaths = deaths + 1 if part == reported else 0
+            trial.set_user_attr("deaths", (reported, deaths))
+            end = TrialState.FAIL, f"its worker died {deaths} times in a row", None
+            if deaths < DEATHS:
+                with self._signs_of_life(trial):
+                    end = self._train(trial, folder, interruption)
+            if end is None:
+                trial.set_user_attr("deaths", (0, -1))
+                return
+            state, reason, value = end
+            trial.set_user_attr("reason", reason)
+            trial.study.tell(trial, value, state)
+
+    def _train(
+        self, trial: optuna.Trial, folder: RunFolder, interruption: Interruption
+    ) -> tuple[TrialState, str, float | None] | None:
+        """Train from all seeds; return how that ended, why, and the median error, if it ended."""
         drawn = {key: found.suggest(trial, key) for key, found in self.sweep.space.items()}
-        experiment = self.sweep.of(drawn)
+        experiment, label = self.sweep.of(drawn), self.sweep.label
         device = set_up_device(experiment)
         folder.begin(experiment, device)
         errors: list[float] = []
-        with self._signs_of_life(trial):
-            for k, seed in enumerate(experiment.seeds):
-                place = folder.part(self.sweep.label, f"seed{seed}")
-                try:
-                    trainer = Trainer(experiment, self.sweep.label, seed, device)
-                    restore(place, trainer)
-                    report = self._reporter(trial, trainer, k * PARTS)
-                    outcome = train(trainer, place, Watch(interruption, folder.path.name, report))
-                except (optuna.exceptions.OptunaError, SQLAlchemyError, OSError):
-                    raise
-                except Exception as error:  # of the user's own code it may be any
-                    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-                    self._tell(trial, TrialState.FAIL, kind + first_line(error))
-                    return
-                if outcome == INTERRUPTED:
-                    trial.set_user_attr("deaths", (0, -1))
-                    return
-                if outcome.startswith("cannot write"):
-                    raise OSError(outcome)
-                errors.append(last_row(place).get(self.sweep.objective, math.nan))
-                if outcome == FINISHED and not math.isfinite(errors[-1]):
-                    outcome = f"{self.sweep.objective} is {errors[-1]}"
-                if outcome != FINISHED:
-                    reason = outcome.replace(PRUNED, f"pruned ({self.sweep.pruner})")
-                    self._tell(trial, TrialState.PRUNED, reason)
-                    return
-        self._tell(trial, TrialState.COMPLETE, "", statistics.median(errors))
+        for k, seed in enumerate(experiment.seeds):
+            place = folder.part(label, f"seed{seed}")
+            try:
+                trainer = Trainer(experiment, label, seed, device)
+                restore(place, trainer)
+                report = self._reporter(trial, trainer, k * PARTS)
+                outcome = train(trainer, place, Watch(interruption, folder.path.name, report))
+            except (optuna.exceptions.OptunaError, SQLAlchemyError, OSError):
+                raise
+            except Exception as error:  # of the user's own code it may be any
+                kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+                return TrialState.FAIL, kind + first_line(error), None
+            if outcome == INTERRUPTED:
+                return None
+            if outcome.startswith("cannot write"):
+                raise OSError(outcome)
+            errors.append(last_row(place).get(self.sweep.objective, math.nan))
+            if outcome == FINISHED and not math.isfinite(errors[-1]):
+                outcome = f"{self.sweep.objective} is {errors[-1]}"
+            if outcome != FINISHED:
+                reason = outcome.replace(PRUNED, f"pruned ({self.sweep.pruner})")
+                return TrialState.PRUNED, reason, None
+        return TrialState.COMPLETE, "", statistics.median(errors)
 
     def _reporter(self, trial: optuna.Trial, trainer: Trainer, first: int) -> Callable[[Row], bool]:
         """Return what reports errors to the study and says whether the trial is to be pruned."""
@@ -286,13 +295,6 @@ class Study:
                 return True
 
         return report
-
-    def _tell(
-        self, trial: optuna.Trial, state: TrialState, reason: str, value: float | None = None
-    ) -> None:
-        with suppress(optuna.exceptions.UpdateFinishedTrialError):
-            trial.set_user_attr("reason", reason)
-            trial.study.tell(trial, value, state)
 
     @contextmanager
     def _signs_of_life(self, trial: optuna.Trial) -> Iterator[None]:
