@@ -92,6 +92,8 @@ _SAMPLERS: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
     "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
 }
 
+End = tuple[TrialState, str, float | None]  # of a trial: how, why, with which error
+
 
 @dataclass(frozen=True)
 class Sweep:
@@ -233,7 +235,7 @@ class Study:
             reported = self._last(trial)
             deaths = deaths + 1 if part == reported else 0
             trial.set_user_attr("deaths", (reported, deaths))
-            end = TrialState.FAIL, f"its worker died {deaths} times in a row", None
+            end: End | None = (TrialState.FAIL, f"its worker died {deaths} times in a row", None)
             if deaths < DEATHS:
                 with self._signs_of_life(trial):
                     end = self._train(trial, folder, interruption)
@@ -246,7 +248,7 @@ class Study:
 
     def _train(
         self, trial: optuna.Trial, folder: RunFolder, interruption: Interruption
-    ) -> tuple[TrialState, str, float | None] | None:
+    ) -> End | None:
         """Train from all seeds; return how that ended, why, and the median error, if it ended."""
         drawn = {key: found.suggest(trial, key) for key, found in self.sweep.space.items()}
         experiment, label = self.sweep.of(drawn), self.sweep.label
@@ -399,13 +401,8 @@ def _locked(path: Path | None, stem: str = "") -> Iterator[Path]:
 # --- the program ----------------------------------------------------------------------------------
 
 
-def main(arguments: Sequence[str]) -> ExitCode:
-    """Run the program.
-
-    Returns:
-        The exit code: 0 if all trials are done, 1 if workers failed or no trial came to its end, 2
-        if the request was wrong, 130 if interrupted.
-    """
+def make_parser() -> Parser:
+    """Return the parser of the program's options."""
     parser = Parser(_DESCRIPTION)
     for flag, metavar, kind, text in (
         ("--trials", "N", int, "of all workers together; 30"),
@@ -427,6 +424,17 @@ def main(arguments: Sequence[str]) -> ExitCode:
         several = "+" if flag in ("--space", "--submitit") else None
         parser.add_argument(flag, metavar=metavar, type=kind, nargs=several, help=text)
     parser.add_argument("--as-worker", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def main(arguments: Sequence[str]) -> ExitCode:
+    """Run the program.
+
+    Returns:
+        The exit code: 0 if all trials are done, 1 if workers failed or no trial came to its end, 2
+        if the request was wrong, 130 if interrupted.
+    """
+    parser = make_parser()
     options = parser.parse_args(arguments)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if options.list is not None:
@@ -434,9 +442,9 @@ def main(arguments: Sequence[str]) -> ExitCode:
         return ExitCode.SUCCESS
     try:
         if options.show:
-            Study(options.show, _stored(options.show, options.storage)).show()
+            Study(options.show, stored_in(options.show, options.storage)).show()
             return ExitCode.SUCCESS
-        return _sweep(_set_up(parser, options), options)
+        return _sweep(set_up(parser, options), options)
     except (optuna.exceptions.OptunaError, SQLAlchemyError, OSError) as error:
         raise UserError(
             f"the storage or the disk failed: {first_line(error)} Once it works again, the same "
@@ -554,7 +562,7 @@ def _submit(folder: Path, command: list[str], options: argparse.Namespace) -> li
 # --- what is asked for ----------------------------------------------------------------------------
 
 
-def _set_up(parser: Parser, options: argparse.Namespace) -> Study:
+def set_up(parser: Parser, options: argparse.Namespace) -> Study:
     """Return the sweep that options ask for, new or to go on with.
 
     Raises:
@@ -565,7 +573,7 @@ def _set_up(parser: Parser, options: argparse.Namespace) -> Study:
             raise UserError(f"--{name} must be positive, got {getattr(options, name)}.")
     stored = None
     if options.resume:
-        stored = _stored(options.resume, options.storage)
+        stored = stored_in(options.resume, options.storage)
         for name in ("space", "sampler", "pruner", "study", "run_folder", "config"):
             if getattr(options, name) is not None:
                 flag = f"--{name.replace('_', '-')}"
@@ -605,20 +613,28 @@ def _declared(experiment: Experiment, options: argparse.Namespace) -> Sweep:
     space = space_of(experiment, options.space or (), [s.partition("=")[0] for s in options.set])
     storage = _absolute(options.storage or os.environ.get(STORAGE, ""))
     sweep = Sweep(experiment, space, storage=storage, **named)
-    ends = [found.ends() for found in space.values()]
+    return dataclasses.replace(sweep, objective=check(sweep))
+
+
+def check(sweep: Sweep) -> str:
+    """Build what is at the ends of the space, and return the column to make small.
+
+    Raises:
+        UserError: If something cannot be built.
+    """
+    ends = [found.ends() for found in sweep.space.values()]
     for k in range(max(map(len, ends))):
-        drawn = {key: end[min(k, len(end) - 1)] for key, end in zip(space, ends, strict=True)}
+        drawn = {key: end[min(k, len(end) - 1)] for key, end in zip(sweep.space, ends, strict=True)}
         try:
             one = sweep.of(drawn).only(sweep.label)
             problem = one.build_problem()
             one.build_optimizer(sweep.label, one.build_network(problem, 1).parameters())
         except UserError as error:
             raise UserError(f"--space holds what is not possible: {error}") from error
-    objective = "rmse" if problem.solution is not None else "held_out_loss"
-    return dataclasses.replace(sweep, objective=objective)
+    return "rmse" if problem.solution is not None else "held_out_loss"
 
 
-def _stored(folder: Path, storage: str | None) -> Sweep:
+def stored_in(folder: Path, storage: str | None) -> Sweep:
     """Return the sweep of a folder.
 
     Raises:
