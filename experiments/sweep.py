@@ -68,6 +68,7 @@ try:
     from optuna.trial import FrozenTrial, TrialState
     from sqlalchemy import make_url
     from sqlalchemy.exc import SQLAlchemyError
+    from sqlalchemy.pool import NullPool  # workers rarely ask, and many share a server
 except ImportError as missing:
     sys.exit(f"error: sweeps need Optuna ({missing}). Install it: pip install pinncurv[sweep].")
 
@@ -168,7 +169,7 @@ class Study:
     def __init__(self, folder: Path, sweep: Sweep) -> None:
         self.folder, self.sweep = folder, sweep
         self.place = f"{platform.node()}:{folder.resolve()}"
-        self.storage = _open(folder, sweep.storage)
+        self.storage = optuna.storages.get_storage(_open(folder, sweep.storage))
         self.study = self._study(0)
         self.id = self.storage.get_study_id_from_name(sweep.study)
         self._signs: dict[int, tuple[float, Any]] = {}
@@ -371,10 +372,11 @@ def _open(folder: Path, storage: str) -> optuna.storages.BaseStorage:
         if storage.endswith((".log", ".journal")):
             return JournalStorage(JournalFileBackend(storage))
         if storage:
-            return RDBStorage(storage, engine_kwargs={"pool_pre_ping": True})
+            return RDBStorage(storage, engine_kwargs={"poolclass": NullPool})
         file = folder / "sweep.db"
         connect = partial(sqlite3.connect, file, timeout=60, check_same_thread=False)
-        return RDBStorage("sqlite:///sweep.db", engine_kwargs={"creator": connect})
+        kwargs = {"poolclass": NullPool, "creator": connect}  # any path, which a URL may not hold
+        return RDBStorage("sqlite:///sweep.db", engine_kwargs=kwargs)
     except (SQLAlchemyError, ImportError, ValueError, OSError) as error:
         raise UserError(
             f"--storage: {first_line(error)} It must be a URL such as postgresql+psycopg://HOST/DB "
@@ -467,12 +469,13 @@ def _sweep(study: Study, options: argparse.Namespace) -> ExitCode:
     done = study.finished()
     if len(done) < sweep.trials:
         print(f"go on with: python experiments/sweep.py --resume {folder}")
-    else:
-        print(f"{folder / TABLE}; the best: python experiments/train.py --config {folder / BEST}")
     if interrupted:
         return ExitCode.INTERRUPTED
-    complete = any(trial.state == TrialState.COMPLETE for trial in done)
-    return ExitCode.SUCCESS if len(done) == sweep.trials and complete else ExitCode.FAILURE
+    if not any(trial.state == TrialState.COMPLETE for trial in done):
+        print(f"No trial came to its end; {folder / TABLE} says why.")
+        return ExitCode.FAILURE
+    print(f"{folder / TABLE}; the best: python experiments/train.py --config {folder / BEST}")
+    return ExitCode.SUCCESS if len(done) == sweep.trials else ExitCode.FAILURE
 
 
 def _work(study: Study) -> bool:

@@ -205,7 +205,7 @@ def test_trials_that_fail_say_why_and_do_not_end_the_sweep(tmp_path, capsys):
     assert {row["state"] for row in rows} == {"fail", "pruned"}
     for row in rows:
         above = float(row["Mine.bad"]) > 0
-        assert ("KeyError: 'above zero'" if above else "not finite") in row["reason"]
+        assert ("KeyError: 'above zero'" if above else "must be finite") in row["reason"]
     assert not (folder / "best.json").exists()
     capsys.readouterr()
     assert program("--resume", folder) == 2
