@@ -47,7 +47,7 @@ from experiments.command import (
 from experiments.experiment import Experiment, from_json
 from experiments.folder import BusyError, RunFolder, read_config, write_atomically, write_json
 from experiments.objects import UserError, evaluate, first_line, is_own, near_misses, short
-from experiments.spaces import Space, parse, space_of
+from experiments.spaces import SPACES, Space, parse, space_of
 from experiments.training import (
     FINISHED,
     INTERRUPTED,
@@ -411,12 +411,7 @@ def make_parser() -> Parser:
         ("--workers", "K", int, "side by side; 1"),
         ("--sampler", "X", str, f"{' or '.join(_SAMPLERS)}; tpe"),
         ("--pruner", "X", str, f"ends hopeless trials: {', '.join(_PRUNERS)}; median"),
-        (
-            "--storage",
-            "X",
-            str,
-            "for many machines: a database's URL, or a path ending in .journal",
-        ),
+        ("--storage", "X", str, "for many machines: URL of a database, or a path in .journal"),
         ("--study", "X", str, "its name there, by which workers with other folders join"),
         ("--resume", "F", Path, "go on with the sweep of this folder"),
         ("--show", "F", Path, "print how far the sweep of this folder is, and the best trials"),
@@ -441,6 +436,8 @@ def main(arguments: Sequence[str]) -> ExitCode:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if options.list is not None:
         list_names(options.list)
+        for key, found in SPACES.get(options.list, {}).items():
+            print(f"  --space {options.list}.{key}={found}")
         return ExitCode.SUCCESS
     try:
         if options.show:
@@ -461,9 +458,11 @@ def _sweep(study: Study, options: argparse.Namespace) -> ExitCode:
     for key, found in sweep.space.items():
         print(f"  {key}: {found}")
     if options.as_worker or (options.workers in (None, 1) and not options.submitit):
-        interrupted = _work(study)
+        interrupted: bool | None = _work(study)
     else:
         interrupted = _employ(study, options)
+    if interrupted is None:
+        return ExitCode.SUCCESS
     study.save()
     study.show()
     done = study.finished()
@@ -497,33 +496,36 @@ def _work(study: Study) -> bool:
         return interruption.requested
 
 
-def _employ(study: Study, options: argparse.Namespace) -> bool:
-    """Start workers, and show what they do until they end; return whether that was interrupted."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--resume", str(study.folder)]
-    command.append("--as-worker")
+def _employ(study: Study, options: argparse.Namespace) -> bool | None:
+    """Start workers, and show what they do until they end.
+
+    Returns:
+        Whether that was interrupted; None if they are jobs that run on their own.
+    """
+    experiment, total = study.sweep.experiment, study.sweep.trials
+    command = [sys.executable, str(Path(__file__).resolve()), "--as-worker"]
+    command += ["--resume", str(study.folder.resolve())]
     for name in ("problem", "network", "optimizers"):
-        value = getattr(study.sweep.experiment, name)
+        value = getattr(experiment, name)
         words = [value] if isinstance(value, str) else list(value)
         if any(map(is_own, words)):
             command += [f"--{name}", *words]
+    if options.threads or not options.submitit:  # jobs count the cores that they are given
+        command += ["--threads", str(experiment.threads)]
     os.environ[STORAGE] = study.sweep.storage
-    logs = [study.folder / f"worker{k}.log" for k in range(options.workers or 1)]
     jobs, processes = [], []
     if options.submitit:
         jobs = _submit(study.folder, command, options)
-        print(
-            f"jobs {', '.join(job.job_id for job in jobs)}; see --show {study.folder}", flush=True
-        )
+        print(f"jobs {', '.join(job.job_id for job in jobs)}; watch them by --show {study.folder}")
         if options.submitit[0] == "slurm":
-            return False
-    for path in logs if not jobs else ():
-        with path.open("ab") as log:  # in a session of its own, to get Ctrl-C once and from here
-            processes.append(
-                subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-            )
-    seen = first = len(study.finished())
-    begun = time.monotonic()
-    asked = False
+            return None
+    for k in range(0 if jobs else options.workers):
+        # each in a session of its own, so that Ctrl-C reaches it once, and from here
+        with (study.folder / f"worker{k}.log").open("ab") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        processes.append(process)
+    begun, first = time.monotonic(), len(study.finished())
+    seen, asked = first, False
     with Interruption() as interruption:
         try:
             while any(p.poll() is None for p in processes) or not all(job.done() for job in jobs):
@@ -531,18 +533,21 @@ def _employ(study: Study, options: argparse.Namespace) -> bool:
                     asked = True
                     for process in processes:
                         process.terminate()
+                if interruption.requested and jobs:
+                    break  # they go on
                 if (now := len(study.finished())) > seen:
-                    left = (time.monotonic() - begun) / (now - first) * (study.sweep.trials - now)
-                    print(f"{now} of {study.sweep.trials} trials, {left:.0f} s left", flush=True)
+                    left = (time.monotonic() - begun) / (now - first) * (total - now)
+                    print(f"{now} of {total} trials, {left:.0f} s left", flush=True)
                 seen = now
                 time.sleep(POLL / 4)
         except KeyboardInterrupt:
             for process in processes:
                 process.kill()
             raise
-    for process, path in zip(processes, logs, strict=False):
+    for k, process in enumerate(processes):
         if process.returncode not in (ExitCode.SUCCESS, ExitCode.INTERRUPTED):
-            print(f"a worker ended with exit code {process.returncode}; see {path}")
+            log_file = study.folder / f"worker{k}.log"
+            print(f"a worker ended with exit code {process.returncode}; see {log_file}")
     return interruption.requested
 
 
@@ -601,8 +606,9 @@ def set_up(parser: Parser, options: argparse.Namespace) -> Study:
         study = Study(folder, sweep)
         if known := study.study.user_attrs.get("sweep"):
             sweep.agree(known, f"The study {sweep.study}")
-        study.study.set_user_attr("sweep", sweep.to_json())
-        write_json(folder / SWEEP, sweep.to_json())
+        if not options.as_worker:
+            study.study.set_user_attr("sweep", sweep.to_json())
+            write_json(folder / SWEEP, sweep.to_json())
     return study
 
 
