@@ -183,7 +183,7 @@ def test_a_sweep_goes_on_where_it_was_and_its_best_can_be_trained(tmp_path, caps
 def test_what_is_hopeless_is_pruned(pruner, tmp_path):
     command = ["--run-folder", tmp_path, *TINY, "--steps", "20", "--record-every", "4"]
     command += ["--trials", "10", "--sampler", "random", "--pruner", pruner]
-    assert program(*command, "--space", "adam.lr=1e-4,1e-3,1e5") == 0
+    assert program(*command, "--space", "adam.lr=1e5,1e-3,1e-4") == 0
     pruned = [row for row in table(tmp_path) if row["state"] == "pruned"]
     assert {row["reason"] for row in pruned} == {f"pruned ({pruner})"}
     assert "1e5" in {row["adam.lr"] for row in pruned}
