@@ -392,8 +392,12 @@ def _locked(path: Path | None, stem: str = "") -> Iterator[Path]:
             old = path is not None and (path / SWEEP).is_file()
             folder = RunFolder(path) if path and old else RunFolder.create(path, stem)
             break
-        except BusyError:
-            time.sleep(POLL / 20)
+        except UserError as error:
+            if not isinstance(error, BusyError) and (
+                old or not path or not (path / SWEEP).is_file()
+            ):
+                raise
+            time.sleep(POLL / 20)  # another worker is at it, or has just set it up
     try:
         yield folder.path
     finally:
@@ -601,14 +605,22 @@ def set_up(parser: Parser, options: argparse.Namespace) -> Study:
     path = options.resume or options.run_folder
     with _locked(path, f"sweep-{short(experiment.problem)}") as folder:
         sweep = dataclasses.replace(sweep, study=sweep.study or folder.resolve().name)
-        if (folder / SWEEP).is_file():
+        if old := (folder / SWEEP).is_file():
             sweep.agree(read_config(folder / SWEEP, "--resume"), str(folder / SWEEP))
-        study = Study(folder, sweep)
-        if known := study.study.user_attrs.get("sweep"):
-            sweep.agree(known, f"The study {sweep.study}")
+        if not options.as_worker:  # first, for who is killed now to find the folder its own
+            write_json(folder / SWEEP, sweep.to_json())
+        try:
+            study = Study(folder, sweep)
+            known = study.study.user_attrs.get("sweep") or sweep.to_json()
+            sweep.agree(
+                {**known, "storage": sweep.to_json()["storage"]}, f"The study {sweep.study}"
+            )
+        except UserError:
+            if not old:
+                (folder / SWEEP).unlink()
+            raise
         if not options.as_worker:
             study.study.set_user_attr("sweep", sweep.to_json())
-            write_json(folder / SWEEP, sweep.to_json())
     return study
 
 
