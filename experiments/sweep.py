@@ -319,7 +319,7 @@ class Study:
 
     def table(self) -> pd.DataFrame:
         """Return a row for every trial."""
-        rows = [
+        return pd.DataFrame(
             {
                 "trial": trial.number,
                 "state": trial.state.name.lower(),
@@ -329,26 +329,21 @@ class Study:
                 "reason": trial.user_attrs.get("reason", ""),
             }
             for trial in self.trials()
-        ]
-        return pd.DataFrame(rows)
+        )
 
     def show(self) -> None:
         """Print how many trials came to which end, and the best."""
         sweep, table = self.sweep, self.table()
-        counts = Counter(table["state"] if len(table) else ())
+        counts = ", ".join(f"{n} {state}" for state, n in Counter(table.get("state", ())).items())
         print(
-            f"\n{sweep.label} on {short(sweep.experiment.problem)}: {len(self.finished())} of "
-            f"{sweep.trials} trials done ({', '.join(f'{n} {s}' for s, n in counts.items())})"
+            f"\n{sweep.label} on {short(sweep.experiment.problem)}, {sweep.trials} trials: {counts}"
         )
-        if not counts["complete"]:
-            return
-        best = table[table["state"] == "complete"].sort_values(sweep.objective).head(10)
-        shown = best.drop(columns=["state", "reason"])
-        print(shown.to_string(index=False, float_format="{:.3g}".format))
-        print(
-            f"{sweep.objective}: median over seeds {', '.join(map(str, sweep.experiment.seeds))}."
-        )
-        print(f"The first is the best of {sweep.trials} trials, and so flattered: try other seeds.")
+        best = table[table["state"] == "complete"] if counts else table
+        if len(best):
+            best = best.sort_values(sweep.objective).drop(columns=["state", "reason"]).head(10)
+            print(best.to_string(index=False, float_format="{:.3g}".format))
+            seeds = ", ".join(map(str, sweep.experiment.seeds))
+            print(f"{sweep.objective}: median over seeds {seeds}; the best of a sweep is flattered")
 
     def save(self) -> None:
         """Write the table and the best experiment."""
@@ -549,9 +544,8 @@ def _employ(study: Study, options: argparse.Namespace) -> bool | None:
                 process.kill()
             raise
     for k, process in enumerate(processes):
-        if process.returncode not in (ExitCode.SUCCESS, ExitCode.INTERRUPTED):
-            log_file = study.folder / f"worker{k}.log"
-            print(f"a worker ended with exit code {process.returncode}; see {log_file}")
+        if (code := process.returncode) not in (ExitCode.SUCCESS, ExitCode.INTERRUPTED):
+            print(f"a worker ended with exit code {code}; see {study.folder / f'worker{k}.log'}")
     return interruption.requested
 
 

@@ -163,7 +163,7 @@ def test_a_sweep_goes_on_where_it_was_and_its_best_can_be_trained(tmp_path, caps
 
     capsys.readouterr()
     assert program("--show", folder) == 0
-    assert "3 of 3 trials done (3 complete)" in capsys.readouterr().out
+    assert "adam on poisson2d, 3 trials: 3 complete" in capsys.readouterr().out
     best = min(table(folder), key=lambda row: float(row["rmse"]))
     config = ["--config", str(folder / "best.json"), "--run-folder", str(tmp_path / "best")]
     assert run_program(lambda: train.main(config)) == 0
@@ -296,8 +296,8 @@ def _children(process: subprocess.Popen[str]) -> list[int]:
 def _check_a_killed_worker(folder: Path, *options: str | Path) -> None:
     """Kill one of two workers in the middle of a trial, and check that all come to their end."""
     process = script(
-        *("--run-folder", folder, *TINY, "--steps", "300", "--trials", "4", "--workers", "2"),
-        *("--checkpoint-steps", "20", "--pruner", "none", *options),
+        *("--run-folder", folder, *TINY, "--steps", "200", "--trials", "4", "--workers", "2"),
+        *("--checkpoint-steps", "10", "--pruner", "none", *options),
     )
     until(lambda: len(_children(process)) == 2, process)
     victim = _children(process)[0]
@@ -357,13 +357,13 @@ def test_workers_are_jobs_of_submitit(tmp_path, monkeypatch):
     pytest.importorskip("submitit", reason="--submitit needs submitit")
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
-    options = ["--steps", "3", "--trials", "3", "--workers", "2", "--pruner", "none"]
+    options = ["--steps", "3", "--trials", "2", "--pruner", "none"]
     jobs = ["--submitit", "local", "timeout_min=5"]
     assert program("--run-folder", tmp_path, *TINY, *options, *jobs) == 0
     assert [(row["trial"], row["state"]) for row in table(tmp_path)] == [
-        (str(k), "complete") for k in range(3)
+        (str(k), "complete") for k in range(2)
     ]
-    assert len(list((tmp_path / "submitit").glob("*_0_result.pkl"))) == 2
+    assert len(list((tmp_path / "submitit").glob("*_0_result.pkl"))) == 1
 
 
 def test_a_job_that_is_described_wrongly_is_refused(tmp_path, capsys):
