@@ -31,6 +31,10 @@ _LOCK = ".lock"
 _PACKAGES = ("pinncurv", "torch", "curvlinops-for-pytorch", "numpy", "scipy")
 
 
+class BusyError(UserError):
+    """Another process writes to the run folder."""
+
+
 class RunFolder:
     """A folder that this process, and no other, writes to.
 
@@ -38,7 +42,8 @@ class RunFolder:
         path: The folder, which exists.
 
     Raises:
-        UserError: If another process writes to it, or nobody can.
+        BusyError: If another process writes to it.
+        UserError: If nobody can.
     """
 
     def __init__(self, path: Path) -> None:
@@ -47,7 +52,7 @@ class RunFolder:
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise UserError(f"Another process is writing to the run folder {path}.") from None
+            raise BusyError(f"Another process is writing to the run folder {path}.") from None
         except OSError as error:
             raise _cannot("write to", path, error) from error
 

@@ -415,14 +415,14 @@ def train(trainer: Trainer, folder: Path, watch: Watch) -> str:
         if metrics.last_step < trainer.step == 0:
             metrics.append(first)
         bar.measured(first)
-        while not (pruned or watch.interruption.requested or _spent(trainer) >= 1):
+        while not (pruned or watch.interruption.requested or spent(trainer) >= 1):
             record = trainer.advance()
             if is_recorded(trainer.step, experiment.record_every):
                 row = trainer.measure(record)
                 metrics.append(row)
                 bar.measured(row)
                 pruned = watch.recorded(row)
-            bar.update(_spent(trainer))
+            bar.update(spent(trainer))
             by_steps = (
                 experiment.checkpoint_steps and trainer.step % experiment.checkpoint_steps == 0
             )
@@ -446,10 +446,10 @@ def train(trainer: Trainer, folder: Path, watch: Watch) -> str:
                 metrics.close()
     if pruned:
         return PRUNED
-    return INTERRUPTED if watch.interruption.requested and _spent(trainer) < 1 else FINISHED
+    return INTERRUPTED if watch.interruption.requested and spent(trainer) < 1 else FINISHED
 
 
-def _spent(trainer: Trainer) -> float:
+def spent(trainer: Trainer) -> float:
     """Return the part of the budget that is spent."""
     seconds, steps = trainer.experiment.seconds, trainer.experiment.steps
     parts = [trainer.seconds / seconds] if seconds else []
@@ -480,7 +480,7 @@ class _Bar:
         self._trainer = trainer
         self._bar = tqdm(
             total=1.0,
-            initial=min(1.0, _spent(trainer)),
+            initial=min(1.0, spent(trainer)),
             desc=f"{position} {trainer.label} seed {trainer.seed}".strip(),
             file=sys.stderr if terminal else Lines(sys.stderr),
             mininterval=0.2 if terminal else 5,
@@ -495,8 +495,8 @@ class _Bar:
         rejected = f", {row['rejected']} rejected" if row["rejected"] else ""
         self._bar.set_postfix_str(text + rejected, refresh=False)
 
-    def update(self, spent: float) -> None:
-        self._bar.update(min(1.0, spent) - self._bar.n)
+    def update(self, part: float) -> None:
+        self._bar.update(min(1.0, part) - self._bar.n)
 
     def close(self) -> None:
         self._bar.close()
