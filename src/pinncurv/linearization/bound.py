@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules import module as globally
 
-from pinncurv.jets import check_hooks, check_network, has_hooks, record
+from pinncurv.jets import check_hooks, check_network, record
 from pinncurv.linearization.capture import blocks_of_pass
 from pinncurv.linearization.checks import (
     CHECKED_POINTS,
@@ -59,23 +59,24 @@ class BoundTerm:
     ) -> None:
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1 or None, got {chunk_size}.")
-        term.check_points(x)
         self.term = term
         self.model = model
         self.x = x
         self._terms = tuple(terms) or (term,)
-        self.chunk_size = chunk_size if chunk_size is not None and chunk_size < len(x) else None
-        self._check_derivatives = check
+        self.chunk_size = chunk_size
+        self._checks = check
         self._state: tuple[object, ...] = ()
         self.follow()
+        if chunk_size is not None and chunk_size >= len(x):
+            self.chunk_size = None
 
-    def follow(self, model: object = None) -> None:
+    def follow(self, network: NetworkState | None = None) -> None:
         """Find out again what has changed since the last time, if anything has.
 
         Args:
-            model: The circumstances of the network, if they are known.
+            network: The state of the network, if it is known.
         """
-        state = self.state(model)
+        state = self.state(network)
         if state == self._state:
             return
         mine = trained_tensors(self.model, self.term)
@@ -88,8 +89,9 @@ class BoundTerm:
         self._check()
         # trained tensors of the residual are recorded by jets, those of coefficients when read
         self.as_jets = any(p.requires_grad for _, p in self.term.named_parameters())
-        # a copy: x may share its memory with what leaves no trace when it is written to, as numpy
-        self.whole = TermPart.of_all(self.term, self.x.clone())
+        with torch.inference_mode(mode=False):  # it serves later passes that autograd follows, too
+            # a copy: x may share memory with what leaves no trace when it is written to, as numpy
+            self.whole = TermPart.of_all(self.term, self.x.detach().clone())
         widest = max((max(p.shape, default=1) for p in self.parameters.values()), default=1)
         self.parts = list(self.whole.cut(widest, self.chunk_size))
         self._structure: Structure | None = None
@@ -99,19 +101,22 @@ class BoundTerm:
     def structure(self) -> Structure:
         """What a pass looks like."""
         if self._structure is None:
-            found = self._known()
+            made_from = self._made_from()
+            found = self._known(made_from)
             if found is None:
-                check_differentiable(self.term.name)
-                with torch.enable_grad():
+                # a loss may be asked for in inference mode, and is refused like a linearization
+                with torch.inference_mode(mode=False):
                     check_network(self.model, self.x)
-                check_pointwise(self.whole, self.model)
-                if self.as_jets:
-                    check_residual_on_jets(self.whole, self.model)
-                few = self.whole.at(slice(0, 2))
-                found = find_structure(few, self.model, self.parameters, self.as_jets)
-                if self._check_derivatives:
-                    check_derivatives(self.whole, self.model, self.parameters)
-                self._remember(found)
+                    check_pointwise(self.whole, self.model)
+                    if self.as_jets:
+                        check_residual_on_jets(self.whole, self.model)
+                    few = self.whole.at(slice(0, 2))
+                    found = find_structure(few, self.model, self.parameters, self.as_jets)
+                    if self._checks:
+                        check_derivatives(self.whole, self.model, self.parameters)
+                parameters = [weakref.ref(parameter) for parameter in self.parameters.values()]
+                known = _Found(weakref.ref(self.model), parameters, made_from, found, self._checks)
+                _FOUND[self.term] = known
             scale = self.whole.scale
             if isinstance(scale, Tensor) and scale.shape[1] not in (1, found.components):
                 raise ValueError(
@@ -122,50 +127,48 @@ class BoundTerm:
             self._structure = found
         return self._structure
 
-    def _known(self) -> Structure | None:
+    def _known(self, made_from: tuple[object, ...]) -> Structure | None:
         """Return what an objective at other points has found out about this term and network."""
         entry = _FOUND.get(self.term)
-        if entry is None or entry.model() is not self.model or entry.made_from != self._made_from():
+        if entry is None or entry.model() is not self.model or entry.made_from != made_from:
             return None
         alive = [known() for known in entry.parameters]
         same = all(a is b for a, b in zip(alive, self.parameters.values(), strict=True))
-        return entry.structure if same and entry.checked >= self._check_derivatives else None
-
-    def _remember(self, structure: Structure) -> None:
-        _FOUND[self.term] = _Found(
-            weakref.ref(self.model),
-            [weakref.ref(parameter) for parameter in self.parameters.values()],
-            self._made_from(),
-            structure,
-            self._check_derivatives,
-        )
+        return entry.structure if same and entry.checked >= self._checks else None
 
     def _made_from(self) -> tuple[object, ...]:
         """Return what the structure depends on and what was checked, but for the points."""
-        checked = min(len(self.x), CHECKED_POINTS)
-        return tuple(self.parameters), self.whole.plan.layout.S, checked, self._surroundings()
+        term = self.term
+        return (
+            tuple(self.parameters),
+            self.whole.plan.layout.S,
+            min(len(self.x), CHECKED_POINTS),
+            tuple((name, data.dtype, data.shape[1:]) for name, data in term.data.items()),
+            *map(circumstances, (self.model, term.residual, term.operators)),
+        )
 
     @property
     def followed(self) -> tuple[object, ...]:
         """The state that was followed last."""
         return self._state
 
-    def _surroundings(self, model: object = None) -> tuple[object, ...]:
-        """Return what changes when network, residual or operators do, or parameters are frozen."""
-        term = self.term
-        parameters = [*self.model.parameters(), *(p for _, p in term.named_parameters())]
-        return (
-            circumstances(term.residual),
-            tuple(circumstances(operator) for operator in term.operators.values()),
-            circumstances(self.model) if model is None else model,
-            len(globally._global_backward_hooks) + len(globally._global_backward_pre_hooks),
-            *((id(p), p.requires_grad, has_hooks(p)) for p in parameters),
-        )
+    def state(self, network: NetworkState | None = None) -> tuple[object, ...]:
+        """Return what changes when anything that the loss depends on does, but for parameters.
 
-    def state(self, model: object = None) -> tuple[object, ...]:
-        """Return what changes when anything that the loss depends on does, but for parameters."""
-        given = [self.x, self.term.data, self.term.weight]
-        return circumstances(given), self._surroundings(model)
+        Args:
+            network: The state of the network, if it is known.
+        """
+        term, network = self.term, network or network_state(self.model)
+        own = {id(p) for _, p in term.named_parameters()}
+        # weights and coefficients may depend on the network, as numbers
+        found_once = circumstances([self.x, term.data, term.weight, term.operators], own)
+        hooks = len(globally._global_backward_hooks) + len(globally._global_backward_pre_hooks)
+        hooks += len(globally._global_forward_hooks) + len(globally._global_forward_pre_hooks)
+        return found_once, circumstances(term.residual, network[0] | own), network, hooks
+
+    def __getstate__(self) -> dict[str, object]:
+        """Return what a copy needs, which finds out everything again."""
+        return {**vars(self), "_state": ()}
 
     def linearize(self, part: TermPart) -> Chunk:
         """Linearize at some points by one forward pass, and one backward pass per component.
@@ -220,6 +223,16 @@ class BoundTerm:
                 f"The parameters must be finite, but {', '.join(bad)} contains NaN or infinity. "
                 "Initialize the network again, or load a checkpoint from before it diverged."
             )
+
+
+# The ids of a network's parameters, and what changes when anything else of it does.
+NetworkState = tuple[frozenset[int], object]
+
+
+def network_state(model: Module) -> NetworkState:
+    """Return what a network is, but for the numbers in its parameters."""
+    parameters = frozenset(map(id, model.parameters()))
+    return parameters, circumstances(model, parameters)
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import functools
 import sys
 import types
-from collections.abc import Callable, Mapping, Set
+import weakref
+from collections.abc import Callable, Container, Mapping, Set
+from itertools import chain
 from typing import Any
 
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, Parameter
+
+from pinncurv.jets import has_hooks
 
 _DEPTH = 8
 _MOST = 500  # objects that are looked into
@@ -18,34 +22,43 @@ _LARGEST = 1 << 16  # longer arrays and containers of numbers, too
 _LIBRARIES = ("torch", "pinncurv", "math", "numpy", "jaxtyping", "builtins")
 
 
-def circumstances(given: Any, depth: int = _DEPTH, seen: dict[int, Any] | None = None) -> Any:
+def circumstances(
+    given: Any,
+    known: Container[int] | None = None,
+    depth: int = _DEPTH,
+    seen: dict[int, Any] | None = None,
+) -> Any:
     """Return what changes when a number, tensor or function inside of an object does.
 
-    Numbers and strings are themselves, tensors their identity and, unless they are trained, their
-    version (the parameters are followed by whoever moves them), functions what they
-    close over, their defaults, their attributes and the global names that they use, also of modules
-    that are imported, and other objects their attributes and those of their class. Not seen: what
-    lies deeper than eight objects or beyond the first 500, in long containers of objects, in
-    libraries, and writes through ``tensor.data``.
+    Numbers and strings are themselves, tensors their identity and, unless they are known, their
+    version, functions what they close over, their defaults, their attributes and the global names
+    that they use, also of modules that are imported, and other objects their attributes and those
+    of their classes. Not seen: what lies deeper than eight objects or beyond the first 500, in long
+    containers of objects, in libraries, and writes through ``tensor.data``.
 
     Args:
         given: Any object.
+        known: Ids of tensors that are followed by whoever moves them; None for all parameters.
         depth: How deep to look.
         seen: What has been looked into already, by identity.
     """
-    if isinstance(given, bool | int | float | complex | str | bytes | None):
+    if isinstance(given, _PLAIN_TYPES):
         return given if given == given else "nan"  # NaN differs from itself
     if isinstance(given, Tensor):
-        if given.requires_grad:
-            return id(given)
-        return id(given), given.data_ptr(), None if given.is_inference() else given._version
+        trained = given.requires_grad
+        if id(given) in known if known is not None else trained or isinstance(given, Parameter):
+            return _same(given), trained, has_hooks(given)
+        version = None if given.is_inference() else given._version
+        return _same(given), trained, given.data_ptr(), version
     seen = {} if seen is None else seen
     if depth == 0 or len(seen) > _MOST or id(given) in seen:
-        return id(given)
-    if isinstance(given, types.ModuleType | type | types.FunctionType) and _of_library(given):
-        return id(given)
+        return _same(given)
+    if isinstance(given, types.ModuleType):
+        return _same(given)
+    if isinstance(given, type | types.FunctionType) and _of_library(given):
+        return _same(given)
     seen[id(given)] = given  # kept alive, or another object might get its identity
-    inner = functools.partial(circumstances, depth=depth - 1, seen=seen)
+    inner = functools.partial(circumstances, known=known, depth=depth - 1, seen=seen)
     if isinstance(given, types.FunctionType):
         names = _names(given.__code__)
         used = [_content(cell) for cell in given.__closure__ or ()]
@@ -54,12 +67,11 @@ def circumstances(given: Any, depth: int = _DEPTH, seen: dict[int, Any] | None =
             if not _of_library(module):  # config.factor
                 used += [vars(module)[name] for name in names if name in vars(module)]
         used += [given.__defaults__, given.__kwdefaults__]
-        return id(given.__code__), tuple(map(inner, used)), _items(vars(given), inner)
-    if isinstance(given, types.ModuleType):
-        return id(given)
+        return _same(given.__code__), tuple(map(inner, used)), _items(vars(given), inner)
     if isinstance(given, type):
-        own = {k: v for k, v in vars(given).items() if k == "__call__" or not k.startswith("__")}
-        return id(given), _items(own, inner)
+        own = [vars(cls).items() for cls in given.__mro__ if not _of_library(cls)]
+        kept = [(k, v) for k, v in chain(*own) if k == "__call__" or not k.startswith("__")]
+        return _same(given), tuple((k, inner(v)) for k, v in kept)
     if isinstance(given, property | staticmethod | classmethod):
         return inner(given.fget if isinstance(given, property) else given.__func__)
     if isinstance(given, types.MethodType):
@@ -69,21 +81,30 @@ def circumstances(given: Any, depth: int = _DEPTH, seen: dict[int, Any] | None =
     if isinstance(given, Mapping | Set | list | tuple):
         if len(given) > _LONGEST:
             plain = len(given) <= _LARGEST and all(type(part) in _NUMBERS for part in given)
-            return (type(given), tuple(given)) if plain else (id(given), len(given))
+            return (type(given), tuple(given)) if plain else (_same(given), len(given))
         if isinstance(given, Mapping):
-            return _items({inner(key): value for key, value in given.items()}, inner)
-        return type(given), tuple(inner(part) for part in given)
+            return tuple((inner(key), inner(value)) for key, value in given.items())
+        return type(given), tuple(map(inner, given))
     if type(given).__module__ == "numpy":
         small = getattr(given, "size", _LARGEST + 1) <= _LARGEST
-        return (id(type(given)), hash(given.tobytes())) if small else id(given)
+        return (_same(type(given)), hash(given.tobytes())) if small else _same(given)
     if isinstance(given, Module):
         return tuple(_of_module(module, inner) for module in given.modules())
     attributes = {**getattr(given, "__dict__", {}), **_slots(given)}
-    return id(given), inner(type(given)), _items(attributes, inner)
+    return _same(given), inner(type(given)), _items(attributes, inner)
+
+
+def _same(given: Any) -> Any:
+    """Return what is equal as long as an object lives, and for no other one with its id then."""
+    try:
+        return id(given), weakref.ref(given)
+    except TypeError:  # of lists and the like there is none
+        return id(given)
 
 
 _NUMBERS = {bool, int, float}
-_PLAIN = {*_NUMBERS, complex, str, bytes, type(None)}
+_PLAIN_TYPES = (*_NUMBERS, complex, str, bytes, type(None))
+_PLAIN = set(_PLAIN_TYPES)
 
 
 def _of_library(given: Any) -> bool:
@@ -103,8 +124,9 @@ def _slots(given: Any) -> dict[str, Any]:
     return {name: getattr(given, name) for name in flat if hasattr(given, name)}
 
 
-# what modules have of torch, and do not compute with
-_OF_TORCH = set(vars(Module())) - {"training", "_buffers"}
+# what modules have of torch, and what of that they compute with
+_OF_TORCH = set(vars(Module())) - {"training"}
+_USED = ("_buffers", "_forward_hooks", "_forward_pre_hooks")
 
 
 def _items(mapping: Mapping[Any, Any], inner: Callable[[Any], Any]) -> Any:
@@ -113,11 +135,13 @@ def _items(mapping: Mapping[Any, Any], inner: Callable[[Any], Any]) -> Any:
 
 
 def _of_module(module: Module, inner: Callable[[Any], Any]) -> Any:
-    """Return the identity of a module and its parameters, its attributes, and its forward."""
-    own = {k: v for k, v in vars(module).items() if k not in _OF_TORCH}
-    parameters = tuple(id(p) for p in module._parameters.values())
+    """Return the identity of a module, its parts and its parameters, its attributes and forward."""
+    given = vars(module)
+    own = {k: v for k, v in given.items() if k not in _OF_TORCH or (v and k in _USED)}
     hooks = len(module._backward_hooks) + len(module._backward_pre_hooks)
-    return id(module), parameters, hooks, _items(own, inner), inner(type(module))
+    parts = tuple(map(id, module._modules.values()))
+    parameters = tuple(map(inner, module._parameters.values()))
+    return _same(module), parts, parameters, hooks, _items(own, inner), inner(type(module))
 
 
 @functools.lru_cache(maxsize=1024)
