@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from pinncurv.curvature import Objective
-from pinncurv.diffops import Directional, Laplacian, SecondOrder, Value
+from pinncurv.diffops import Directional, Laplacian, Partial, SecondOrder, Value
 from pinncurv.linearization import bound, linearize
 from pinncurv.linearization.watching import circumstances
 from pinncurv.presets import kfac_star, levenberg_marquardt
@@ -142,6 +142,44 @@ def test_good_residuals_pass():
         lambda x, u, lap: torch.full_like(u, math.nan) * u,
     ):
         Objective(_network(), [_term(residual)], [_points()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [5, 9, 13])
+def test_large_derivatives_that_cancel_are_no_mixing(n, dtype):
+    """Their rounding depends on the number of points."""
+    torch.manual_seed(0)
+    layers = nn.Linear(2, 33), nn.Tanh(), nn.Linear(33, 33), nn.Tanh(), nn.Linear(33, 1)
+    model, x = nn.Sequential(*layers).to(dtype), _points(n).to(dtype)
+    with torch.no_grad():
+        model[-1].weight.mul_(1e6)
+    operators = {"lap": Laplacian(), "xx": Partial(0, 0), "yy": Partial(1, 1)}
+    term = LossTerm(operators, lambda x, lap, xx, yy: lap - xx - yy, Fixed(x))
+    Objective(model, [term], [x])
+
+
+def test_outputs_without_derivatives():
+    """A mask among the outputs of a network is no reason to refuse it."""
+
+    class WithMask(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = _network()
+
+        def forward(self, x):
+            return {"u": self.net(x), "inside": x[:, :1] > 0.5}
+
+    term = _term(lambda x, lap: lap - 1, operators={"lap": Laplacian(of="u")})
+    Objective(WithMask(), [term], [_points()]).linearize()
+
+
+def test_arguments_of_a_module_as_residual():
+    class Residual(nn.Module):
+        def forward(self, x, v):
+            return v
+
+    with pytest.raises(ValueError, match=r"residual\(x, u, lap\), which its signature \(x, v\)"):
+        _term(Residual())
 
 
 def test_integral_as_one_point():
@@ -578,6 +616,61 @@ def test_circumstances_are_the_same_while_nothing_changes():
     start = time.perf_counter()
     objective.fingerprint()
     assert time.perf_counter() - start < 0.2
+
+
+class Training(nn.Module):
+    """A network, its residual and its training in one object, as many write it."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.history, self.epoch = _network(), [], 0
+        self.direct = self._helped = 1.0
+        self.plain = Plain()
+
+    def forward(self, x):
+        return self.direct * self.net(x)
+
+    def residual(self, x, u, lap):
+        return self._help() * u + self.plain[0] * lap + self.plain.read
+
+    def _help(self):
+        return self._helped
+
+    def train_on(self, objective):
+        self.epoch += 1
+        self.history.append(levenberg_marquardt(objective.parameters()).step(objective).loss)
+
+
+class Plain:
+    """An object that is used by an operator and a property."""
+
+    def __init__(self):
+        self._item = self._read = 1.0
+
+    def __getitem__(self, index):
+        return self._item
+
+    @property
+    def read(self):
+        return self._read
+
+
+def test_attributes_matter_that_code_uses():
+    """Others, such as a history of losses, don't make every step look at everything again."""
+    training = Training()
+    objective = Objective(training, [_term(training.residual)], [_points()])
+    before = objective.fingerprint()[-1]
+    training.train_on(objective)
+    assert objective.fingerprint()[-1] == before
+    for owner, name in (
+        (training, "direct"),
+        (training, "_helped"),
+        (training.plain, "_item"),
+        (training.plain, "_read"),
+    ):
+        before = objective.fingerprint()[-1]
+        setattr(owner, name, 2.0)
+        assert objective.fingerprint()[-1] != before
 
 
 # --- tensors per point ----------------------------------------------------------------------------

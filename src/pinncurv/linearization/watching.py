@@ -6,7 +6,9 @@ import functools
 import sys
 import types
 import weakref
+from abc import ABC
 from collections.abc import Callable, Container, Mapping, Set
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -22,26 +24,29 @@ _LARGEST = 1 << 16  # longer arrays and containers of numbers, too
 _LIBRARIES = ("torch", "pinncurv", "math", "numpy", "jaxtyping", "builtins")
 
 
-def circumstances(
-    given: Any,
-    known: Container[int] | None = None,
-    depth: int = _DEPTH,
-    seen: dict[int, Any] | None = None,
-) -> Any:
+def circumstances(given: Any, known: Container[int] | None = None) -> Any:
     """Return what changes when a number, tensor or function inside of an object does.
 
     Numbers and strings are themselves, tensors their identity and, unless they are known, their
     version, functions what they close over, their defaults, their attributes and the global names
-    that they use, also of modules that are imported, and other objects their attributes and those
-    of their classes. Not seen: what lies deeper than eight objects or beyond the first 500, in long
-    containers of objects, in libraries, and writes through ``tensor.data``.
+    that they use, also of modules that are imported, and other objects the attributes that some of
+    that code names, and those of their classes. Not seen: what lies deeper than eight objects or
+    beyond the first 500, in long containers of objects, in libraries, and writes through
+    ``tensor.data``.
 
     Args:
         given: Any object.
         known: Ids of tensors that are followed by whoever moves them; None for all parameters.
-        depth: How deep to look.
-        seen: What has been looked into already, by identity.
     """
+    while True:
+        number = len(_NAMED)
+        found = _look(given, known, _DEPTH, {})
+        if len(_NAMED) == number:  # else what was looked into before may have more that is used
+            return found
+
+
+def _look(given: Any, known: Container[int] | None, depth: int, seen: dict[int, Any]) -> Any:
+    """Look into an object, not into those that were seen before, by identity."""
     if isinstance(given, _PLAIN_TYPES):
         return given if given == given else "nan"  # NaN differs from itself
     if isinstance(given, Tensor):
@@ -50,7 +55,6 @@ def circumstances(
             return _same(given), trained, has_hooks(given)
         version = None if given.is_inference() else given._version
         return _same(given), trained, given.data_ptr(), version
-    seen = {} if seen is None else seen
     if depth == 0 or len(seen) > _MOST or id(given) in seen:
         return _same(given)
     if isinstance(given, types.ModuleType):
@@ -58,9 +62,10 @@ def circumstances(
     if isinstance(given, type | types.FunctionType) and _of_library(given):
         return _same(given)
     seen[id(given)] = given  # kept alive, or another object might get its identity
-    inner = functools.partial(circumstances, known=known, depth=depth - 1, seen=seen)
+    inner = functools.partial(_look, known=known, depth=depth - 1, seen=seen)
     if isinstance(given, types.FunctionType):
         names = _names(given.__code__)
+        _NAMED.update(names)
         used = [_content(cell) for cell in given.__closure__ or ()]
         used += [given.__globals__[name] for name in names if name in given.__globals__]
         for module in [part for part in used if isinstance(part, types.ModuleType)]:
@@ -69,9 +74,8 @@ def circumstances(
         used += [given.__defaults__, given.__kwdefaults__]
         return _same(given.__code__), tuple(map(inner, used)), _items(vars(given), inner)
     if isinstance(given, type):
-        own = [vars(cls).items() for cls in given.__mro__ if not _of_library(cls)]
-        kept = [(k, v) for k, v in chain(*own) if k == "__call__" or not k.startswith("__")]
-        return _same(given), tuple((k, inner(v)) for k, v in kept)
+        own = chain(*[vars(cls).items() for cls in given.__mro__ if not _of_library(cls)])
+        return _same(given), tuple((k, inner(v)) for k, v in own if _is_used(k, given))
     if isinstance(given, property | staticmethod | classmethod):
         return inner(given.fget if isinstance(given, property) else given.__func__)
     if isinstance(given, types.MethodType):
@@ -91,6 +95,7 @@ def circumstances(
     if isinstance(given, Module):
         return tuple(_of_module(module, inner) for module in given.modules())
     attributes = {**getattr(given, "__dict__", {}), **_slots(given)}
+    attributes = {k: v for k, v in attributes.items() if _is_used(k, type(given))}
     return _same(given), inner(type(given)), _items(attributes, inner)
 
 
@@ -100,6 +105,27 @@ def _same(given: Any) -> Any:
         return id(given), weakref.ref(given)
     except TypeError:  # of lists and the like there is none
         return id(given)
+
+
+# Attributes that code has named which was looked into, in any class: the others, such as a history
+# of losses next to a residual, make no difference.
+_NAMED = {"forward", "training"}
+_DYNAMIC = {"getattr", "attrgetter", "vars", "__dict__", "asdict", "astuple", "eval", "exec"}
+_PLAIN_BASES = {object, Module, ABC, types.SimpleNamespace}  # which use no attributes of others
+_UNUSED = {*vars(type), *vars(object), *vars(dataclass(type("", (), {}))), "__slots__", "__del__"}
+
+
+def _is_used(name: str, of: type) -> bool:
+    """Whether an attribute of an object or its class may make a difference."""
+    if name.startswith("__"):
+        return name == "__call__" or name not in _UNUSED
+    return name in _NAMED or not _DYNAMIC.isdisjoint(_NAMED) or not _is_plain(of)
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_plain(given: type) -> bool:
+    """Whether no code of a library, which is not looked into, uses attributes of a class."""
+    return all(cls in _PLAIN_BASES or not _of_library(cls) for cls in given.__mro__)
 
 
 _NUMBERS = {bool, int, float}
@@ -137,7 +163,11 @@ def _items(mapping: Mapping[Any, Any], inner: Callable[[Any], Any]) -> Any:
 def _of_module(module: Module, inner: Callable[[Any], Any]) -> Any:
     """Return the identity of a module, its parts and its parameters, its attributes and forward."""
     given = vars(module)
-    own = {k: v for k, v in given.items() if k not in _OF_TORCH or (v and k in _USED)}
+    own = {
+        k: v
+        for k, v in given.items()
+        if (k not in _OF_TORCH and _is_used(k, type(module))) or (k in _USED and v)
+    }
     hooks = len(module._backward_hooks) + len(module._backward_pre_hooks)
     parts = tuple(map(id, module._modules.values()))
     parameters = tuple(map(inner, module._parameters.values()))

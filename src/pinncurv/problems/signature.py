@@ -78,7 +78,7 @@ def check_signature(
     """
     names = [*operators, *data]
     try:
-        signature = inspect.signature(residual)
+        signature = inspect.signature(getattr(residual, "forward", residual))  # of a module
     except ValueError:  # a function written in C, which does not tell its arguments
         return
     try:
