@@ -22,7 +22,7 @@ from pinncurv.linearization.checks import (
 from pinncurv.linearization.chunk import Chunk
 from pinncurv.linearization.part import TermPart
 from pinncurv.linearization.structure import Structure, find_structure, signature
-from pinncurv.linearization.watching import circumstances
+from pinncurv.linearization.watching import circumstances, identity
 from pinncurv.problems import LossTerm
 
 
@@ -88,7 +88,7 @@ class BoundTerm:
         self.parameters = {name: p for name, p in named.items() if id(p) in own}
         self._check()
         # trained tensors of the residual are recorded by jets, those of coefficients when read
-        self.as_jets = any(p.requires_grad for _, p in self.term.named_parameters())
+        self.as_jets = any(self.term.named_parameters())
         with torch.inference_mode(mode=False):  # it serves later passes that autograd follows, too
             # a copy: x may share memory with what leaves no trace when it is written to, as numpy
             self.whole = TermPart.of_all(self.term, self.x.detach().clone())
@@ -101,9 +101,8 @@ class BoundTerm:
     def structure(self) -> Structure:
         """What a pass looks like."""
         if self._structure is None:
-            made_from = self._made_from()
-            found = self._known(made_from)
-            if found is None:
+            known, made_from = _FOUND.get(self.term), self._made_from()
+            if known is None or known.made_from != made_from or self._checks > known.checked:
                 # a loss may be asked for in inference mode, and is refused like a linearization
                 with torch.inference_mode(mode=False):
                     check_network(self.model, self.x)
@@ -114,10 +113,8 @@ class BoundTerm:
                     found = find_structure(few, self.model, self.parameters, self.as_jets)
                     if self._checks:
                         check_derivatives(self.whole, self.model, self.parameters)
-                parameters = [weakref.ref(parameter) for parameter in self.parameters.values()]
-                known = _Found(weakref.ref(self.model), parameters, made_from, found, self._checks)
-                _FOUND[self.term] = known
-            scale = self.whole.scale
+                known = _FOUND[self.term] = _Found(made_from, found, self._checks)
+            found, scale = known.structure, self.whole.scale
             if isinstance(scale, Tensor) and scale.shape[1] not in (1, found.components):
                 raise ValueError(
                     f"Term '{self.term.name}': there must be one weight per component of the "
@@ -127,20 +124,11 @@ class BoundTerm:
             self._structure = found
         return self._structure
 
-    def _known(self, made_from: tuple[object, ...]) -> Structure | None:
-        """Return what an objective at other points has found out about this term and network."""
-        entry = _FOUND.get(self.term)
-        if entry is None or entry.model() is not self.model or entry.made_from != made_from:
-            return None
-        alive = [known() for known in entry.parameters]
-        same = all(a is b for a, b in zip(alive, self.parameters.values(), strict=True))
-        return entry.structure if same and entry.checked >= self._checks else None
-
     def _made_from(self) -> tuple[object, ...]:
         """Return what the structure depends on and what was checked, but for the points."""
         term = self.term
         return (
-            tuple(self.parameters),
+            tuple((name, identity(p)) for name, p in self.parameters.items()),
             self.whole.plan.layout.S,
             min(len(self.x), CHECKED_POINTS),
             tuple((name, data.dtype, data.shape[1:]) for name, data in term.data.items()),
@@ -180,7 +168,7 @@ class BoundTerm:
         structure = self.structure
         with torch.enable_grad(), record(structure.records_plain) as tape:
             residual = part.evaluate(self.model, self.as_jets)
-        found = signature(tape, {id(p): None for p in self.parameters.values()})
+        found = signature(tape, {id(p) for p in self.parameters.values()})
         if found != structure.signature or residual.shape[1] != structure.components:
             raise RuntimeError(
                 f"A pass of term '{self.term.name}' must do the same at any points, but at "
@@ -239,8 +227,6 @@ def network_state(model: Module) -> NetworkState:
 class _Found:
     """What is known of a term and a network, whatever the points are."""
 
-    model: weakref.ref[Module]
-    parameters: list[weakref.ref[Tensor]]
     made_from: tuple[object, ...]
     structure: Structure
     checked: bool

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,7 +125,7 @@ def find_structure(
     )
 
 
-def signature(tape: Tape, known: Mapping[int, Any]) -> tuple[tuple[int, ...], ...]:
+def signature(tape: Tape, known: Container[int]) -> tuple[tuple[int, ...], ...]:
     """Return what identifies a pass: the trained parameters of every entry, 0 for other tensors."""
     return tuple(
         tuple(id(t) if id(t) in known else 0 for t in entry.trained if t.requires_grad)

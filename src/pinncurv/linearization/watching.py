@@ -52,15 +52,15 @@ def _look(given: Any, known: Container[int] | None, depth: int, seen: dict[int, 
     if isinstance(given, Tensor):
         trained = given.requires_grad
         if id(given) in known if known is not None else trained or isinstance(given, Parameter):
-            return _same(given), trained, has_hooks(given)
+            return identity(given), trained, has_hooks(given)
         version = None if given.is_inference() else given._version
-        return _same(given), trained, given.data_ptr(), version
+        return identity(given), trained, given.data_ptr(), version
     if depth == 0 or len(seen) > _MOST or id(given) in seen:
-        return _same(given)
+        return identity(given)
     if isinstance(given, types.ModuleType):
-        return _same(given)
+        return identity(given)
     if isinstance(given, type | types.FunctionType) and _of_library(given):
-        return _same(given)
+        return identity(given)
     seen[id(given)] = given  # kept alive, or another object might get its identity
     inner = functools.partial(_look, known=known, depth=depth - 1, seen=seen)
     if isinstance(given, types.FunctionType):
@@ -72,10 +72,10 @@ def _look(given: Any, known: Container[int] | None, depth: int, seen: dict[int, 
             if not _of_library(module):  # config.factor
                 used += [vars(module)[name] for name in names if name in vars(module)]
         used += [given.__defaults__, given.__kwdefaults__]
-        return _same(given.__code__), tuple(map(inner, used)), _items(vars(given), inner)
+        return identity(given.__code__), tuple(map(inner, used)), _items(vars(given), inner)
     if isinstance(given, type):
         own = chain(*[vars(cls).items() for cls in given.__mro__ if not _of_library(cls)])
-        return _same(given), tuple((k, inner(v)) for k, v in own if _is_used(k, given))
+        return identity(given), tuple((k, inner(v)) for k, v in own if _is_used(k, given))
     if isinstance(given, property | staticmethod | classmethod):
         return inner(given.fget if isinstance(given, property) else given.__func__)
     if isinstance(given, types.MethodType):
@@ -85,21 +85,21 @@ def _look(given: Any, known: Container[int] | None, depth: int, seen: dict[int, 
     if isinstance(given, Mapping | Set | list | tuple):
         if len(given) > _LONGEST:
             plain = len(given) <= _LARGEST and all(type(part) in _NUMBERS for part in given)
-            return (type(given), tuple(given)) if plain else (_same(given), len(given))
+            return (type(given), tuple(given)) if plain else (identity(given), len(given))
         if isinstance(given, Mapping):
             return tuple((inner(key), inner(value)) for key, value in given.items())
         return type(given), tuple(map(inner, given))
     if type(given).__module__ == "numpy":
         small = getattr(given, "size", _LARGEST + 1) <= _LARGEST
-        return (_same(type(given)), hash(given.tobytes())) if small else _same(given)
+        return (identity(type(given)), hash(given.tobytes())) if small else identity(given)
     if isinstance(given, Module):
         return tuple(_of_module(module, inner) for module in given.modules())
     attributes = {**getattr(given, "__dict__", {}), **_slots(given)}
     attributes = {k: v for k, v in attributes.items() if _is_used(k, type(given))}
-    return _same(given), inner(type(given)), _items(attributes, inner)
+    return identity(given), inner(type(given)), _items(attributes, inner)
 
 
-def _same(given: Any) -> Any:
+def identity(given: Any) -> Any:
     """Return what is equal as long as an object lives, and for no other one with its id then."""
     try:
         return id(given), weakref.ref(given)
@@ -171,7 +171,7 @@ def _of_module(module: Module, inner: Callable[[Any], Any]) -> Any:
     hooks = len(module._backward_hooks) + len(module._backward_pre_hooks)
     parts = tuple(map(id, module._modules.values()))
     parameters = tuple(map(inner, module._parameters.values()))
-    return _same(module), parts, parameters, hooks, _items(own, inner), inner(type(module))
+    return identity(module), parts, parameters, hooks, _items(own, inner), inner(type(module))
 
 
 @functools.lru_cache(maxsize=1024)
