@@ -252,8 +252,14 @@ def test_derivatives_are_compared_with_reverse_mode_once(monkeypatch):
     Objective.sample(model, [term], generator, check=False)
     Objective.sample(_network(), [term], generator, check=False)
     assert len(calls) == 1
-    Objective.sample(_network(), [term], generator)
-    assert len(calls) == 2
+    other = _network()
+    for _ in range(3):
+        for network in (model, other):
+            Objective.sample(network, [term], generator)
+            network.eval()
+            Objective.sample(network, [term], generator)
+            network.train()
+    assert len(calls) == 4  # per network and mode
 
 
 def test_function_that_torch_differentiates_otherwise():
@@ -274,6 +280,7 @@ class Settings:
 def _closures():
     """Return residuals with a function that changes what they depend on."""
     number, box, array = [1.0], types.SimpleNamespace(factor=1.0), np.ones(1)
+    many = dict.fromkeys(range(100), np.float64(1.0))
     settings, tensor, module = Settings(), torch.ones(1, dtype=torch.float64), nn.Module()
     module.factor = 1.0
     module.forward = lambda x, u, lap: module.factor * u + lap
@@ -290,6 +297,10 @@ def _closures():
         "number": (lambda x, u, lap: factor * u + lap, lambda: rebind(2.0)),
         "function in between": (lambda x, u, lap: inner(u) + lap, lambda: rebind(2.0)),
         "list": (lambda x, u, lap: number[0] * u + lap, lambda: number.__setitem__(0, 2.0)),
+        "large dictionary": (
+            lambda x, u, lap: many[7] * u + lap,
+            lambda: many.__setitem__(7, 2.0),
+        ),
         "namespace": (
             lambda x, u, lap: box.factor * u + lap,
             lambda: setattr(box, "factor", 2.0),

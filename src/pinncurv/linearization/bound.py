@@ -101,7 +101,9 @@ class BoundTerm:
     def structure(self) -> Structure:
         """What a pass looks like."""
         if self._structure is None:
-            known, made_from = _FOUND.get(self.term), self._made_from()
+            terms = _FOUND.setdefault(self.model, weakref.WeakKeyDictionary())
+            before, made_from = terms.setdefault(self.term, {}), self._made_from()
+            known = before.get(self.model.training)
             if known is None or known.made_from != made_from or self._checks > known.checked:
                 # a loss may be asked for in inference mode, and is refused like a linearization
                 with torch.inference_mode(mode=False):
@@ -113,7 +115,7 @@ class BoundTerm:
                     found = find_structure(few, self.model, self.parameters, self.as_jets)
                     if self._checks:
                         check_derivatives(self.whole, self.model, self.parameters)
-                known = _FOUND[self.term] = _Found(made_from, found, self._checks)
+                known = before[self.model.training] = _Found(made_from, found, self._checks)
             found, scale = known.structure, self.whole.scale
             if isinstance(scale, Tensor) and scale.shape[1] not in (1, found.components):
                 raise ValueError(
@@ -232,7 +234,8 @@ class _Found:
     checked: bool
 
 
-_FOUND: weakref.WeakKeyDictionary[LossTerm, _Found] = weakref.WeakKeyDictionary()
+_Terms = weakref.WeakKeyDictionary[LossTerm, dict[bool, _Found]]
+_FOUND: weakref.WeakKeyDictionary[Module, _Terms] = weakref.WeakKeyDictionary()
 
 
 def trained_tensors(model: Module, *terms: LossTerm) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from pinncurv.jets import has_hooks
 
 _DEPTH = 8
 _MOST = 500  # objects that are looked into
-_LONGEST = 64  # longer containers are told apart by identity, unless they hold numbers
+_LONGEST = 64  # longer containers are told apart by identity, unless they hold numbers and strings
 _LARGEST = 1 << 16  # longer arrays and containers of numbers, too
 _LIBRARIES = ("torch", "pinncurv", "math", "numpy", "jaxtyping", "builtins")
 
@@ -83,12 +83,11 @@ def _look(given: Any, known: Container[int] | None, depth: int, seen: dict[int, 
     if isinstance(given, functools.partial):
         return inner(given.func), inner(given.args), inner(given.keywords)
     if isinstance(given, Mapping | Set | list | tuple):
-        if len(given) > _LONGEST:
-            plain = len(given) <= _LARGEST and all(type(part) in _NUMBERS for part in given)
-            return (type(given), tuple(given)) if plain else (identity(given), len(given))
-        if isinstance(given, Mapping):
-            return tuple((inner(key), inner(value)) for key, value in given.items())
-        return type(given), tuple(map(inner, given))
+        parts = [*given, *given.values()] if isinstance(given, Mapping) else given
+        plain = all(issubclass(kind, _PLAIN_TYPES) for kind in set(map(type, parts)))
+        if len(given) > (_LARGEST if plain else _LONGEST):
+            return identity(given), len(given)
+        return type(given), tuple(parts if plain else map(inner, parts))
     if type(given).__module__ == "numpy":
         small = getattr(given, "size", _LARGEST + 1) <= _LARGEST
         return (identity(type(given)), hash(given.tobytes())) if small else identity(given)
@@ -128,8 +127,7 @@ def _is_plain(given: type) -> bool:
     return all(cls in _PLAIN_BASES or not _of_library(cls) for cls in given.__mro__)
 
 
-_NUMBERS = {bool, int, float}
-_PLAIN_TYPES = (*_NUMBERS, complex, str, bytes, type(None))
+_PLAIN_TYPES = (bool, int, float, complex, str, bytes, type(None))
 _PLAIN = set(_PLAIN_TYPES)
 
 
