@@ -433,10 +433,10 @@ def test_what_a_reader_found(kind, monkeypatch):
 def test_no_object_takes_the_place_of_one_that_is_gone():
     """Identities are used again by Python."""
     for _ in range(50):
-        box = types.SimpleNamespace(w=torch.ones(5000))
+        box = [torch.ones(5000)]
         before = circumstances(box)
         for _ in range(2):
-            box.w = box.w * 0.5
+            box[0] = box[0] * 0.5
         assert circumstances(box) != before
 
 
@@ -450,6 +450,13 @@ def test_points_that_require_a_gradient():
     with torch.no_grad():
         x.mul_(0.5)
     assert objective.loss() != before
+
+
+def test_a_network_of_another_dtype():
+    objective = Objective(_network(), [_term(lambda x, u, lap: u + lap)], [_points()])
+    objective.model.float()
+    with pytest.raises(ValueError, match="Points and network must agree in dtype and device"):
+        objective.loss()
 
 
 def test_data_with_another_number_of_components():

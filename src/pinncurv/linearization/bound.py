@@ -65,7 +65,7 @@ class BoundTerm:
         self._terms = tuple(terms) or (term,)
         self.chunk_size = chunk_size
         self._checks = check
-        self._state: tuple[object, ...] = ()
+        self.followed: tuple[object, ...] = ()  # the state that was followed last
         self.follow()
         if chunk_size is not None and chunk_size >= len(x):
             self.chunk_size = None
@@ -77,7 +77,7 @@ class BoundTerm:
             network: The state of the network, if it is known.
         """
         state = self.state(network)
-        if state == self._state:
+        if state == self.followed:
             return
         mine = trained_tensors(self.model, self.term)
         check_hooks(self.model, mine)
@@ -95,7 +95,7 @@ class BoundTerm:
         widest = max((max(p.shape, default=1) for p in self.parameters.values()), default=1)
         self.parts = list(self.whole.cut(widest, self.chunk_size))
         self._structure: Structure | None = None
-        self._state = state
+        self.followed = state
 
     @property
     def structure(self) -> Structure:
@@ -134,13 +134,8 @@ class BoundTerm:
             self.whole.plan.layout.S,
             min(len(self.x), CHECKED_POINTS),
             tuple((name, data.dtype, data.shape[1:]) for name, data in term.data.items()),
-            *map(circumstances, (self.model, term.residual, term.operators)),
+            *map(circumstances, (self.model, term.residual, *term.operators.values())),
         )
-
-    @property
-    def followed(self) -> tuple[object, ...]:
-        """The state that was followed last."""
-        return self._state
 
     def state(self, network: NetworkState | None = None) -> tuple[object, ...]:
         """Return what changes when anything that the loss depends on does, but for parameters.
@@ -151,14 +146,15 @@ class BoundTerm:
         term, network = self.term, network or network_state(self.model)
         own = {id(p) for _, p in term.named_parameters()}
         # weights and coefficients may depend on the network, as numbers
-        found_once = circumstances([self.x, term.data, term.weight, term.operators], own)
+        given = (self.x, term.data, term.weight, *term.operators.values())
+        found_once = tuple(circumstances(part, own) for part in given)
         hooks = len(globally._global_backward_hooks) + len(globally._global_backward_pre_hooks)
         hooks += len(globally._global_forward_hooks) + len(globally._global_forward_pre_hooks)
         return found_once, circumstances(term.residual, network[0] | own), network, hooks
 
     def __getstate__(self) -> dict[str, object]:
         """Return what a copy needs, which finds out everything again."""
-        return {**vars(self), "_state": ()}
+        return {**vars(self), "followed": ()}
 
     def linearize(self, part: TermPart) -> Chunk:
         """Linearize at some points by one forward pass, and one backward pass per component.
@@ -168,7 +164,7 @@ class BoundTerm:
         """
         check_differentiable(self.term.name)
         structure = self.structure
-        with torch.enable_grad(), record(structure.records_plain) as tape:
+        with torch.enable_grad(), record(bool(structure.plain)) as tape:
             residual = part.evaluate(self.model, self.as_jets)
         found = signature(tape, {id(p) for p in self.parameters.values()})
         if found != structure.signature or residual.shape[1] != structure.components:

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, functional
 from torch.overrides import TorchFunctionMode
 
 from pinncurv.jets import Derivative, Jet, agree, merge, outputs as outputs_of, seed
+from pinncurv.jets.composite import layer_norm
 from pinncurv.linearization.part import TermPart
 
 CHECKED_POINTS = 16  # points to look at
@@ -150,24 +151,8 @@ class _Spelled(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
-        known = (torch.nn.functional.layer_norm, torch.layer_norm)
-        return (_layer_norm if func in known else func)(*args, **kwargs)
-
-
-def _layer_norm(
-    input: Tensor,
-    normalized_shape: tuple[int, ...],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    cudnn_enable: bool = True,
-) -> Tensor:
-    dims = tuple(range(-len(normalized_shape), 0))
-    centred = input - input.mean(dims, keepdim=True)
-    result = centred / (centred.square().mean(dims, keepdim=True) + eps).sqrt()
-    result = result if weight is None else result * weight
-    return result if bias is None else result + bias
+        known = (functional.layer_norm, torch.layer_norm)
+        return (layer_norm if func in known else func)(*args, **(kwargs or {}))
 
 
 def check_derivatives(part: TermPart, model: Module, parameters: Mapping[str, Tensor]) -> None:

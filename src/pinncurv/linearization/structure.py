@@ -71,11 +71,6 @@ class Structure:
         biases = [layer.bias for layer in self.layers if layer.bias is not None]
         return {*(layer.weight for layer in self.layers), *biases, *self.dense}
 
-    @property
-    def records_plain(self) -> bool:
-        """Whether a pass has to record linear layers on tensors without points."""
-        return bool(self.plain)
-
 
 def find_structure(
     part: TermPart, model: Module, parameters: Mapping[str, Tensor], as_jets: bool

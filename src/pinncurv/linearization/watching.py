@@ -38,21 +38,26 @@ def circumstances(given: Any, known: Container[int] | None = None) -> Any:
         given: Any object.
         known: Ids of tensors that are followed by whoever moves them; None for all parameters.
     """
+    key = getattr(given, "__func__", given)
+    kept = isinstance(key, types.FunctionType | Module)  # which saves a second look
+    names = _NAMED.setdefault(key, set(_ROOTS)) if kept else set(_ROOTS)
     while True:
-        number = len(_NAMED)
-        found = _look(given, known, _DEPTH, {})
-        if len(_NAMED) == number:  # else what was looked into before may have more that is used
+        number = len(names)
+        found = _look(given, known, names, _DEPTH, {})
+        if len(names) == number:  # else what was looked into before may have more that is used
             return found
 
 
-def _look(given: Any, known: Container[int] | None, depth: int, seen: dict[int, Any]) -> Any:
+def _look(
+    given: Any, known: Container[int] | None, names: set[str], depth: int, seen: dict[int, Any]
+) -> Any:
     """Look into an object, not into those that were seen before, by identity."""
     if isinstance(given, _PLAIN_TYPES):
         return given if given == given else "nan"  # NaN differs from itself
     if isinstance(given, Tensor):
         trained = given.requires_grad
         if id(given) in known if known is not None else trained or isinstance(given, Parameter):
-            return identity(given), trained, has_hooks(given)
+            return identity(given), trained, given.dtype, given.device, has_hooks(given)
         version = None if given.is_inference() else given._version
         return identity(given), trained, given.data_ptr(), version
     if depth == 0 or len(seen) > _MOST or id(given) in seen:
@@ -62,20 +67,20 @@ def _look(given: Any, known: Container[int] | None, depth: int, seen: dict[int, 
     if isinstance(given, type | types.FunctionType) and _of_library(given):
         return identity(given)
     seen[id(given)] = given  # kept alive, or another object might get its identity
-    inner = functools.partial(_look, known=known, depth=depth - 1, seen=seen)
+    inner = functools.partial(_look, known=known, names=names, depth=depth - 1, seen=seen)
     if isinstance(given, types.FunctionType):
-        names = _names(given.__code__)
-        _NAMED.update(names)
+        mine = _names(given.__code__)
+        names.update(mine)
         used = [_content(cell) for cell in given.__closure__ or ()]
-        used += [given.__globals__[name] for name in names if name in given.__globals__]
+        used += [given.__globals__[name] for name in mine if name in given.__globals__]
         for module in [part for part in used if isinstance(part, types.ModuleType)]:
             if not _of_library(module):  # config.factor
-                used += [vars(module)[name] for name in names if name in vars(module)]
+                used += [vars(module)[name] for name in mine if name in vars(module)]
         used += [given.__defaults__, given.__kwdefaults__]
         return identity(given.__code__), tuple(map(inner, used)), _items(vars(given), inner)
     if isinstance(given, type):
         own = chain(*[vars(cls).items() for cls in given.__mro__ if not _of_library(cls)])
-        return identity(given), tuple((k, inner(v)) for k, v in own if _is_used(k, given))
+        return identity(given), tuple((k, inner(v)) for k, v in own if _is_used(k, given, names))
     if isinstance(given, property | staticmethod | classmethod):
         return inner(given.fget if isinstance(given, property) else given.__func__)
     if isinstance(given, types.MethodType):
@@ -92,9 +97,9 @@ def _look(given: Any, known: Container[int] | None, depth: int, seen: dict[int, 
         small = getattr(given, "size", _LARGEST + 1) <= _LARGEST
         return (identity(type(given)), hash(given.tobytes())) if small else identity(given)
     if isinstance(given, Module):
-        return tuple(_of_module(module, inner) for module in given.modules())
+        return tuple(_of_module(module, names, inner) for module in given.modules())
     attributes = {**getattr(given, "__dict__", {}), **_slots(given)}
-    attributes = {k: v for k, v in attributes.items() if _is_used(k, type(given))}
+    attributes = {k: v for k, v in attributes.items() if _is_used(k, type(given), names)}
     return identity(given), inner(type(given)), _items(attributes, inner)
 
 
@@ -106,19 +111,20 @@ def identity(given: Any) -> Any:
         return id(given)
 
 
-# Attributes that code has named which was looked into, in any class: the others, such as a history
-# of losses next to a residual, make no difference.
-_NAMED = {"forward", "training"}
+# Attributes that the code inside of an object names: others, such as a history of losses next to a
+# residual, make no difference.
+_NAMED: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
+_ROOTS = ("forward", "training")
 _DYNAMIC = {"getattr", "attrgetter", "vars", "__dict__", "asdict", "astuple", "eval", "exec"}
 _PLAIN_BASES = {object, Module, ABC, types.SimpleNamespace}  # which use no attributes of others
 _UNUSED = {*vars(type), *vars(object), *vars(dataclass(type("", (), {}))), "__slots__", "__del__"}
 
 
-def _is_used(name: str, of: type) -> bool:
+def _is_used(name: str, of: type, names: set[str]) -> bool:
     """Whether an attribute of an object or its class may make a difference."""
     if name.startswith("__"):
         return name == "__call__" or name not in _UNUSED
-    return name in _NAMED or not _DYNAMIC.isdisjoint(_NAMED) or not _is_plain(of)
+    return name in names or not _is_plain(of) or not _DYNAMIC.isdisjoint(names)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -158,13 +164,13 @@ def _items(mapping: Mapping[Any, Any], inner: Callable[[Any], Any]) -> Any:
     return tuple((k, v if type(v) in plain else inner(v)) for k, v in mapping.items())
 
 
-def _of_module(module: Module, inner: Callable[[Any], Any]) -> Any:
+def _of_module(module: Module, names: set[str], inner: Callable[[Any], Any]) -> Any:
     """Return the identity of a module, its parts and its parameters, its attributes and forward."""
     given = vars(module)
     own = {
         k: v
         for k, v in given.items()
-        if (k not in _OF_TORCH and _is_used(k, type(module))) or (k in _USED and v)
+        if (k not in _OF_TORCH and _is_used(k, type(module), names)) or (k in _USED and v)
     }
     hooks = len(module._backward_hooks) + len(module._backward_pre_hooks)
     parts = tuple(map(id, module._modules.values()))
