@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pinncurv.jets import Contraction, Jet, Layout, register_elementwise, seed
+from pinncurv.jets import Contraction, Derivative, Jet, Layout, merge, register_elementwise, seed
 from tests.jets.layouts import BASIS, CASES, channels, check
 
 
@@ -317,3 +317,30 @@ def test_tanh_by_hand():
     torch.testing.assert_close(
         y, torch.tensor([t, 1 - t * t, -2 * t * (1 - t * t)], dtype=torch.float64)
     )
+
+
+KINKS = {
+    "relu": (functional.relu, [0.0]),
+    "leaky_relu": (functional.leaky_relu, [0.0]),
+    "relu6": (functional.relu6, [0.0, 6.0]),
+    "hardtanh": (functional.hardtanh, [-1.0, 1.0]),
+    "clamp": (lambda x: x.clamp(-1, 1), [-1.0, 1.0]),
+    "hardsigmoid": (functional.hardsigmoid, [-3.0, 3.0]),
+    "hardswish": (functional.hardswish, [-3.0, 3.0]),
+    "elu": (lambda x: functional.elu(x, 2.0), [0.0]),
+    "celu": (lambda x: functional.celu(x, 2.0), [0.0]),
+    "selu": (functional.selu, [0.0]),
+    "abs": (torch.abs, [0.0]),
+    "softsign": (functional.softsign, [0.0]),
+}
+
+
+@pytest.mark.parametrize("name", KINKS)
+def test_slopes_at_kinks_are_those_of_torch(name):
+    """Zero biases and points on a grid meet them."""
+    function, places = KINKS[name]
+    x = torch.tensor(places, dtype=torch.float64)[:, None].requires_grad_()
+    (expected,) = torch.autograd.grad(function(x).sum(), x)
+    x = x.detach()
+    layout, (channel,) = merge([Derivative.along(torch.ones_like(x[0]))], x)
+    torch.testing.assert_close(function(seed(x, layout)).data[channel], expected)

@@ -21,7 +21,7 @@ from pinncurv.linearization import (
     Linearization,
     Visitor,
     bind,
-    circumstances,
+    network_state,
     visit_all,
 )
 from pinncurv.linops import all_finite
@@ -266,21 +266,17 @@ class Objective:
     @property
     def space(self) -> ParameterSpace:
         """The trained tensors and the blocks they belong to."""
-        self._follow()
+        network = network_state(self.model)  # one look for all terms
+        for bound in self._bound:
+            bound.follow(network)
         structures: list[object] = [bound.structure for bound in self._bound]
         if any(now is not then for now, then in zip(structures, self._structures, strict=True)):
             self._space, self._structures = ParameterSpace.of_bound(self._bound), structures
         return self._space
 
-    def _follow(self) -> None:
-        """Find out what has changed, with one look at the network for all terms."""
-        model = circumstances(self.model)
-        for bound in self._bound:
-            bound.follow(model)
-
     def term_losses(self) -> dict[str, Tensor]:
         """Return L_t by the name of the term, with a graph unless torch.no_grad is on."""
-        self._follow()
+        self.space  # noqa: B018 - follows what has changed
         return {bound.term.name: _sum(bound.losses()) for bound in self._bound}
 
     def loss(self) -> Tensor:
@@ -345,8 +341,8 @@ class Objective:
         versions = [(id(tensor), tensor._version) for tensor in tensors]
         if followed:
             return (*versions, *(bound.followed for bound in self._bound))
-        model = circumstances(self.model)
-        return (*versions, *(bound.state(model) for bound in self._bound))
+        network = network_state(self.model)
+        return (*versions, *(bound.state(network) for bound in self._bound))
 
 
 def _sum(parts: Iterator[Tensor]) -> Tensor:

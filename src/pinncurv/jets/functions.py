@@ -387,14 +387,15 @@ def clamp(x: Tensor, min: float | None = None, max: float | None = None) -> Iter
 
 @register_elementwise(functional.hardtanh, piecewise_linear=True)
 def hardtanh(x: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Iterator[Tensor]:
-    """Cut off outside [min_val, max_val]."""
-    return clamp(x, min_val, max_val)
+    """Cut off outside [min_val, max_val]; flat at the ends, unlike clamp, as in torch."""
+    yield functional.hardtanh(x, min_val, max_val)
+    yield from _piecewise_constant(((x > min_val) & (x < max_val)).to(x.dtype))
 
 
 @register_elementwise(functional.relu6, piecewise_linear=True)
 def relu6(x: Tensor) -> Iterator[Tensor]:
     """Cut off outside [0, 6]."""
-    return clamp(x, 0.0, 6.0)
+    return hardtanh(x, 0.0, 6.0)
 
 
 @register_elementwise(torch.abs, Tensor.__abs__, piecewise_linear=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,11 +73,6 @@ class Structure:
         biases = [layer.bias for layer in self.layers if layer.bias is not None]
         return {*(layer.weight for layer in self.layers), *biases, *self.dense}
 
-    @property
-    def records_plain(self) -> bool:
-        """Whether a pass has to record linear layers on tensors without points."""
-        return bool(self.plain)
-
 
 def find_structure(
     part: TermPart, model: Module, parameters: Mapping[str, Tensor], as_jets: bool
@@ -127,7 +122,7 @@ def find_structure(
     )
 
 
-def signature(tape: Tape, known: Mapping[int, Any]) -> tuple[tuple[int, ...], ...]:
+def signature(tape: Tape, known: Container[int]) -> tuple[tuple[int, ...], ...]:
     """Return what identifies a pass: the trained parameters of every entry, 0 for other tensors."""
     return tuple(
         tuple(id(t) if id(t) in known else 0 for t in entry.trained if t.requires_grad)

@@ -31,9 +31,10 @@ def is_fixed(sampler: Sampler) -> bool:
 
     A sampler of one's own says so by an attribute ``fixed = True``.
     """
-    parts = getattr(sampler, "factors", None) or getattr(sampler, "parts", None)
-    if isinstance(sampler, Product | Union) and parts:
-        return all(is_fixed(part) for part in parts)
+    if isinstance(sampler, Product | Union):
+        return all(
+            map(is_fixed, sampler.factors if isinstance(sampler, Product) else sampler.parts)
+        )
     return isinstance(sampler, Fixed) or bool(getattr(sampler, "fixed", False))
 
 
