@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pinncurv.jets.axes import free_dim, point_axis_mixed
+from pinncurv.jets.functions import root
 from pinncurv.jets.jet import Jet, register_rule
 from pinncurv.jets.location import calling_module
 
@@ -199,13 +200,12 @@ def norm(
         )
     input = input if dtype is None else input.to(dtype)
     dims = _axes(input, dim, "norm")
-    if order == 2:
-        return input.square().sum(dims, keepdim=keepdim).sqrt()
     if order == float("inf"):
         return amax(input.abs(), dim, keepdim)
     if order == 1:
         return input.abs().sum(dims, keepdim=keepdim)
-    return (input.abs() ** order).sum(dims, keepdim=keepdim) ** (1 / order)
+    powers = input.square() if order == 2 else root(input.abs(), 1 / order, flat=False)
+    return root(powers.sum(dims, keepdim=keepdim), order, flat=order > 2)
 
 
 @register_rule(torch.linalg.norm)
@@ -380,7 +380,7 @@ def var(
 @register_rule(torch.std)
 def std(input: Value, *args: Any, **kwargs: Any) -> Value:
     """The standard deviation over axes."""
-    return var(input, *args, **kwargs).sqrt()
+    return root(var(input, *args, **kwargs), 2, flat=True)
 
 
 @register_rule(torch.lerp)
