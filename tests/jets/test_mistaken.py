@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from pinncurv.curvature import Objective
@@ -273,6 +274,53 @@ def test_refused(name):
     model = Between(use=use)
     with pytest.raises(kind, match=f"(?s){words}"):
         Objective(model, [TERM], [X])
+
+
+class Attentive(Between):
+    """Attention between tokens of one point, by a module of torch or by what it consists of."""
+
+    def __init__(self, module=None):
+        super().__init__(use=Attentive.attend)
+        self.attention = module
+        self.project, self.out = nn.Linear(2, 6).double(), nn.Linear(2, 2).double()
+
+    def attend(self, h):
+        tokens = h.unflatten(1, (2, 2))
+        if isinstance(self.attention, nn.MultiheadAttention):
+            return self.attention(tokens, tokens, tokens)[0].flatten(1)
+        if self.attention is not None:
+            return self.attention(tokens).flatten(1)
+        heads = self.project(tokens).unflatten(-1, (3, 2, 1)).permute(0, 3, 1, 2, 4)  # N, 2, 2, 3
+        q, k, v = heads.unbind(3)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.out(mixed.transpose(1, 2).flatten(2)).flatten(1)
+
+
+def test_attention_by_what_it_consists_of():
+    model = Attentive()
+    with sdpa_kernel(SDPBackend.MATH):  # which torch can differentiate twice
+        agrees(model)
+    module = nn.MultiheadAttention(2, 2, batch_first=True).double()
+    with torch.no_grad():
+        module.in_proj_weight.copy_(model.project.weight)
+        module.in_proj_bias.copy_(model.project.bias)
+    module.out_proj = model.out
+    expected = model(X)
+    model.attention = module
+    torch.testing.assert_close(model(X), expected)
+
+
+@pytest.mark.parametrize(
+    ("module", "where"),
+    [
+        (nn.MultiheadAttention(2, 2, batch_first=True), "attention"),
+        (nn.MultiheadAttention(2, 2), "attention"),
+        (nn.TransformerEncoderLayer(2, 2, 4, 0.0, batch_first=True), r"attention\.self_attn"),
+    ],
+)
+def test_attention_by_a_module(module, where):
+    with pytest.raises(AttributeError, match=rf"\(asked for in {where}\).*scaled_dot_product_att"):
+        Objective(Attentive(module.double()), [TERM], [X])
 
 
 class Reversed(torch.autograd.Function):

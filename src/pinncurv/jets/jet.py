@@ -139,6 +139,12 @@ _REMEDIES = {
     **dict.fromkeys(("tensor", "as_tensor", "asarray", "from_numpy"), _AS_A_CONSTANT),
     **dict.fromkeys(("cdouble", "cfloat", "complex", "polar", "view_as_complex"), _REAL),
     **dict.fromkeys(("item", "tolist", "numpy", "cpu"), _AS_A_CONSTANT),
+    **dict.fromkeys(("grad", "grad_fn"), _AUTOGRAD),
+    "is_nested": (
+        "nn.MultiheadAttention, and a layer of a transformer that is made of it, move the axis of "
+        "the points: project with nn.Linear, and call "
+        "torch.nn.functional.scaled_dot_product_attention on [N, heads, tokens, features]"
+    ),
 }
 
 
@@ -296,8 +302,9 @@ class Jet:
         """Offer the methods of a tensor, each routed to its rule."""
         method = getattr(Tensor, name, None)
         if name.startswith("__") or not callable(method):
+            remedy = f" {_REMEDIES[name]}." if name in _REMEDIES else ""
             raise AttributeError(
-                f"A jet has no attribute {name!r} (asked for in {calling_module()})."
+                f"A jet has no attribute {name!r} (asked for in {calling_module()}).{remedy}"
             )
         return functools.partial(_call_method, method, self)
 
