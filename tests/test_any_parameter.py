@@ -313,7 +313,7 @@ def test_residuals_of_parameters_alone(name, chunk_size):
         [oracles.jacobian(t, model, x, *terms) for t, x in zip(terms, batch, strict=True)]
     )
     if name == "at_the_points":  # rows are told apart by their place
-        with pytest.raises(ValueError, match="'reg': every row .* its own point only"):
+        with pytest.raises(ValueError, match=r"'reg': every row .* its own point only"):
             Objective(model, terms, batch, chunk_size)
         return
     objective = Objective(model, terms, batch, chunk_size)
