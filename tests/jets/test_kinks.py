@@ -82,9 +82,9 @@ def by_jets(function, x, order):
     x, along = torch.tensor([[x]], dtype=torch.float64), torch.ones(1, dtype=torch.float64)
     layout, where = merge([Derivative.along(*[along] * k) for k in range(order + 1)], x)
     jet = seed(x, layout)
-    jet.data.requires_grad_()
-    result = function(jet[:, 0]).data[where]
-    slopes = [torch.autograd.grad(r.sum(), jet.data, retain_graph=True)[0][0] for r in result]
+    jet.channels.requires_grad_()
+    result = function(jet[:, 0]).channels[where]
+    slopes = [torch.autograd.grad(r.sum(), jet.channels, retain_graph=True)[0][0] for r in result]
     return result.detach().flatten(), torch.cat(slopes).flatten()
 
 

@@ -305,7 +305,7 @@ def minimum(input: Value, other: Value) -> Value:
 def gather(input: Jet, dim: int, index: Tensor) -> Jet:
     """Take entries along an axis."""
     axis = free_dim(input, dim, "gather")
-    return input.like(input.data.gather(axis, index.expand(input.layout.S, *index.shape)))
+    return input.like(input.channels.gather(axis, index.expand(input.layout.S, *index.shape)))
 
 
 @register_rule(torch.amax)
@@ -313,7 +313,9 @@ def amax(input: Value, dim: int | Sequence[int] | None = None, keepdim: bool = F
     """The largest entry over axes, and of equal ones the mean, as torch differentiates them."""
     dims = tuple(axis % input.ndim for axis in _axes(input, dim, "amax"))
     largest = input.value == input.value.amax(dims, keepdim=True)
-    chosen = torch.where(largest, input.data, 0.0).sum([axis + 1 for axis in dims], keepdim=True)
+    chosen = torch.where(largest, input.channels, 0.0).sum(
+        [axis + 1 for axis in dims], keepdim=True
+    )
     result = input.like(chosen / largest.sum(dims, keepdim=True))
     return result if keepdim else result.squeeze(dims)
 
@@ -355,7 +357,7 @@ register_rule(torch.min)(_extreme(minimum, amin, torch.argmin, torch.return_type
 @register_rule(torch.cumsum)
 def cumsum(input: Jet, dim: int) -> Jet:
     """Cumulative sums along an axis."""
-    return input.like(input.data.cumsum(free_dim(input, dim, "cumsum")))
+    return input.like(input.channels.cumsum(free_dim(input, dim, "cumsum")))
 
 
 @register_rule(torch.var)

@@ -74,7 +74,7 @@ def check_residual_on_jets(part: TermPart, model: Module) -> None:
 def _evaluate(part: TermPart, model: Module) -> Tensor:
     """Evaluate the residual; check that its arguments are left as they are."""
     x = part.x.clone()
-    given = part.plan.read(x, model(Jet(part.seed.data, part.plan.layout)))
+    given = part.plan.read(x, model(Jet(part.seed.channels, part.plan.layout)))
     values = {**given, **{name: tensor.clone() for name, tensor in part.data.items()}}
     before = {name: tensor._version for name, tensor in {"x": x, **values}.items()}
     residual = part.call(x, values)
@@ -190,9 +190,10 @@ def check_derivatives(part: TermPart, model: Module, parameters: Mapping[str, Te
     mine = {name: p for name, p in parameters.items() if id(p) in own}
     layout, channels = merge([Derivative.along(*[w] * k) for k in range(order + 1)], x)
     with torch.enable_grad():
-        outputs = [jet.data for _, jet in outputs_of(model(seed(x, layout)))]
-        weights = [torch.randn(o.shape[1:], generator=generator).to(o) for o in outputs]
-        ours = [_sum_of(weights, [o[c] for o in outputs]) for c in channels]
+        received = dict(outputs_of(model(seed(x, layout))))
+        jets = {name: jet for name, jet in received.items() if isinstance(jet, Jet)}
+        weights = {n: torch.randn(j.shape, generator=generator).to(x) for n, j in jets.items()}
+        ours = [_sum_of(weights, {n: j.channels[c] for n, j in jets.items()}) for c in channels]
         try:
             theirs = _by_reverse_mode(model, x, w, weights, order)
             gradients = _gradients(theirs, mine)
@@ -223,19 +224,18 @@ def _compare(
             )
 
 
-def _sum_of(weights: list[Tensor], outputs: list[Tensor]) -> Tensor:
-    """Return Σ aᵀ u over all outputs and points."""
-    return torch.stack([(a * u).sum() for a, u in zip(weights, outputs, strict=True)]).sum()
+def _sum_of(weights: Mapping[str, Tensor], outputs: Mapping[str, Any]) -> Tensor:
+    """Return Σ aᵀ u over the outputs that depend on x, and the points."""
+    return torch.stack([(a * outputs[name]).sum() for name, a in weights.items()]).sum()
 
 
 def _by_reverse_mode(
-    model: Module, x: Tensor, w: Tensor, weights: list[Tensor], order: int
+    model: Module, x: Tensor, w: Tensor, weights: Mapping[str, Tensor], order: int
 ) -> list[Tensor]:
     """Return aᵀ u and its derivatives along w, by repeated torch.autograd.grad."""
     t = x.new_zeros((), requires_grad=True)
     with _Spelled():
-        outputs = [u for _, u in outputs_of(model(x + t * w)) if isinstance(u, Tensor)]
-    found = [_sum_of(weights, outputs)]
+        found = [_sum_of(weights, dict(outputs_of(model(x + t * w))))]
     for _ in range(order):
         last = found[-1]
         grad = (
