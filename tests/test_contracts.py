@@ -64,6 +64,72 @@ def test_residual_that_mixes_points(residual, n):
         linearize(_term(residual, n), _network(), _points(n))
 
 
+def _single(seed):
+    """A network in single precision, which rounds otherwise for each number of points."""
+    torch.manual_seed(seed)
+    layers = [nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 1)]
+    return nn.Sequential(*layers), torch.rand(N, 2)
+
+
+AMPLIFIED = {
+    "value": lambda x, u, lap: torch.sin(1e5 * u),
+    "laplacian": lambda x, u, lap: torch.sin(1e4 * lap) + u,
+    "product": lambda x, u, lap: torch.sin(1e5 * (x @ torch.rand(2, 1).fill_(0.7))) * u + lap,
+    "difference": lambda x, u, lap: 1e6 * (u - u.detach()),
+}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("residual", AMPLIFIED.values(), ids=AMPLIFIED)
+def test_rounding_that_a_residual_amplifies_is_no_mixing(residual, seed):
+    model, x = _single(seed)
+    operators = {"u": Value(), "lap": Laplacian(), "u_v": Directional(torch.rand(N, 2))}
+    term = _term(
+        lambda x, u, lap, u_v, y: residual(x, u, lap) + u_v * y,
+        operators=operators,
+        data={"y": torch.rand(N, 1)},
+    )
+    Objective(model, [term], [x])
+
+
+@pytest.mark.parametrize("mixing", [*MIXING, "a little", "inside"])
+@pytest.mark.parametrize("seed", range(2))
+def test_mixing_shows_among_amplified_rounding(mixing, seed):
+    model, x = _single(seed)
+    mixes = {
+        **MIXING,
+        "a little": lambda x, u, lap: 0.03 * u.sum(),
+        "inside": lambda x, u, lap: torch.sin(1e5 * (u - u.mean())),
+    }[mixing]
+    for residual in (
+        lambda x, u, lap: torch.sin(1e5 * u) + mixes(x, u, lap),
+        lambda x, u, lap: torch.sin(1e5 * (x @ torch.ones(2, 1))) + mixes(x, u, lap),
+    ):
+        with pytest.raises(ValueError, match=r"own point only|broadcast|any block of the points"):
+            Objective(model, [_term(residual)], [x])
+
+
+class Amplifying(nn.Module):
+    """A network that amplifies its own rounding, and may mix points."""
+
+    def __init__(self, net, scale=0.0):
+        super().__init__()
+        self.net, self.scale = net, scale
+
+    def forward(self, x):
+        shift = self.scale * (x[:, :1] > 0.5).to(x.dtype).sum()
+        return torch.sin(5e3 * self.net(x)) + shift
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rounding_that_a_network_amplifies_is_no_mixing(seed):
+    model, x = _single(seed)
+    term = _term(lambda x, u: u, operators={"u": Value()})
+    Objective(Amplifying(model), [term], [x])
+    with pytest.raises(ValueError, match="already the values of 'u' at points"):
+        Objective(Amplifying(model, 0.01), [term], [x])
+
+
 def test_rows_that_mix_are_named():
     term = _term(lambda x, u, lap: torch.where(x[:, :1] > 0.9 * x[:, :1].max(), u.mean(), u))
     with pytest.raises(
