@@ -1,9 +1,13 @@
 """What is promised about residuals, networks and points is checked, or followed, never assumed."""
 
+import array as arrays
 import functools
 import math
 import time
 import types
+from collections import deque
+from contextvars import ContextVar
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -296,9 +300,16 @@ class Settings:
         self.factor, self.nested = 1.0, {"deep": [1.0]}
 
 
+class Numbers(list):
+    """A container of one's own."""
+
+
 def _closures():
     """Return residuals with a function that changes what they depend on."""
     number, box, array = [1.0], types.SimpleNamespace(factor=1.0), np.ones(1)
+    last, packed = deque([3.0, 1.0]), arrays.array("d", [1.0] * 100)
+    context, exact, own = ContextVar("factor", default=1.0), types.SimpleNamespace(), Numbers([1.0])
+    exact.factor, own.factor, item = Decimal(1), 1.0, number.__getitem__
     settings, tensor, module = Settings(), torch.ones(1, dtype=torch.float64), nn.Module()
     module.factor = 1.0
     module.forward = lambda x, u, lap: module.factor * u + lap
@@ -324,6 +335,18 @@ def _closures():
             lambda x, u, lap: settings.nested["deep"][0] * u + lap,
             lambda: settings.nested["deep"].__setitem__(0, 2.0),
         ),
+        "deque": (lambda x, u, lap: last[-1] * u + lap, lambda: last.append(2.0)),
+        "packed": (lambda x, u, lap: packed[9] * u + lap, lambda: packed.__setitem__(9, 2.0)),
+        "context": (lambda x, u, lap: context.get() * u + lap, lambda: context.set(2.0)),
+        "decimal": (
+            lambda x, u, lap: float(exact.factor) * u + lap,
+            lambda: setattr(exact, "factor", Decimal(2)),
+        ),
+        "list with attributes": (
+            lambda x, u, lap: own.factor * u + lap,
+            lambda: setattr(own, "factor", 2.0),
+        ),
+        "method of a list": (lambda x, u, lap: item(0) * u + lap, lambda: number.insert(0, 2.0)),
         "tensor": (lambda x, u, lap: tensor * u + lap, lambda: tensor.mul_(2)),
         "module": (
             lambda x, u, lap: module.factor * u + lap,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import sys
 import types
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
+from contextvars import ContextVar
+from numbers import Number
 from typing import Any
 
 from torch import Tensor
@@ -24,16 +26,18 @@ def circumstances(given: Any, depth: int = _DEPTH, seen: dict[int, Any] | None =
     Numbers and strings are themselves, tensors their identity and, unless they are trained, their
     version (the parameters are followed by whoever moves them), functions what they
     close over, their defaults, their attributes and the global names that they use, also of modules
-    that are imported, and other objects their attributes and those of their class. Not seen: what
-    lies deeper than eight objects or beyond the first 500, in long containers of objects, in
-    libraries, and writes through ``tensor.data``.
+    that are imported, containers and context variables what they contain, and other objects their
+    attributes and those of their class. Not seen: what lies deeper than eight objects or beyond the
+    first 500, in long containers of objects, in libraries, in iterators and generators, and in
+    objects without attributes (such as of ctypes, or an open file), and writes through
+    ``tensor.data``.
 
     Args:
         given: Any object.
         depth: How deep to look.
         seen: What has been looked into already, by identity.
     """
-    if isinstance(given, bool | int | float | complex | str | bytes | None):
+    if isinstance(given, bool | int | float | complex | str | bytes | range | None):
         return given if given == given else "nan"  # NaN differs from itself
     if isinstance(given, Tensor):
         if given.requires_grad:
@@ -64,26 +68,36 @@ def circumstances(given: Any, depth: int = _DEPTH, seen: dict[int, Any] | None =
         return inner(given.fget if isinstance(given, property) else given.__func__)
     if isinstance(given, types.MethodType):
         return inner(given.__func__), inner(given.__self__)
+    if isinstance(given, types.BuiltinMethodType | types.MethodWrapperType):
+        return id(given), inner(given.__self__)  # numbers.__getitem__
     if isinstance(given, functools.partial):
         return inner(given.func), inner(given.args), inner(given.keywords)
-    if isinstance(given, Mapping | Set | list | tuple):
-        if len(given) > _LONGEST:
-            plain = len(given) <= _LARGEST and all(type(part) in _NUMBERS for part in given)
-            return (type(given), tuple(given)) if plain else (id(given), len(given))
-        if isinstance(given, Mapping):
-            return _items({inner(key): value for key, value in given.items()}, inner)
-        return type(given), tuple(inner(part) for part in given)
+    if isinstance(given, ContextVar):
+        return id(given), inner(given.get(None))
+    if isinstance(given, Mapping | Set | Sequence):
+        return _of_container(given, inner), _items(getattr(given, "__dict__", {}), inner)
     if type(given).__module__ == "numpy":
         small = getattr(given, "size", _LARGEST + 1) <= _LARGEST
         return (id(type(given)), hash(given.tobytes())) if small else id(given)
     if isinstance(given, Module):
         return tuple(_of_module(module, inner) for module in given.modules())
+    if isinstance(given, Number):  # Decimal
+        return given if given == given else "nan"
     attributes = {**getattr(given, "__dict__", {}), **_slots(given)}
     return id(given), inner(type(given)), _items(attributes, inner)
 
 
 _NUMBERS = {bool, int, float}
 _PLAIN = {*_NUMBERS, complex, str, bytes, type(None)}
+
+
+def _of_container(given: Any, inner: Callable[[Any], Any]) -> Any:
+    if len(given) > _LONGEST:
+        plain = len(given) <= _LARGEST and all(type(part) in _NUMBERS for part in given)
+        return (type(given), tuple(given)) if plain else (id(given), len(given))
+    if isinstance(given, Mapping):
+        return _items({inner(key): value for key, value in given.items()}, inner)
+    return type(given), tuple(inner(part) for part in given)
 
 
 def _of_library(given: Any) -> bool:
