@@ -349,11 +349,12 @@ def make(seed: int) -> Case:
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     order = rng.choices((0, 1, 2, 3, 4), (1, 7, 9, 2, 1))[0]
     d = rng.randint(1, 3 if order < 3 else 2)
-    names = iter([NAMES[(4 * seed + i) % len(NAMES)] for i in range(6)])
+    names = iter([NAMES[(3 * seed + i) % len(NAMES)] for i in range(5)])
     model = Program(rng, generator)
-    sizes = [rng.choice((1, 1, 2, 3)) for _ in range(rng.choices((1, 2), (2, 1))[0])]
+    most = 3 if order < 3 else 2  # nested oracles are slow
+    sizes = [min(rng.choice((1, 1, 2, 3)), most) for _ in range(rng.choices((1, 2), (2, 1))[0])]
     batch = [torch.rand(n, d, dtype=torch.float64, generator=generator) for n in sizes]
-    outputs = _network(model, torch.cat(batch), names, depth=4 if order < 3 else 3)
+    outputs = _network(model, torch.cat(batch), names, depth=3 if order < 3 else 2)
     orders = (order, min(order, 1))  # one is enough to be slow
     terms = [
         _term(f"t{k}", x, outputs, orders[k], rng, generator, names) for k, x in enumerate(batch)

@@ -1,11 +1,15 @@
 """What is promised about residuals, networks and points is checked, or followed, never assumed."""
 
+import array as arrays
 import copy
 import functools
 import math
 import pickle
 import time
 import types
+from collections import deque
+from contextvars import ContextVar
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -65,6 +69,72 @@ def test_residual_that_mixes_points(residual, n):
         Objective(_network(), [_term(residual, n)], [_points(n)])
     with pytest.raises(ValueError, match="Term 'term'"):
         linearize(_term(residual, n), _network(), _points(n))
+
+
+def _single(seed):
+    """A network in single precision, which rounds otherwise for each number of points."""
+    torch.manual_seed(seed)
+    layers = [nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 1)]
+    return nn.Sequential(*layers), torch.rand(N, 2)
+
+
+AMPLIFIED = {
+    "value": lambda x, u, lap: torch.sin(1e5 * u),
+    "laplacian": lambda x, u, lap: torch.sin(1e4 * lap) + u,
+    "product": lambda x, u, lap: torch.sin(1e5 * (x @ torch.rand(2, 1).fill_(0.7))) * u + lap,
+    "difference": lambda x, u, lap: 1e6 * (u - u.detach()),
+}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("residual", AMPLIFIED.values(), ids=AMPLIFIED)
+def test_rounding_that_a_residual_amplifies_is_no_mixing(residual, seed):
+    model, x = _single(seed)
+    operators = {"u": Value(), "lap": Laplacian(), "u_v": Directional(torch.rand(N, 2))}
+    term = _term(
+        lambda x, u, lap, u_v, y: residual(x, u, lap) + u_v * y,
+        operators=operators,
+        data={"y": torch.rand(N, 1)},
+    )
+    Objective(model, [term], [x])
+
+
+@pytest.mark.parametrize("mixing", [*MIXING, "a little", "inside"])
+@pytest.mark.parametrize("seed", range(2))
+def test_mixing_shows_among_amplified_rounding(mixing, seed):
+    model, x = _single(seed)
+    mixes = {
+        **MIXING,
+        "a little": lambda x, u, lap: 0.03 * u.sum(),
+        "inside": lambda x, u, lap: torch.sin(1e5 * (u - u.mean())),
+    }[mixing]
+    for residual in (
+        lambda x, u, lap: torch.sin(1e5 * u) + mixes(x, u, lap),
+        lambda x, u, lap: torch.sin(1e5 * (x @ torch.ones(2, 1))) + mixes(x, u, lap),
+    ):
+        with pytest.raises(ValueError, match=r"own point only|broadcast|any block of the points"):
+            Objective(model, [_term(residual)], [x])
+
+
+class Amplifying(nn.Module):
+    """A network that amplifies its own rounding, and may mix points."""
+
+    def __init__(self, net, scale=0.0):
+        super().__init__()
+        self.net, self.scale = net, scale
+
+    def forward(self, x):
+        shift = self.scale * (x[:, :1] > 0.5).to(x.dtype).sum()
+        return torch.sin(5e4 * self.net(x)) + shift
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rounding_that_a_network_amplifies_is_no_mixing(seed):
+    model, x = _single(seed)
+    term = _term(lambda x, u: u, operators={"u": Value()})
+    Objective(Amplifying(model), [term], [x])
+    with pytest.raises(ValueError, match="already the values of 'u' at points"):
+        Objective(Amplifying(model, 0.01), [term], [x])
 
 
 def test_rows_that_mix_are_named():
@@ -277,10 +347,17 @@ class Settings:
         self.factor, self.nested = 1.0, {"deep": [1.0]}
 
 
+class Numbers(list):
+    """A container of one's own."""
+
+
 def _closures():
     """Return residuals with a function that changes what they depend on."""
     number, box, array = [1.0], types.SimpleNamespace(factor=1.0), np.ones(1)
     many = dict.fromkeys(range(100), np.float64(1.0))
+    last, packed = deque([3.0, 1.0]), arrays.array("d", [1.0] * 100)
+    context, exact, own = ContextVar("factor", default=1.0), types.SimpleNamespace(), Numbers([1.0])
+    exact.factor, own.factor, item = Decimal(1), 1.0, number.__getitem__
     settings, tensor, module = Settings(), torch.ones(1, dtype=torch.float64), nn.Module()
     module.factor = 1.0
     module.forward = lambda x, u, lap: module.factor * u + lap
@@ -310,6 +387,18 @@ def _closures():
             lambda x, u, lap: settings.nested["deep"][0] * u + lap,
             lambda: settings.nested["deep"].__setitem__(0, 2.0),
         ),
+        "deque": (lambda x, u, lap: last[-1] * u + lap, lambda: last.append(2.0)),
+        "packed": (lambda x, u, lap: packed[9] * u + lap, lambda: packed.__setitem__(9, 2.0)),
+        "context": (lambda x, u, lap: context.get() * u + lap, lambda: context.set(2.0)),
+        "decimal": (
+            lambda x, u, lap: float(exact.factor) * u + lap,
+            lambda: setattr(exact, "factor", Decimal(2)),
+        ),
+        "list with attributes": (
+            lambda x, u, lap: own.factor * u + lap,
+            lambda: setattr(own, "factor", 2.0),
+        ),
+        "method of a list": (lambda x, u, lap: item(0) * u + lap, lambda: number.insert(0, 2.0)),
         "tensor": (lambda x, u, lap: tensor * u + lap, lambda: tensor.mul_(2)),
         "module": (
             lambda x, u, lap: module.factor * u + lap,

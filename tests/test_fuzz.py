@@ -14,7 +14,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The second derivative of"),
     pytest.mark.filterwarnings("ignore:There is a performance drop"),
 ]
-SEEDS = range(160)
+SEEDS = range(200)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

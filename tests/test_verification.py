@@ -242,8 +242,8 @@ def scaled_product(x: Tensor, y: Tensor) -> Tensor:
 @register_rule(scaled_product)
 def without_mixed_term(x, y):
     """The product rule of a novice: (ab)'' = a'' b + a b''."""
-    data = x.data * y.data[:1] + x.data[:1] * y.data
-    data[0] = x.data[0] * y.data[0]
+    data = x.channels * y.channels[:1] + x.channels[:1] * y.channels
+    data[0] = x.channels[0] * y.channels[0]
     return x.like(data)
 
 

@@ -138,8 +138,8 @@ def test_softplus_beyond_its_threshold():
 def test_saturated_activations_are_finite(name, around):
     case = CASES["laplacian"]
     jet = SMOOTH[name](Jet(channels(case, 2, around=around).requires_grad_(), case.layout))
-    assert jet.data.isfinite().all()
-    jet.data.sum().backward()
+    assert jet.channels.isfinite().all()
+    jet.channels.sum().backward()
 
 
 @pytest.mark.parametrize("name", PIECEWISE_LINEAR)
@@ -298,9 +298,9 @@ def test_float32_stays_float32(name):
         ),
     )
     data = channels(case, 2)
-    expected = SMOOTH[name](Jet(data, case.layout)).data
+    expected = SMOOTH[name](Jet(data, case.layout)).channels
     leaf = data.float().requires_grad_()
-    received = SMOOTH[name](Jet(leaf, single)).data
+    received = SMOOTH[name](Jet(leaf, single)).channels
     assert received.dtype == torch.float32
     torch.testing.assert_close(received.double(), expected, rtol=1e-4, atol=1e-4)
     received.sum().backward()
@@ -312,7 +312,7 @@ def test_tanh_by_hand():
     """An anchor without the oracle: y = tanh(x1 x2 direction) at one point."""
     layout = Layout(BASIS[:1], (Contraction((0,)),))
     x = torch.tensor([[0.5, 0.0, 0.0]], dtype=torch.float64)
-    y = torch.tanh(seed(x, layout)).data[:, 0, 0]
+    y = torch.tanh(seed(x, layout)).channels[:, 0, 0]
     t = math.tanh(0.5)
     torch.testing.assert_close(
         y, torch.tensor([t, 1 - t * t, -2 * t * (1 - t * t)], dtype=torch.float64)

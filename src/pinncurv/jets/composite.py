@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pinncurv.jets.axes import free_dim, point_axis_mixed
+from pinncurv.jets.functions import root
 from pinncurv.jets.jet import Jet, register_rule
 from pinncurv.jets.location import calling_module
 
@@ -201,13 +202,12 @@ def norm(
         )
     input = input if dtype is None else input.to(dtype)
     dims = _axes(input, dim, "norm")
-    if order == 2:
-        return input.square().sum(dims, keepdim=keepdim).sqrt()
     if order == float("inf"):
         return amax(input.abs(), dim, keepdim)
     if order == 1:
         return input.abs().sum(dims, keepdim=keepdim)
-    return (input.abs() ** order).sum(dims, keepdim=keepdim) ** (1 / order)
+    powers = input.square() if order == 2 else root(input.abs(), 1 / order, flat=False)
+    return root(powers.sum(dims, keepdim=keepdim), order, flat=order > 2)
 
 
 @register_rule(torch.linalg.norm)
@@ -307,7 +307,7 @@ def minimum(input: Value, other: Value) -> Value:
 def gather(input: Jet, dim: int, index: Tensor) -> Jet:
     """Take entries along an axis."""
     axis = free_dim(input, dim, "gather")
-    return input.like(input.data.gather(axis, index.expand(input.layout.S, *index.shape)))
+    return input.like(input.channels.gather(axis, index.expand(input.layout.S, *index.shape)))
 
 
 @register_rule(torch.amax)
@@ -315,7 +315,9 @@ def amax(input: Value, dim: int | Sequence[int] | None = None, keepdim: bool = F
     """The largest entry over axes, and of equal ones the mean, as torch differentiates them."""
     dims = tuple(axis % input.ndim for axis in _axes(input, dim, "amax"))
     largest = input.value == input.value.amax(dims, keepdim=True)
-    chosen = torch.where(largest, input.data, 0.0).sum([axis + 1 for axis in dims], keepdim=True)
+    chosen = torch.where(largest, input.channels, 0.0).sum(
+        [axis + 1 for axis in dims], keepdim=True
+    )
     result = input.like(chosen / largest.sum(dims, keepdim=True))
     return result if keepdim else result.squeeze(dims)
 
@@ -357,7 +359,7 @@ register_rule(torch.min)(_extreme(minimum, amin, torch.argmin, torch.return_type
 @register_rule(torch.cumsum)
 def cumsum(input: Jet, dim: int) -> Jet:
     """Cumulative sums along an axis."""
-    return input.like(input.data.cumsum(free_dim(input, dim, "cumsum")))
+    return input.like(input.channels.cumsum(free_dim(input, dim, "cumsum")))
 
 
 @register_rule(torch.var)
@@ -382,7 +384,7 @@ def var(
 @register_rule(torch.std)
 def std(input: Value, *args: Any, **kwargs: Any) -> Value:
     """The standard deviation over axes."""
-    return var(input, *args, **kwargs).sqrt()
+    return root(var(input, *args, **kwargs), 2, flat=True)
 
 
 @register_rule(torch.lerp)

@@ -225,7 +225,7 @@ def elementwise_rule(
 
         make = partial(_derivatives, derivatives, name, args, kwargs)
         chain_rule = _SecondOrder if input.layout.higher is None else _Elementwise
-        return input.like(chain_rule.apply(input.data, input.layout, make))
+        return input.like(chain_rule.apply(input.channels, input.layout, make))
 
     return rule
 

@@ -210,6 +210,16 @@ def _power_derivatives(x: Tensor, exponent: float) -> Iterator[Tensor]:
         yield torch.zeros_like(x)
 
 
+def _root_derivatives(x: Tensor, order: float, flat: bool) -> Iterator[Tensor]:
+    """x^(1/p), with torch's subgradient 0 at 0; all derivatives are 0 there if it is flat."""
+    for k, derivative in enumerate(_power_derivatives(x, 1 / order)):
+        at_zero = k == 1 or (flat and k > 1)
+        yield torch.where(x == 0, 0.0, derivative) if at_zero else derivative
+
+
+root = elementwise_rule(_root_derivatives, "norm")
+
+
 @register_elementwise(torch.square)
 def square(x: Tensor) -> Iterator[Tensor]:
     """x², 2x, 2, 0, ..."""
@@ -296,8 +306,9 @@ def mish(x: Tensor) -> Iterator[Tensor]:
 def softplus(x: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Iterator[Tensor]:
     """log(1 + exp(β x)) / β; its slope is the logistic function, and linear above a threshold."""
     yield functional.softplus(x, beta, threshold)
-    linear = beta * x > threshold
-    for order, derivative in enumerate(_sigmoid_derivatives(torch.sigmoid(beta * x))):
+    scaled = beta * x
+    for order, derivative in enumerate(_sigmoid_derivatives(torch.sigmoid(scaled))):
+        linear = scaled >= threshold if order else scaled > threshold  # as torch does
         yield torch.where(linear, float(order == 0), beta**order * derivative)
 
 
@@ -311,13 +322,12 @@ def elu(x: Tensor, alpha: float = 1.0) -> Iterator[Tensor]:
 def _exponential_below_zero(
     x: Tensor, factor: float, rate: float = 1.0, slope: float = 1.0
 ) -> Iterator[Tensor]:
-    """Derivatives of factor exp(rate x) for x <= 0, of slope x above."""
-    negative = factor * torch.exp(rate * x.clamp(max=0))
-    above = slope
+    """Derivatives of factor exp(rate x) for x <= 0, of slope x above; higher ones 0 at 0."""
+    negative = rate * factor * torch.exp(rate * x.clamp(max=0))
+    yield torch.where(x > 0, slope, negative)
     while True:
         negative = rate * negative
-        yield torch.where(x > 0, above, negative)
-        above = 0.0
+        yield torch.where(x < 0, negative, 0.0)
 
 
 @register_elementwise(torch.selu, functional.selu)
@@ -387,8 +397,8 @@ def clamp(x: Tensor, min: float | None = None, max: float | None = None) -> Iter
 
 @register_elementwise(functional.hardtanh, piecewise_linear=True)
 def hardtanh(x: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Iterator[Tensor]:
-    """Cut off outside [min_val, max_val]; flat at the ends, unlike clamp, as in torch."""
-    yield functional.hardtanh(x, min_val, max_val)
+    """Cut off outside [min_val, max_val]; unlike that of clamp, the slope is 0 at the edges."""
+    yield torch.clamp(x, min_val, max_val)
     yield from _piecewise_constant(((x > min_val) & (x < max_val)).to(x.dtype))
 
 

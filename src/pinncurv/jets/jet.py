@@ -139,6 +139,12 @@ _REMEDIES = {
     **dict.fromkeys(("tensor", "as_tensor", "asarray", "from_numpy"), _AS_A_CONSTANT),
     **dict.fromkeys(("cdouble", "cfloat", "complex", "polar", "view_as_complex"), _REAL),
     **dict.fromkeys(("item", "tolist", "numpy", "cpu"), _AS_A_CONSTANT),
+    **dict.fromkeys(("grad", "grad_fn"), _AUTOGRAD),
+    "is_nested": (
+        "nn.MultiheadAttention, and a layer of a transformer that is made of it, move the axis of "
+        "the points: project with nn.Linear, and call "
+        "torch.nn.functional.scaled_dot_product_attention on [N, heads, tokens, features]"
+    ),
 }
 
 
@@ -174,25 +180,26 @@ def in_place_error(name: str) -> str:
 class Jet:
     """A value and its derivatives, one channel each, in one contiguous tensor.
 
-    data[s] = s-th derivative of the value, as the layout says
+    channels[s] = s-th derivative of the value, as the layout says
 
     To the code it is pushed through, a jet looks like its value: it has the value's shape, dtype
-    and device, and torch functions accept it by ``__torch_function__``. It is deliberately not a
-    Tensor, so that a function without a rule raises instead of acting on the wrong axes.
+    and device, ``data`` and ``detach()`` give its value as a constant, and torch functions accept
+    it by ``__torch_function__``. It is deliberately not a Tensor, so that a function without a rule
+    raises instead of acting on the wrong axes.
 
     Args:
-        data: ``[S, N, ...]``, the channels first, then the points.
+        channels: ``[S, N, ...]``, the channels first, then the points.
         layout: What the channels mean.
         tracked: Whether autograd was on where the pass began; by default, whether it is on now.
     """
 
-    __slots__ = ("data", "layout", "tracked")
+    __slots__ = ("channels", "layout", "tracked")
     __array_ufunc__ = None  # numpy's numbers leave arithmetic to the jet
 
     def __init__(
-        self, data: Float[Tensor, " S *value"], layout: Layout, tracked: bool | None = None
+        self, channels: Float[Tensor, " S *value"], layout: Layout, tracked: bool | None = None
     ) -> None:
-        self.data = data
+        self.channels = channels
         self.layout = layout
         self.tracked = torch.is_grad_enabled() if tracked is None else tracked
 
@@ -207,34 +214,40 @@ class Jet:
         """Route a torch function to its rule."""
         return apply_rule(func, args, kwargs or {})
 
-    def like(self, data: Tensor) -> Jet:
+    def like(self, channels: Tensor) -> Jet:
         """Return a jet with other channels in the same layout."""
-        return Jet(data, self.layout, self.tracked)
+        return Jet(channels, self.layout, self.tracked)
+
+    @property
+    def data(self) -> Jet:
+        """The jet of a constant, as for a tensor: it has the value, and no derivatives."""
+        result: Jet = self.detach()
+        return result
 
     @property
     def value(self) -> Tensor:
         """The value channel."""
-        return self.data[0]
+        return self.channels[0]
 
     @property
     def shape(self) -> torch.Size:
         """Shape of the value."""
-        return self.data.shape[1:]
+        return self.channels.shape[1:]
 
     @property
     def ndim(self) -> int:
         """Number of axes of the value."""
-        return self.data.ndim - 1
+        return self.channels.ndim - 1
 
     @property
     def dtype(self) -> torch.dtype:
         """Data type of the value."""
-        return self.data.dtype
+        return self.channels.dtype
 
     @property
     def device(self) -> torch.device:
         """Device of the value."""
-        return self.data.device
+        return self.channels.device
 
     @property
     def mT(self) -> Jet:
@@ -251,7 +264,7 @@ class Jet:
     @property
     def requires_grad(self) -> bool:
         """Whether autograd tracks the channels."""
-        return self.data.requires_grad
+        return self.channels.requires_grad
 
     def size(self, dim: int | None = None) -> torch.Size | int:
         """Return the value's shape, or its size along one axis."""
@@ -296,8 +309,9 @@ class Jet:
         """Offer the methods of a tensor, each routed to its rule."""
         method = getattr(Tensor, name, None)
         if name.startswith("__") or not callable(method):
+            remedy = f" {_REMEDIES[name]}." if name in _REMEDIES else ""
             raise AttributeError(
-                f"A jet has no attribute {name!r} (asked for in {calling_module()})."
+                f"A jet has no attribute {name!r} (asked for in {calling_module()}).{remedy}"
             )
         return functools.partial(_call_method, method, self)
 

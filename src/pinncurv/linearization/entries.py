@@ -14,7 +14,7 @@ from torch.nn import Module
 
 from pinncurv.diffops import Plan
 from pinncurv.linearization.blocks import JacobianBlock, LinearLayer
-from pinncurv.linearization.bound import BoundTerm, trained_tensors
+from pinncurv.linearization.bound import BoundTerm, NetworkState, trained_tensors
 from pinncurv.linearization.chunk import Chunk
 from pinncurv.linearization.fisher import Fisher
 from pinncurv.linearization.part import TermPart
@@ -144,10 +144,11 @@ class BoundL2(BoundTerm):
 
     term: L2
 
-    def follow(self, model: object = None) -> None:
-        state = self.state(model)
-        if state == self._state:
+    def follow(self, network: NetworkState | None = None) -> None:
+        state = self.state(network)
+        if state == self.followed:
             return
+        self.term.check_points(self.x)
         network = trained_tensors(self.model)
         named = trained_tensors(self.model, *self._terms)
         others = {name: p for name, p in named.items() if name not in network}
@@ -158,14 +159,14 @@ class BoundL2(BoundTerm):
         self.whole = EntryPart(self.term, x, Plan.of({}, x), chosen, self.term.scale(x))
         self.parts = [self.whole]
         self._structure = Structure((), (), {}, (), (), 1, entrywise=True)
-        self._state = state
+        self.followed = state
 
     @property
     def structure(self) -> Structure:
         assert self._structure is not None
         return self._structure
 
-    def state(self, model: object = None) -> tuple[object, ...]:
+    def state(self, network: NetworkState | None = None) -> tuple[object, ...]:
         trained = trained_tensors(self.model, *self._terms)
         chosen = [self.term.of is None or self.term.of(name) for name in trained]
         return self.term.weight, tuple(map(id, trained.values())), tuple(chosen)

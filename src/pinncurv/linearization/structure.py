@@ -221,7 +221,8 @@ def _reached(residual: Tensor, tape: Tape, names: Mapping[int, str], term: str) 
     plain = {id(entry.root): entry for entry in tape.entries if not _has_points(entry)}
     reached: set[int] = set()
     uses: dict[str, str] = {}
-    for item in _leaves([residual.grad_fn], roots):
+    # a root itself, if it is of parameters alone
+    for item in _leaves([_node(residual)] if residual.requires_grad else [], roots):
         if isinstance(item, int):
             reached.add(item)
         elif id(item[0]) in plain:

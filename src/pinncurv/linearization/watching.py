@@ -7,9 +7,11 @@ import sys
 import types
 import weakref
 from abc import ABC
-from collections.abc import Callable, Container, Mapping, Set
+from collections.abc import Callable, Container, Mapping, Sequence, Set
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import chain
+from numbers import Number
 from typing import Any
 
 from torch import Tensor
@@ -31,7 +33,8 @@ def circumstances(given: Any, known: Container[int] | None = None) -> Any:
     version, functions what they close over, their defaults, their attributes and the global names
     that they use, also of modules that are imported, and other objects the attributes that some of
     that code names, and those of their classes. Not seen: what lies deeper than eight objects or
-    beyond the first 500, in long containers of objects, in libraries, and writes through
+    beyond the first 500, in long containers of objects, in libraries, in iterators and generators,
+    in objects without attributes (such as of ctypes, or an open file), and writes through
     ``tensor.data``.
 
     Args:
@@ -85,19 +88,21 @@ def _look(
         return inner(given.fget if isinstance(given, property) else given.__func__)
     if isinstance(given, types.MethodType):
         return inner(given.__func__), inner(given.__self__)
+    if isinstance(given, types.BuiltinMethodType | types.MethodWrapperType):
+        return id(given), inner(given.__self__)  # numbers.__getitem__
     if isinstance(given, functools.partial):
         return inner(given.func), inner(given.args), inner(given.keywords)
-    if isinstance(given, Mapping | Set | list | tuple):
-        parts = [*given, *given.values()] if isinstance(given, Mapping) else given
-        plain = all(issubclass(kind, _PLAIN_TYPES) for kind in set(map(type, parts)))
-        if len(given) > (_LARGEST if plain else _LONGEST):
-            return identity(given), len(given)
-        return type(given), tuple(parts if plain else map(inner, parts))
+    if isinstance(given, ContextVar):
+        return id(given), inner(given.get(None))
+    if isinstance(given, Mapping | Set | Sequence):
+        return _of_container(given, inner), _items(getattr(given, "__dict__", {}), inner)
     if type(given).__module__ == "numpy":
         small = getattr(given, "size", _LARGEST + 1) <= _LARGEST
         return (identity(type(given)), hash(given.tobytes())) if small else identity(given)
     if isinstance(given, Module):
         return tuple(_of_module(module, names, inner) for module in given.modules())
+    if isinstance(given, Number):  # Decimal
+        return given if given == given else "nan"
     attributes = {**getattr(given, "__dict__", {}), **_slots(given)}
     attributes = {k: v for k, v in attributes.items() if _is_used(k, type(given), names)}
     return identity(given), inner(type(given)), _items(attributes, inner)
@@ -133,8 +138,16 @@ def _is_plain(given: type) -> bool:
     return all(cls in _PLAIN_BASES or not _of_library(cls) for cls in given.__mro__)
 
 
-_PLAIN_TYPES = (bool, int, float, complex, str, bytes, type(None))
+_PLAIN_TYPES = (bool, int, float, complex, str, bytes, range, type(None))
 _PLAIN = set(_PLAIN_TYPES)
+
+
+def _of_container(given: Any, inner: Callable[[Any], Any]) -> Any:
+    parts = [*given, *given.values()] if isinstance(given, Mapping) else given
+    plain = all(issubclass(kind, _PLAIN_TYPES) for kind in set(map(type, parts)))
+    if len(given) > (_LARGEST if plain else _LONGEST):
+        return identity(given), len(given)
+    return type(given), tuple(parts if plain else map(inner, parts))
 
 
 def _of_library(given: Any) -> bool:
