@@ -38,6 +38,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time see __getattr__
         QuadraticModel as QuadraticModel,
     )
     from pinncurv.problems import (
+        L2 as L2,
         Box as Box,
         Fixed as Fixed,
         LossTerm as LossTerm,
@@ -58,7 +59,7 @@ _HOMES = {
     "linearization": "linearize",
     "linops": "Damped FactorDamping",
     "optim": "CurvatureOptimizer FirstOrder QuadraticModel",
-    "problems": "Box Fixed LossTerm Problem SpaceTimeBox",
+    "problems": "Box Fixed L2 LossTerm Problem SpaceTimeBox",
     "verification": "verify",
 }
 _MODULES = {name: home for home, names in _HOMES.items() for name in names.split()}

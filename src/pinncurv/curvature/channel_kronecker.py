@@ -251,19 +251,22 @@ class ChannelKronecker:
             for block in space.blocks
         ]
 
+        points = [[0 for _ in linearizations] for _ in space.blocks]
+
         def visit(t: int, i: int, block: JacobianBlock) -> None:
             rows = BlockRows.of(block, space.dtype)
             A, B = moments[i][t]
+            points[i][t] += len(rows.Z)
             A.add(rows.Z)
             B.add(rows.G.flatten(0, 1))
 
         visit_blocks(linearizations, space, visit, self.fisher)
         factors = [
             [
-                ChannelFactors(A.result().div_(len(lin.x)), B.result())
-                for (A, B), lin in zip(layer, linearizations, strict=True)
+                ChannelFactors(A.result().div_(max(N, 1)), B.result())
+                for (A, B), N in zip(layer, numbers, strict=True)
             ]
-            for layer in moments
+            for layer, numbers in zip(moments, points, strict=True)
         ]
         names = [linearization.term.name for linearization in linearizations]
         return ChannelKroneckerLinearOperator(factors, space.blocks, space.shapes, names)

@@ -13,7 +13,7 @@ from pinncurv.curvature.jacobian import JacobianLinearOperator, check_exact, chu
 from pinncurv.curvature.kernel import KernelLinearOperator
 from pinncurv.curvature.parameters import ParameterSpace, visit_blocks
 from pinncurv.curvature.woodbury import KernelInverseLinearOperator
-from pinncurv.linearization import Chunk, JacobianBlock, Linearization, run, squared_rows
+from pinncurv.linearization import Chunk, JacobianBlock, Linearization, run
 from pinncurv.linops import (
     CGInverseLinearOperator,
     DenseBlockDiagonalLinearOperator,
@@ -76,6 +76,10 @@ class GaussNewtonLinearOperator(SymmetricLinearOperator):
         matrix = J.space.zeros(D, D)
 
         def visit(t: int, chunk: Chunk) -> None:
+            if J.linearizations[t].structure.entrywise:  # its rows would take D³
+                alone = gauss_newton_diagonal([J.linearizations[t]], J.space)
+                matrix.diagonal().add_(alone.diagonal())
+                return
             n, V = chunk.residual.shape
             for points in _point_ranges(n, V * D):
                 rows = chunk_rows(J.space, J.linearizations[t], chunk, points)
@@ -133,7 +137,7 @@ def gauss_newton_diagonal(
     joints = [space.zeros(*block.shape) for block in space.blocks]
 
     def visit(t: int, i: int, block: JacobianBlock) -> None:
-        joints[i].add_(squared_rows(block))
+        joints[i].add_(block.squared_rows())
 
     visit_blocks(linearizations, space, visit)
     diagonals = from_joint(joints, space.blocks)
@@ -181,10 +185,7 @@ class BlockDiagonalGaussNewton:
         matrices = [space.zeros(block.numel, block.numel) for block in space.blocks]
 
         def visit(t: int, i: int, block: JacobianBlock) -> None:
-            V, N = block.num_rows
-            for points in _point_ranges(N, V * space.blocks[i].numel):
-                rows = block.joint_rows(points)
-                matrices[i].addmm_(rows.t(), rows)
+            matrices[i].add_(block.gram())
 
         visit_blocks(linearizations, space, visit)
         return DenseBlockDiagonalLinearOperator(matrices, space.blocks, space.shapes)

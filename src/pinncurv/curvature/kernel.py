@@ -12,7 +12,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pinncurv.curvature.jacobian import JacobianLinearOperator
-from pinncurv.linearization import DenseRows, JacobianBlock, Linearization, LinearLayer
+from pinncurv.linearization import (
+    DenseRows,
+    EntryRows,
+    JacobianBlock,
+    Linearization,
+    LinearLayer,
+)
 from pinncurv.linops import (
     Factorization,
     FactorizedInverseLinearOperator,
@@ -144,6 +150,12 @@ def add_kernel_(part: Float[Tensor, "V n W m"], left: JacobianBlock, right: Jaco
     Through rows of the Jacobian that is V W d_out d_in, and through pairs of channels
     S² (V W d_out + d_in) and the elementwise product: few channels or wide layers favour these.
     """
+    if isinstance(left, EntryRows):
+        part += left.product(_as_vectors(right)).view(part.shape)
+        return
+    if isinstance(right, EntryRows):
+        part += right.product(_as_vectors(left))[0].t().reshape(part.shape)
+        return
     if isinstance(left, DenseRows) or isinstance(right, DenseRows):
         rows = [block.joint_rows(slice(None)) for block in (left, right)]
         part.view(len(rows[0]), len(rows[1])).addmm_(rows[0], rows[1].t())
@@ -157,6 +169,12 @@ def add_kernel_(part: Float[Tensor, "V n W m"], left: JacobianBlock, right: Jaco
         _add_through_channels_(part, left, right)
     else:
         _add_through_rows_(part, left, right)
+
+
+def _as_vectors(block: JacobianBlock) -> list[Tensor]:
+    """Return all rows as directions, one tensor ``[V n, *shape]`` per parameter."""
+    rows = block.rows(slice(None))
+    return [part.reshape(-1, *shape) for part, shape in zip(rows, block.shapes, strict=True)]
 
 
 def _add_through_channels_(

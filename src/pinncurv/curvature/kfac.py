@@ -1,5 +1,7 @@
 """KFAC: one Kronecker product per layer and term, with expand or reduce weight sharing."""
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -126,14 +128,12 @@ class KFAC:
         space = ParameterSpace.of(linearizations)
         check_dense_blocks(space, self.dense_limit)
         T = range(len(linearizations))
-        moments: list[list[tuple[Tensor, Tensor] | None]] = [
-            [None for _ in T] for _ in space.blocks
-        ]
+        moments: list[list[_Moments | None]] = [[None for _ in T] for _ in space.blocks]
 
         def visit(t: int, i: int, block: JacobianBlock) -> None:
-            new = self._moments(block)
+            new = self._moments(block, space.blocks[i].kronecker)
             known = moments[i][t]
-            moments[i][t] = new if known is None else (known[0].add_(new[0]), known[1].add_(new[1]))
+            moments[i][t] = new if known is None else known.add_(new)
 
         visit_blocks(linearizations, space, visit, self.fisher)
         factors = [
@@ -145,13 +145,31 @@ class KFAC:
             factors, names = [[merge(layer)] for layer in factors], ["+".join(names)]
         return KFACLinearOperator(factors, space.blocks, space.shapes, names)
 
-    def _moments(self, block: JacobianBlock) -> tuple[Tensor, Tensor]:
+    def _moments(self, block: JacobianBlock, kronecker: bool) -> _Moments:
         """Return the sums over points of one block; no B without output gradients."""
-        if not isinstance(block, LinearLayer):
-            rows = block.joint_rows(slice(None))
-            return rows.mT @ rows, rows.new_zeros(())
-        A = self.sharing.input_moment(block)
-        return A, A.new_zeros(()) if block.G is None else self.sharing.gradient_moment(block)
+        if not kronecker:
+            A = block.gram()
+            return _Moments(A, A.new_zeros(()), 1)
+        layer = block.as_layer()
+        A = self.sharing.input_moment(layer)
+        B = A.new_zeros(()) if layer.G is None else self.sharing.gradient_moment(layer)
+        return _Moments(A, B, layer.Z.shape[1])
+
+
+@dataclass
+class _Moments:
+    """Sums over some points: N A, B, and their number N."""
+
+    A: Tensor
+    B: Tensor
+    points: int
+
+    def add_(self, other: _Moments) -> _Moments:
+        """Add the sums over other points."""
+        self.A.add_(other.A)
+        self.B.add_(other.B)
+        self.points += other.points
+        return self
 
 
 def check_dense_blocks(space: ParameterSpace, limit: int) -> None:
@@ -172,7 +190,7 @@ def check_dense_blocks(space: ParameterSpace, limit: int) -> None:
 
 
 def _factors(
-    moments: tuple[Tensor, Tensor] | None,
+    moments: _Moments | None,
     space: ParameterSpace,
     i: int,
     linearization: Linearization,
@@ -181,11 +199,11 @@ def _factors(
     block = space.blocks[i]
     d_out, d_joint = block.shape
     if not block.kronecker:
-        A = space.zeros(d_joint, d_joint) if moments is None else moments[0]
+        A = space.zeros(d_joint, d_joint) if moments is None else moments.A
         return KroneckerFactors(A, torch.ones_like(A[:1, :1]))
     if moments is None:
         return KroneckerFactors(space.zeros(d_joint, d_joint), space.zeros(d_out, d_out))
-    A, B = moments
+    A, B = moments.A, moments.B
     if B.ndim == 0:
         B = linearization.mean_weight * torch.eye(d_out).to(A)
-    return KroneckerFactors(A.div_(len(linearization.x)), B)
+    return KroneckerFactors(A.div_(moments.points), B)

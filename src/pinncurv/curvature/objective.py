@@ -17,10 +17,10 @@ from pinncurv.curvature.finiteness import raise_for_gradient
 from pinncurv.curvature.jacobian import JacobianLinearOperator
 from pinncurv.curvature.parameters import ParameterSpace
 from pinncurv.linearization import (
-    BoundTerm,
     Chunk,
     Linearization,
     Visitor,
+    bind,
     network_state,
     visit_all,
 )
@@ -216,7 +216,7 @@ class Objective:
         self._check = check
         _check_terms(self.terms, self.points)
         self._bound = [
-            BoundTerm(term, model, x, chunk_size, self.terms, check)
+            bind(term, model, x, chunk_size, self.terms, check)
             for term, x in zip(self.terms, self.points, strict=True)
         ]
         self._structures: list[object] = [None for _ in self._bound]

@@ -13,11 +13,13 @@ from pinncurv.linearization import (
     BoundTerm,
     Chunk,
     DenseRows,
+    EntryRows,
     Fisher,
     JacobianBlock,
     Linearization,
     LinearLayer,
     Type2,
+    of_layer,
     run,
 )
 from pinncurv.linops import Block
@@ -73,7 +75,8 @@ class ParameterSpace:
         if check and unused:
             raise ValueError(
                 f"Every trainable parameter must be used by a term, but {', '.join(unused)} is "
-                "used by none. Freeze it with requires_grad_(False)."
+                "used by none. Freeze it with requires_grad_(False); that an L2 term makes it "
+                "smaller does not count."
             )
         return cls(parameters, blocks)
 
@@ -108,10 +111,30 @@ class ParameterSpace:
 
     def arrange(self, linearization: Linearization, chunk: Chunk) -> list[JacobianBlock | None]:
         """Return the blocks of a chunk in the order of those of the space; None for unused ones."""
+        if linearization.structure.entrywise:
+            return self._entries(linearization, chunk)
         if self._fit(linearization):
             names = self.names
             return [chunk.blocks.get(names[block.weight]) for block in self.blocks]
         return self._rearranged(linearization, chunk)
+
+    def _entries(self, linearization: Linearization, chunk: Chunk) -> list[JacobianBlock | None]:
+        """Return the blocks of an L2 term, whose rows are put together as the others ask."""
+        rows: dict[int, EntryRows] = {}
+        for name, block in chunk.blocks.items():
+            assert isinstance(block, EntryRows)
+            rows[id(linearization.parameters[name])] = block
+        parameters = list(self.parameters.items())
+        arranged: list[JacobianBlock | None] = []
+        for place in self.blocks:
+            own = [parameters[position] for position in place.positions]
+            weight, bias = (rows.get(id(p)) for _, p in (*own, (None, None))[:2])
+            shapes = {name: p.shape for name, p in own}
+            flipped = place.kronecker and place.stored is not None
+            arranged.append(
+                of_layer(weight, bias, shapes, transposed=flipped, kronecker=place.kronecker)
+            )
+        return arranged
 
     def _fit(self, linearization: Linearization) -> bool:
         """Whether a term knows its blocks by the same names and in the same form."""

@@ -10,7 +10,6 @@ from pinncurv.linearization.blocks import (
     DenseRows as DenseRows,
     JacobianBlock as JacobianBlock,
     LinearLayer as LinearLayer,
-    squared_rows as squared_rows,
 )
 from pinncurv.linearization.bound import (
     BoundTerm as BoundTerm,
@@ -19,6 +18,7 @@ from pinncurv.linearization.bound import (
     trained_tensors as trained_tensors,
 )
 from pinncurv.linearization.chunk import Chunk as Chunk
+from pinncurv.linearization.entries import EntryRows as EntryRows, of_layer as of_layer
 from pinncurv.linearization.fisher import (
     Empirical as Empirical,
     Fisher as Fisher,
@@ -28,6 +28,7 @@ from pinncurv.linearization.fisher import (
 from pinncurv.linearization.linearization import (
     Linearization as Linearization,
     Visitor as Visitor,
+    bind as bind,
     linearize as linearize,
     run as run,
     visit_all as visit_all,

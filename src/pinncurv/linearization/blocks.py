@@ -16,6 +16,8 @@ from pinncurv.linearization.fisher import Fisher, ForwardOnly
 _CACHE_ELEMENTS = 1 << 19
 # Rows of the Jacobian are squared while this many of their entries are in the cache.
 _ROW_ELEMENTS = 1 << 18
+# Largest number of Jacobian entries that are held at a time while JᵀJ is summed up.
+_GRAM_ELEMENTS = 1 << 22
 
 
 class JacobianBlock(ABC):
@@ -49,6 +51,22 @@ class JacobianBlock(ABC):
     @abstractmethod
     def joint_rows(self, points: slice) -> Float[Tensor, "Vn _"]:
         """Return the rows of some points on the joint matrix [W, b] of a layer, flattened."""
+
+    def gram(self) -> Float[Tensor, "n n"]:
+        """Return J_lᵀJ_l on the joint matrix, flattened."""
+        V, N = self.num_rows
+        total = None
+        step = max(1, _GRAM_ELEMENTS // (V * sum(shape.numel() for shape in self.shapes)))
+        for start in range(0, N, step):
+            rows = self.joint_rows(slice(start, start + step))
+            total = rows.mT @ rows if total is None else total.addmm_(rows.mT, rows)
+        assert total is not None
+        return total
+
+    def squared_rows(self) -> Float[Tensor, "d_out d_joint"]:
+        """Return Σ_nv J_nv² by entries of the joint matrix, the diagonal of J_lᵀJ_l."""
+        layer = self.as_layer()
+        return squared_products(layer.gradients, layer.with_bias_column(layer.Z, 0))
 
     @abstractmethod
     def as_layer(self) -> LinearLayer:
@@ -288,12 +306,6 @@ class DenseRows(JacobianBlock):
     @staticmethod
     def join(parts: Sequence[DenseRows]) -> DenseRows:  # type: ignore[override]  # same class
         return replace(parts[0], matrix=torch.cat([part.matrix for part in parts], 1))
-
-
-def squared_rows(block: JacobianBlock) -> Float[Tensor, "d_out d_joint"]:
-    """Return Σ_nv J_nv² by entries of the joint matrix, the diagonal of JᵀJ."""
-    layer = block.as_layer()
-    return squared_products(layer.gradients, layer.with_bias_column(layer.Z, 0))
 
 
 def squared_products(

@@ -12,10 +12,11 @@ from torch.nn import Module
 from pinncurv.linearization.blocks import JacobianBlock
 from pinncurv.linearization.bound import BoundTerm
 from pinncurv.linearization.chunk import Chunk
+from pinncurv.linearization.entries import BoundL2
 from pinncurv.linearization.fisher import Fisher, Type2
 from pinncurv.linearization.part import TermPart
 from pinncurv.linearization.structure import Structure
-from pinncurv.problems import LossTerm
+from pinncurv.problems import L2, LossTerm
 
 # What is done with every part of the points: it is called with the position of the term.
 Visitor = Callable[[int, Chunk], None]
@@ -138,6 +139,19 @@ class Linearization:
         return result
 
 
+def bind(
+    term: LossTerm,
+    model: Module,
+    x: Tensor,
+    chunk_size: int | None = None,
+    terms: Sequence[LossTerm] = (),
+    check: bool = False,
+) -> BoundTerm:
+    """Bind a term to a network and points; arguments as of ``BoundTerm``."""
+    kind = BoundL2 if isinstance(term, L2) else BoundTerm
+    return kind(term, model, x, chunk_size, terms, check)
+
+
 def linearize(
     term: LossTerm,
     model: Module,
@@ -160,7 +174,7 @@ def linearize(
         UncapturedParameterError: If a trained tensor is used where its rows cannot be found.
         FloatingPointError: If a parameter is not finite; names it.
     """
-    return Linearization(BoundTerm(term, model, x, chunk_size), fisher)
+    return Linearization(bind(term, model, x, chunk_size), fisher)
 
 
 def run(linearizations: Sequence[Linearization], *visitors: Visitor) -> None:

@@ -56,6 +56,7 @@ class Structure:
         computed: Uses of tensors that are computed from parameters.
         plain: Entries that are linear layers on tensors without points, in the graph of these.
         components: V, the number of residual components.
+        entrywise: Whether the term is an L2 term, whose rows fit any blocks.
     """
 
     signature: tuple[tuple[int, ...], ...]
@@ -64,6 +65,7 @@ class Structure:
     computed: tuple[Use, ...]
     plain: tuple[int, ...]
     components: int
+    entrywise: bool = False
 
     @property
     def used(self) -> set[str]:

@@ -29,6 +29,7 @@ from pinncurv.problems.gaussian import (
     waves as waves,
 )
 from pinncurv.problems.heat import heat as heat, heat1d as heat1d, heat4d as heat4d
+from pinncurv.problems.l2 import L2 as L2
 from pinncurv.problems.loss_term import LossTerm as LossTerm
 from pinncurv.problems.poisson import (
     poisson as poisson,

@@ -69,10 +69,10 @@ class LossTerm:
         if isinstance(self.weight, Tensor):
             _check_weights(self.name, self.weight)
         elif isinstance(self.weight, Sequence) and not isinstance(self.weight, str):
-            numbers = tuple(_checked_number(self.name, weight) for weight in self.weight)
+            numbers = tuple(checked_number(self.name, weight) for weight in self.weight)
             object.__setattr__(self, "weight", numbers)
         elif not callable(self.weight):
-            object.__setattr__(self, "weight", _checked_number(self.name, self.weight))
+            object.__setattr__(self, "weight", checked_number(self.name, self.weight))
         if not is_fixed(self.points) and (per_point := list(self._per_point())):
             raise ValueError(
                 f"Term '{self.name}': tensors with one row per point must belong to points that "
@@ -263,7 +263,8 @@ class LossTerm:
                 )
 
 
-def _checked_number(term: str, weight: Any) -> float:
+def checked_number(term: str, weight: Any) -> float:
+    """Return a weight as a number, after checking that it is finite and >= 0."""
     try:
         number = float(weight)
     except (TypeError, ValueError):

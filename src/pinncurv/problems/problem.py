@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from pinncurv.problems.l2 import L2
 from pinncurv.problems.loss_term import LossTerm
 from pinncurv.problems.samplers import Sampler
 
@@ -63,7 +64,7 @@ class Problem:
                 f"Problem '{self.name}' must have at least one term and their names must differ, "
                 f"got {names}. Pass LossTerm(..., name=...)."
             )
-        samplers = {term.name: term.points for term in self.terms}
+        samplers = {t.name: t.points for t in self.terms if not isinstance(t, L2)}
         for name, sampler in {**samplers, "evaluation": self.evaluation}.items():
             if sampler.dim != self.d_in:
                 raise ValueError(

@@ -5,6 +5,7 @@ sums are loops. No jet, no recorded layer and no structured product takes part.
 """
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -29,7 +30,7 @@ from pinncurv.diffops import (
     Value,
 )
 from pinncurv.linearization import trained_tensors
-from pinncurv.problems import LossTerm
+from pinncurv.problems import L2, LossTerm
 
 Network = Callable[[Any], Any]
 N = TypeVar("N", bound=Network)
@@ -235,8 +236,15 @@ def scaled_residual(
     x: Float[Tensor, "N d"],
     references: References,
     parameters: Parameters | None = None,
-) -> Float[Tensor, "N V"]:
-    """Return sqrt(w_n / N) r_n of all points."""
+) -> Float[Tensor, "_ V"]:
+    """Return sqrt(w_n / N) r_n of all points; of an L2 term that of all entries."""
+    if isinstance(term, L2):
+        values = trainable(model, term) if parameters is None else parameters
+        own = {n for n, _ in model.named_parameters()} if isinstance(model, Module) else set()
+        network = {n: p for n, p in values.items() if n in own}
+        others = {n: p for n, p in values.items() if n not in own}
+        chosen = term.chosen(network, others)
+        return math.sqrt(term.weight) * _flatten(chosen)[:, None]
     u, N = at_point(model, parameters), len(x)
     term = term if parameters is None else substituted(term, parameters)
     rows = [
@@ -251,7 +259,7 @@ def jacobian(
     x: Float[Tensor, "N d"],
     references: References,
     parameters: Parameters,
-) -> Float[Tensor, "N V D"]:
+) -> Float[Tensor, "_ V D"]:
     """Return the Jacobian of the scaled residual in given parameters, one after the other."""
     return jacrev(
         lambda flat: scaled_residual(model, term, x, references, _unflatten(flat, parameters))

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from pinncurv.linearization import linearize, trained_tensors
+from pinncurv.linearization import Linearization, bind, trained_tensors
 from pinncurv.linops import PyTorchLinearOperator
-from pinncurv.problems import LossTerm
+from pinncurv.problems import L2, LossTerm
 from pinncurv.verification.brute_force import first_points, in_double
 from pinncurv.verification.checklist import Checklist
 from pinncurv.verification.operator import check_operator, identity_product
@@ -55,7 +55,9 @@ def verify_curvature(
         model = in_double(model)
 
         def build(pairs: _Pairs, chunk_size: int | None = None) -> PyTorchLinearOperator:
-            return curvature([linearize(t, model, x, chunk_size=chunk_size) for t, x in pairs])
+            terms = [term for term, _ in pairs]
+            bound = [bind(t, model, x, chunk_size, terms) for t, x in pairs]
+            return curvature([Linearization(b) for b in bound])
 
         operator, small_terms = build(pairs), [term for term, _ in pairs]
         got = [list(shape) for shape in operator._in_shape]
@@ -100,6 +102,8 @@ def _double(weight: Any) -> Any:
 
 def _duplicate(term: LossTerm) -> LossTerm:
     """Return a term whose data and weights have every row twice."""
+    if isinstance(term, L2):
+        return term
     data = {name: torch.cat([rows, rows]) for name, rows in term.data.items()}
     weight = term.weight
     return replace(
