@@ -953,3 +953,16 @@ def test_points_on_kinks_are_no_reason_to_refuse():
 @pytest.mark.parametrize("n", [2, 3, 4])
 def test_squeeze_is_accepted(n):
     Objective(_network(), [_term(lambda x, u, lap: u.squeeze() - 1, n)], [_points(n)])
+
+
+def test_chunks_that_are_recomputed_notice_another_number():
+    factor = [1.0]
+    box = Box.unit(2)
+    term = LossTerm({"u": Value()}, lambda x, u: factor[0] * u, box.interior(6))
+    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)).double()
+    linearized = Objective.sample(model, [term], chunk_size=2).linearize()
+    gradient = linearized.gradient()
+    factor[0] = 2.0
+    vector = torch.cat([g.flatten() for g in gradient])
+    with pytest.raises(RuntimeError, match="numbers that functions use"):
+        linearized.jacobian @ vector

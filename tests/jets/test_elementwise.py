@@ -343,4 +343,4 @@ def test_slopes_at_kinks_are_those_of_torch(name):
     (expected,) = torch.autograd.grad(function(x).sum(), x)
     x = x.detach()
     layout, (channel,) = merge([Derivative.along(torch.ones_like(x[0]))], x)
-    torch.testing.assert_close(function(seed(x, layout)).data[channel], expected)
+    torch.testing.assert_close(function(seed(x, layout)).channels[channel], expected)
