@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.overrides import TorchFunctionMode
 
 from pinncurv.jets import Derivative, Jet, agree, merge, outputs as outputs_of, seed
 from pinncurv.linearization.part import TermPart
+from pinncurv.linearization.spelled import Spelled
 
 CHECKED_POINTS = 16  # points to look at
 
@@ -139,32 +138,6 @@ def _mixed(
     )
 
 
-class _Spelled(TorchFunctionMode):
-    """Writes layer_norm out: torch's own has wrong third derivatives (2.13)."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        known = (torch.nn.functional.layer_norm, torch.layer_norm)
-        return (_layer_norm if func in known else func)(*args, **kwargs)
-
-
-def _layer_norm(
-    input: Tensor,
-    normalized_shape: tuple[int, ...],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    cudnn_enable: bool = True,
-) -> Tensor:
-    dims = tuple(range(-len(normalized_shape), 0))
-    centred = input - input.mean(dims, keepdim=True)
-    result = centred / (centred.square().mean(dims, keepdim=True) + eps).sqrt()
-    result = result if weight is None else result * weight
-    return result if bias is None else result + bias
-
-
 def check_derivatives(part: TermPart, model: Module, parameters: Mapping[str, Tensor]) -> None:
     """Check jets through the network against reverse mode: two points, one random direction.
 
@@ -233,7 +206,7 @@ def _by_reverse_mode(
 ) -> list[Tensor]:
     """Return aᵀ u and its derivatives along w, by repeated torch.autograd.grad."""
     t = x.new_zeros((), requires_grad=True)
-    with _Spelled():
+    with Spelled():
         outputs = [u for _, u in outputs_of(model(x + t * w)) if isinstance(u, Tensor)]
     found = [_sum_of(weights, outputs)]
     for _ in range(order):

@@ -30,6 +30,7 @@ from pinncurv.diffops import (
     Value,
 )
 from pinncurv.linearization import trained_tensors
+from pinncurv.linearization.spelled import Spelled
 from pinncurv.problems import L2, LossTerm
 
 Network = Callable[[Any], Any]
@@ -74,11 +75,17 @@ def trainable(model: Network, *terms: LossTerm) -> dict[str, Tensor]:
 def at_point(model: Network, parameters: Parameters | None = None) -> Callable[[Tensor], Any]:
     """Return the network as a function of one point, ``[d]`` to ``[d_out]`` or several such."""
     if not isinstance(model, Module):
-        return lambda x: _first_row(model(x[None]))
+        return lambda x: _first_row(_spelled(model, x[None]))
     values = trainable(model) if parameters is None else parameters
     own = {name for name, _ in model.named_parameters()}
     own_values = {name: value for name, value in values.items() if name in own}
-    return lambda x: _first_row(functional_call(model, own_values, (x[None],)))
+    return lambda x: _first_row(_spelled(functional_call, model, own_values, (x[None],)))
+
+
+def _spelled(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call what a user has written, with what torch has no right derivatives of written out."""
+    with Spelled():
+        return function(*args, **kwargs)
 
 
 def _first_row(output: Any) -> Any:
@@ -220,7 +227,7 @@ def residual_at(
     """Return r_n, without weight and 1/N."""
     rows = {name: operator_value(name, term, u, x, references, n)[None] for name in term.operators}
     data = {name: tensor[n : n + 1] for name, tensor in term.data.items()}
-    return term.residual(x[n : n + 1], **rows, **data)[0].reshape(-1)
+    return _spelled(term.residual, x[n : n + 1], **rows, **data)[0].reshape(-1)
 
 
 def _weight(term: LossTerm, x: Tensor, n: int) -> Tensor:
