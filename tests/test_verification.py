@@ -481,7 +481,6 @@ SPELLED = {
     "mask": lambda h: attention(h, attn_mask=MASK),
     "added mask": lambda h: attention(h, attn_mask=MASK.double()),
     "normalize": lambda h: functional.normalize(h, dim=1),
-    "normalize, p": lambda h: functional.normalize(h, 4.0, 1),
     "norm": lambda h: h / h.norm(dim=1, keepdim=True),
     "linalg.norm": lambda h: h / torch.linalg.norm(h, dim=1, keepdim=True),
     "vector_norm": lambda h: h / torch.linalg.vector_norm(h, 4, 1, True),
