@@ -10,7 +10,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pinncurv.jets import Contraction, Jet, Layout, register_elementwise, seed
+from pinncurv.jets import (
+    Contraction,
+    Jet,
+    Layout,
+    dispatched,
+    register_elementwise,
+    register_rule,
+    seed,
+)
 from tests.jets.layouts import BASIS, CASES, channels, check
 
 
@@ -317,3 +325,61 @@ def test_tanh_by_hand():
     torch.testing.assert_close(
         y, torch.tensor([t, 1 - t * t, -2 * t * (1 - t * t)], dtype=torch.float64)
     )
+
+
+# --- functions of one's own -----------------------------------------------------------------------
+
+
+class Squared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad * ctx.saved_tensors[0]
+
+
+def test_an_autograd_function_with_derivatives_of_its_own():
+    squared = dispatched(Squared.apply)
+
+    @register_elementwise(squared)
+    def derivatives(x):
+        yield from (x * x, 2 * x, torch.full_like(x, 2), torch.zeros_like(x))
+
+    x = torch.randn(3, 3, dtype=torch.float64)
+    jet = seed(x, Layout(BASIS, (Contraction((0, 1, 2)),)))
+    torch.testing.assert_close(squared(jet).data, torch.square(jet).data)
+    torch.testing.assert_close(squared(x), x * x)
+
+
+def test_a_rule_of_a_function_of_two_jets_and_of_a_list():
+    @dispatched
+    def product(parts):
+        return parts[0] * parts[1]
+
+    register_rule(product)(lambda parts: 2 * parts[0] * parts[1])
+    jet = seed(torch.ones(2, 3, dtype=torch.float64), Layout(BASIS))
+    torch.testing.assert_close(product([jet, jet]).data, (2 * jet * jet).data)
+    torch.testing.assert_close(product([jet.value, jet.value]), jet.value)
+
+
+def plain(x):
+    return torch.tanh(x)
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (plain, r"plain is none of torch's .* Decorate it with @pinncurv\.jets\.dispatched"),
+        (Squared.apply, "apply is none of torch's"),
+        (nn.Tanhshrink, "got the class or module Tanhshrink"),
+        (nn.Tanh(), r"got the class or module Tanh\(\)"),
+        ("tanh", "'tanh' is none of torch's"),
+    ],
+)
+@pytest.mark.parametrize("register", [register_elementwise, register_rule])
+def test_what_would_never_ask_for_its_rule_is_refused(register, function, words):
+    with pytest.raises(TypeError, match=words):
+        register(function)(lambda x: iter(()))
