@@ -186,7 +186,8 @@ class BoundTerm:
                 "others. Branch on nothing that changes from call to call or with the number of "
                 "points; after a change of the network, make a new objective."
             )
-        blocks = blocks_of_pass(residual, part.scale, tape.entries, structure, self.parameters)
+        with record(structure.records_plain):  # for checkpoints, which run the forward pass again
+            blocks = blocks_of_pass(residual, part.scale, tape.entries, structure, self.parameters)
         detached = residual.detach()
         return Chunk(detached * part.scale, detached, blocks)
 
