@@ -95,7 +95,7 @@ def batch_norm(
         raise NotImplementedError(
             "Batch normalization must use running statistics, since statistics over the points "
             f"make every residual depend on all of them (in {calling_module()}). Call model.eval(),"
-            " or use LayerNorm."
+            " for which the layer needs track_running_stats=True, or use LayerNorm."
         )
     result = input - _on_channels(running_mean, input)
     result = result * _on_channels((running_var + eps).rsqrt(), input)

@@ -14,6 +14,7 @@ from pinncurv.linearization.blocks import (
 from pinncurv.linearization.bound import (
     BoundTerm as BoundTerm,
     check_differentiable as check_differentiable,
+    plain_network as plain_network,
     trained_tensors as trained_tensors,
 )
 from pinncurv.linearization.chunk import Chunk as Chunk

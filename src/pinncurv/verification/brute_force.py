@@ -47,13 +47,18 @@ References = Mapping[str, Reference]
 
 def in_double(model: N) -> N:
     """Return a copy of a network in float64; a function is returned as it is."""
-    return copy.deepcopy(model).double() if isinstance(model, Module) else model
+    if not isinstance(model, Module):
+        return model
+    plain: N = copy.deepcopy(getattr(model, "_orig_mod", model)).double()  # without torch.compile
+    return plain
 
 
 def first_points(term: LossTerm, x: Tensor, count: int) -> tuple[LossTerm, Tensor]:
     """Return a term and its points, in float64, at the first few of them."""
     part = slice(0, count)
-    weight = term.weight[part] if isinstance(term.weight, Tensor) else term.weight
+    weight = term.weight
+    if isinstance(weight, Tensor) and weight.ndim:
+        weight = weight[part]
     points = x[part].detach().double()
     small = replace(term.at(part), weight=weight).to(points)
     if any(True for _ in term.named_parameters()):

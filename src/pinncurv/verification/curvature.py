@@ -112,6 +112,6 @@ def _duplicate(term: LossTerm) -> LossTerm:
         return term
     data = {name: torch.cat([rows, rows]) for name, rows in term.data.items()}
     weight = term.weight
-    return replace(
-        term, data=data, weight=torch.cat([weight] * 2) if isinstance(weight, Tensor) else weight
-    )
+    if isinstance(weight, Tensor) and weight.ndim:
+        weight = torch.cat([weight, weight])
+    return replace(term, data=data, weight=weight)
