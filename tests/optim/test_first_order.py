@@ -154,7 +154,7 @@ def test_an_optimizer_of_some_parameters_leaves_the_gradients_of_the_others():
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.Adam, "adam", kfac_star])
-def test_what_is_no_optimizer_of_torch(optimizer):
+def test_what_is_no_optimizer_of_torch(optimizer, shapes_unchecked):
     with pytest.raises(TypeError, match="must be given an optimizer of torch"):
         FirstOrder(optimizer)
 
