@@ -1,5 +1,6 @@
 """Elementwise functions: every shipped one against nested torch.func."""
 
+import itertools
 import math
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from pinncurv.jets import (
     register_rule,
     seed,
 )
+from pinncurv.jets.functions import sinc
 from tests.jets.layouts import BASIS, CASES, channels, check
 
 
@@ -64,6 +66,12 @@ SMOOTH = {
     "celu": nn.CELU(0.5),
     "softsign": nn.Softsign(),
     "hardswish": nn.Hardswish(),
+    "asin": lambda x: torch.asin(0.3 * x),
+    "acos": lambda x: torch.acos(0.3 * x),
+    "log2": torch.log2,
+    "log10": torch.log10,
+    "exp2": torch.exp2,
+    "sinc": lambda x: torch.sinc(0.7 * x),
     "power_0": lambda x: x**0,
     "power_1": lambda x: x**1,
     "power_2": lambda x: x**2,
@@ -100,6 +108,8 @@ PIECEWISE_LINEAR = {
 
 POSITIVE_ONLY = (
     "log",
+    "log2",
+    "log10",
     "log1p",
     "sqrt",
     "rsqrt",
@@ -118,6 +128,13 @@ def test_smooth_functions(name, around):
     """Values, derivatives, their gradients and a second differentiation, on both signs."""
     case = CASES["two_sums"]
     check(case, SMOOTH[name], channels(case, 2, around=around), double=around == 0.4)
+
+
+def test_sinc_at_zero():
+    """Where torch's own derivatives end: Σ (-1)^n (π x)^2n / (2n + 1)!."""
+    received = list(itertools.islice(sinc(torch.zeros((), dtype=torch.float64)), 7))
+    expected = (1, 0, -(math.pi**2) / 3, 0, math.pi**4 / 5, 0, -(math.pi**6) / 7)
+    torch.testing.assert_close(torch.stack(received), torch.tensor(expected).double())
 
 
 @pytest.mark.parametrize("layout", CASES)
@@ -265,15 +282,15 @@ def test_exponent_that_requires_grad_raises():
 
 
 def test_derivatives_that_end_too_early_raise():
-    @register_elementwise(torch.exp2)
-    def exp2(x):
-        yield torch.exp2(x)
-        yield math.log(2) * torch.exp2(x)
+    @register_elementwise(torch.lgamma)
+    def lgamma(x):
+        yield torch.lgamma(x)
+        yield torch.digamma(x)
 
     layout = Layout(BASIS, (Contraction((0, 1, 2)),))
-    torch.exp2(seed(torch.zeros(2, 3, dtype=torch.float64), Layout(BASIS)))
-    with pytest.raises(NotImplementedError, match=r"exp2 must be registered up to order 2"):
-        torch.exp2(seed(torch.zeros(2, 3, dtype=torch.float64), layout))
+    torch.lgamma(seed(torch.ones(2, 3, dtype=torch.float64), Layout(BASIS)))
+    with pytest.raises(NotImplementedError, match=r"lgamma must be registered up to order 2"):
+        torch.lgamma(seed(torch.ones(2, 3, dtype=torch.float64), layout))
 
 
 @pytest.mark.parametrize(
