@@ -7,6 +7,7 @@ from torch import nn
 
 from pinncurv.curvature import KFAC, Objective, coverage
 from pinncurv.diffops import Directional, Laplacian, SecondOrder, Value
+from pinncurv.linearization import linearize
 from pinncurv.linops import Damped
 from pinncurv.optim import CurvatureOptimizer
 from pinncurv.presets import kfac_star
@@ -82,6 +83,14 @@ MISTAKES = {
     "class as curvature": (lambda: optimizer(curvature=KFAC), r"class KFAC\. Write KFAC\("),
     "class as inverse": (lambda: optimizer(inverse=Damped), r"class Damped\. Write Damped\("),
     "number as inverse": (lambda: optimizer(inverse=1e-3), r"Damped\(1e-3\), got float"),
+    "model as parameters": (
+        lambda: CurvatureOptimizer(mlp(), KFAC(), Damped(1e-3)),
+        r"got Sequential\. Pass objective\.parameters\(\)",
+    ),
+    "order of arguments": (
+        lambda: linearize(mlp(), term(), torch.rand(3, 2)),
+        r"got Sequential\. Write linearize\(term, model, x\)",
+    ),
     "step size": (lambda: optimizer(step_size=0.1), r"optim\.FixedStep\(0\.1\), got float"),
     "momentum": (lambda: optimizer(momentum=0.9), r"optim\.HeavyBall\(0\.9\), got float"),
     "damping rule": (lambda: optimizer(damping_rule=2), r"optim\.LevenbergMarquardt\(\), got int"),

@@ -91,6 +91,11 @@ class CurvatureOptimizer(Optimizer):
         max_halvings: int | None = None,
         lr: float = 1.0,
     ) -> None:
+        if hasattr(params, "parameters"):
+            raise TypeError(
+                "An optimizer must be given the trained tensors, which are those of the objective, "
+                f"got {type(params).__name__}. Pass objective.parameters()."
+            )
         check_part("curvature", curvature, "KFAC()", "__call__")
         check_part("inverse", inverse, "Damped(1e-3)", "damping", "__call__")
         check_part("step_size", step_size, "optim.FixedStep(0.1)", "propose")
