@@ -10,10 +10,12 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from pinncurv.curvature import Objective
+from pinncurv.curvature import KFAC, Jacobian, Objective
 from pinncurv.diffops import Laplacian, SecondOrder, Value, evaluate
 from pinncurv.jets import Contraction, Layout, register_elementwise, register_rule, seed
 from pinncurv.linearization import linearize
+from pinncurv.linops import Damped
+from pinncurv.optim import CurvatureOptimizer
 from pinncurv.problems import Fixed, LossTerm
 from tests.networks import points
 
@@ -126,6 +128,31 @@ def checkpointed(net, h):
 )
 def test_trained_as_torch(use):
     agrees(Between(use=use))
+
+
+class Checkpointed(nn.Module):
+    """Runs a network once more in the backward pass: all of it, or what is behind a layer."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.LayerNorm(4), nn.Linear(4, 2))
+        self.part = part
+        self.double()
+
+    def forward(self, x):
+        first, second = self.net[: self.part], self.net[self.part :]
+        return checkpoint(second, first(x), use_reentrant=False)
+
+
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_a_checkpointed_network_is_linearized_as_without(part):
+    model = Checkpointed(part)
+    term = LossTerm(TERM.operators, lambda x, u, u_xx: u_xx + u**2, points=Fixed(X))
+    objectives = [Objective(net, [term], [X]) for net in (model, model.net)]
+    received, expected = (Jacobian()(each.linearize()).to_dense() for each in objectives)
+    torch.testing.assert_close(received, expected)
+    optimizer = CurvatureOptimizer(model.parameters(), KFAC(), Damped(1e-3))
+    assert optimizer.step(objectives[0]).accepted
 
 
 class Square(torch.autograd.Function):

@@ -226,16 +226,13 @@ def test_function_without_a_rule_names_itself_the_module_and_the_remedy(culprit,
 
 
 def test_the_remedy_works():
-    @register_rule(torch.cumprod)
-    def cumprod(input, dim):
-        parts = [input[:, 0]]
-        for i in range(1, input.shape[dim]):
-            parts.append(parts[-1] * input[:, i])
-        return torch.stack(parts, -1)
+    @register_rule(torch.diff)
+    def diff(input, *, dim):
+        return input[:, 1:] - input[:, :-1]
 
     case = CASES["two_sums"]
-    check(case, lambda x: torch.cumprod(x, 1), channels(case, 3))
-    check(case, lambda x: x.cumprod(1), channels(case, 3))
+    check(case, lambda x: torch.diff(x, dim=1), channels(case, 3))
+    check(case, lambda x: x.diff(dim=1), channels(case, 3))
 
 
 def test_errors_name_the_model_itself():

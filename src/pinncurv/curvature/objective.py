@@ -22,6 +22,7 @@ from pinncurv.linearization import (
     Visitor,
     bind,
     network_state,
+    plain_network,
     visit_all,
 )
 from pinncurv.linops import all_finite
@@ -209,7 +210,8 @@ class Objective:
         chunk_size: int | None = None,
         check: bool = True,
     ) -> None:
-        self.model = model
+        _check_are_terms(terms)
+        self.model = plain_network(model)
         self.terms = tuple(terms)
         self.points = tuple(points)
         self.chunk_size = chunk_size
@@ -240,9 +242,15 @@ class Objective:
             chunk_size: How many points to process at a time; None for all.
             check: Whether to compare the derivatives of the network with reverse mode once.
         """
-        chosen = terms.terms if isinstance(terms, Problem) else tuple(terms)
+        chosen = terms.terms if isinstance(terms, Problem) else terms
         _check_are_terms(chosen)
-        like = next(model.parameters())
+        model = plain_network(model)
+        like = next(model.parameters(), torch.empty(0))
+        if not isinstance(generator, torch.Generator | None):
+            raise TypeError(
+                f"Points are drawn by a torch.Generator, got {type(generator).__name__}. Write "
+                "torch.Generator().manual_seed(0)."
+            )
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         points = [term.points.sample(generator, like.dtype, like.device) for term in chosen]
         return cls(model, chosen, points, chunk_size, check)
@@ -354,7 +362,6 @@ def _sum(parts: Iterator[Tensor]) -> Tensor:
 
 def _check_terms(terms: Sequence[LossTerm], points: Sequence[Tensor]) -> None:
     """Check that there are terms, each with a name of its own and points."""
-    _check_are_terms(terms)
     names = [term.name for term in terms]
     if not names or len(names) != len(points):
         raise ValueError(
@@ -365,12 +372,17 @@ def _check_terms(terms: Sequence[LossTerm], points: Sequence[Tensor]) -> None:
         raise ValueError(f"The names of the terms must differ, got {names}. Rename them.")
 
 
-def _check_are_terms(terms: Sequence[object]) -> None:
+def _check_are_terms(terms: object) -> None:
     """Check that terms are declared, not functions that differentiate by themselves.
 
     Raises:
         TypeError: If one is no LossTerm.
     """
+    if not isinstance(terms, Sequence):
+        raise TypeError(
+            f"The terms must be a list of pinncurv.LossTerm, got {type(terms).__name__}. Write "
+            "[term] for a single one."
+        )
     for term in terms:
         if not isinstance(term, LossTerm):
             raise TypeError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import string
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -98,7 +99,7 @@ def batch_norm(
         raise NotImplementedError(
             "Batch normalization must use running statistics, since statistics over the points "
             f"make every residual depend on all of them (in {calling_module()}). Call model.eval(),"
-            " or use LayerNorm."
+            " for which the layer needs track_running_stats=True, or use LayerNorm."
         )
     result = input - _on_channels(running_mean, input)
     result = result * _on_channels((running_var + eps).rsqrt(), input)
@@ -360,6 +361,44 @@ register_rule(torch.min)(_extreme(minimum, amin, torch.argmin, torch.return_type
 def cumsum(input: Jet, dim: int) -> Jet:
     """Cumulative sums along an axis."""
     return input.like(input.channels.cumsum(free_dim(input, dim, "cumsum")))
+
+
+@register_rule(torch.cumprod)
+def cumprod(input: Value, dim: int) -> Value:
+    """The products of the first entries along an axis, slice by slice."""
+    slices = list(input.unbind(dim))
+    for i in range(1, len(slices)):
+        slices[i] = slices[i - 1] * slices[i]
+    return torch.stack(slices, dim)
+
+
+@register_rule(torch.hypot)
+def hypot(input: Value, other: Value) -> Value:
+    """sqrt(x² + y²)."""
+    return (input * input + other * other).sqrt()
+
+
+@register_rule(torch.atan2, torch.arctan2)
+def atan2(input: Value, other: Value) -> Value:
+    """The angle of (other, input): atan of a quotient below one, plus a constant."""
+    y, x = (v.value if isinstance(v, Jet) else v for v in (input, other))
+    steep = y.abs() > x.abs()
+    angle: Any = torch.atan(torch.where(steep, -other, input) / torch.where(steep, input, other))
+    return angle + (torch.atan2(y, x) - angle.value).detach()
+
+
+@register_rule(torch.tensordot)
+def tensordot(a: Value, b: Value, dims: Any = 2, out: None = None) -> Value:
+    """Sum over pairs of axes, the last of a and the first of b if their number is given."""
+    if isinstance(dims, int):
+        dims = range(a.ndim - dims, a.ndim), range(dims)
+    pairs = [[i % v.ndim for i in axes] for axes, v in zip(dims, (a, b), strict=True)]
+    first, second = string.ascii_letters[: a.ndim], list(string.ascii_letters[a.ndim :][: b.ndim])
+    for i, j in zip(*pairs, strict=True):
+        second[j] = first[i]
+    kept = [c for i, c in enumerate(first) if i not in pairs[0]]
+    kept += [c for j, c in enumerate(second) if j not in pairs[1]]
+    return torch.einsum(f"{first},{''.join(second)}->{''.join(kept)}", a, b)
 
 
 @register_rule(torch.var)

@@ -271,7 +271,7 @@ def register_elementwise(
             yield from (sin, cos, -sin, -cos)
 
     Args:
-        functions: The torch functions that the derivatives are for.
+        functions: The functions that the derivatives are for, as ``register_rule`` takes them.
         piecewise_linear: The second derivative is zero almost everywhere: a second-order
             operator on such a function warns once.
 

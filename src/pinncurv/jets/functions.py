@@ -150,6 +150,21 @@ def _power_of_one_plus_square(x: Tensor, exponent: float) -> Iterator[Tensor]:
     return _compose(_power_derivatives(1 + x * x, exponent), inner)
 
 
+@register_elementwise(torch.asin, torch.arcsin)
+def asin(x: Tensor) -> Iterator[Tensor]:
+    """asin: f' = 1 / sqrt(1 - x²)."""
+    yield torch.asin(x)
+    inner = (-2 * x, torch.full_like(x, -2.0))
+    yield from _compose(_power_derivatives(1 - x * x, -0.5), inner)
+
+
+@register_elementwise(torch.acos, torch.arccos)
+def acos(x: Tensor) -> Iterator[Tensor]:
+    """π/2 - asin x."""
+    for order, derivative in enumerate(asin(x)):
+        yield torch.acos(x) if order == 0 else -derivative
+
+
 @register_elementwise(torch.expm1, torch.special.expm1)
 def expm1(x: Tensor) -> Iterator[Tensor]:
     """exp x - 1."""
@@ -177,6 +192,48 @@ def log(x: Tensor) -> Iterator[Tensor]:
     """log x, 1/x, -1/x², ..."""
     yield torch.log(x)
     yield from _power_derivatives(x, -1.0)
+
+
+@register_elementwise(torch.log2)
+def log2(x: Tensor) -> Iterator[Tensor]:
+    """log x / log 2."""
+    yield torch.log2(x)
+    for derivative in _power_derivatives(x, -1.0):
+        yield derivative / math.log(2)
+
+
+@register_elementwise(torch.log10)
+def log10(x: Tensor) -> Iterator[Tensor]:
+    """log x / log 10."""
+    yield torch.log10(x)
+    for derivative in _power_derivatives(x, -1.0):
+        yield derivative / math.log(10)
+
+
+@register_elementwise(torch.exp2, torch.special.exp2)
+def exp2(x: Tensor) -> Iterator[Tensor]:
+    """2^x: f' = log 2 f."""
+    f = torch.exp2(x)
+    for order in count():
+        yield f * math.log(2) ** order
+
+
+@register_elementwise(torch.sinc, torch.special.sinc)
+def sinc(x: Tensor) -> Iterator[Tensor]:
+    """sin(πx) / (πx): x f^(k) + k f^(k-1) = (sin(πx) / π)^(k), near zero by its power series."""
+    f = torch.sinc(x)
+    yield f
+    near = x.abs() < 1
+    far = torch.where(near, 1.0, x)
+    inner = torch.where(near, x, 0.0)
+    sine, cosine = torch.sin(math.pi * far), torch.cos(math.pi * far)
+    for order, numerator in enumerate(cycle((cosine, -sine, -cosine, sine)), 1):
+        f = (math.pi ** (order - 1) * numerator - order * f) / far
+        series = torch.zeros_like(x)
+        for n in range(20, (order + 1) // 2 - 1, -1):  # Horner's rule, in x²
+            c = (-1) ** n * math.pi ** (2 * n) / math.factorial(2 * n + 1) * math.perm(2 * n, order)
+            series = series * inner * inner + c
+        yield torch.where(near, series * inner ** (order % 2), f)
 
 
 @register_elementwise(torch.reciprocal)

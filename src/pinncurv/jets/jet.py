@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,54 @@ _RULES: dict[Any, Rule] = {}
 _IMPLIED: set[Any] = set()
 
 
+def dispatched(function: TorchFunction) -> TorchFunction:
+    """Make a function of one's own one that can have a rule.
+
+    What is returned acts on jets by the rule that is registered for it, and otherwise as before. It
+    is what a network must call:
+
+        @dispatched
+        def my_function(x): ...
+
+    Args:
+        function: A function of tensors, such as the ``apply`` of a ``torch.autograd.Function``.
+    """
+
+    @functools.wraps(function)
+    def by_rule(*args: Any, **kwargs: Any) -> Any:
+        given = [*args, *kwargs.values()]
+        given += [part for each in given if isinstance(each, list | tuple) for part in each]
+        if any(isinstance(each, Jet) for each in given):
+            return apply_rule(by_rule, args, kwargs)
+        return function(*args, **kwargs)
+
+    by_rule.pinncurv_dispatches = True  # type: ignore[attr-defined]
+    return by_rule
+
+
+def _check_reachable(function: Any) -> None:
+    """Check that a call with a jet asks for a rule.
+
+    Raises:
+        TypeError: If it does not.
+    """
+    code = getattr(inspect.unwrap(function) if callable(function) else None, "__code__", None)
+    asks = code is not None and "handle_torch_function" in code.co_names
+    if asks or resolve_name(function) or hasattr(function, "pinncurv_dispatches"):
+        return
+    what = getattr(function, "__name__", repr(function))
+    if isinstance(function, type) or hasattr(function, "forward"):
+        raise TypeError(
+            f"A rule must be registered for a function, got the class or module {what}. Register "
+            "the function that its forward calls."
+        )
+    raise TypeError(
+        f"A rule must be registered for a function that asks for it, but {what} is none of torch's "
+        "that do, and would run without. Decorate it with @pinncurv.jets.dispatched, or write "
+        "f = dispatched(Function.apply) for a torch.autograd.Function, and call what that returns."
+    )
+
+
 def register_rule(*functions: TorchFunction) -> Callable[[Rule], Rule]:
     """Register how torch functions act on jets.
 
@@ -29,12 +78,14 @@ def register_rule(*functions: TorchFunction) -> Callable[[Rule], Rule]:
     tensor method of the same name is registered along (``torch.sin`` and ``Tensor.sin``).
 
     Args:
-        functions: The torch functions that the rule is for.
+        functions: The functions that the rule is for: of torch, or ``dispatched``, or such that
+            call ``torch.overrides.handle_torch_function``.
 
     Returns:
         A decorator that registers the rule and returns it unchanged.
 
     Raises:
+        TypeError: If the rule would never be asked for; says how it will.
         ValueError: If a function has a rule already; names it.
     """
 
@@ -43,9 +94,10 @@ def register_rule(*functions: TorchFunction) -> Callable[[Rule], Rule]:
         if known:
             raise ValueError(
                 f"A function has one jet rule, but there is one for torch.{', torch.'.join(known)} "
-                "already. Define a function of your own, which calls handle_torch_function, and "
-                "register that."
+                "already. Define a function of your own, which is @dispatched, and register that."
             )
+        for function in functions:
+            _check_reachable(function)
         for function in functions:
             _RULES[function] = rule
             method = getattr(Tensor, getattr(function, "__name__", ""), None)
@@ -89,7 +141,7 @@ def _checked(argument: Any, function: TorchFunction) -> Any:
                 f" but torch.{public_name(function)} is called (in {calling_module()}) under "
                 "torch.no_grad(), in the forward of a torch.autograd.Function, or in a reentrant "
                 "checkpoint. Freeze layers with requires_grad_(False), cut all derivatives with "
-                "detach(), register the function with @register_elementwise, or pass "
+                "detach(), register dispatched(Function.apply) with @register_elementwise, or pass "
                 "use_reentrant=False."
             )
     elif isinstance(argument, complex) or (isinstance(argument, Tensor) and argument.is_complex()):

@@ -132,6 +132,25 @@ def repeat(input: Jet, *sizes: Any) -> Jet:
     return input.like(trailing_view(input, len(counts)).repeat(1, *counts))
 
 
+@register_rule(torch.tile)
+def tile(input: Jet, *sizes: Any, dims: Sequence[int] = ()) -> Jet:
+    """Tile the value; axes without a count stay."""
+    counts = _as_sizes(sizes) if sizes else tuple(dims)
+    return repeat(input, (1,) * (input.ndim - len(counts)) + tuple(counts))
+
+
+@register_rule(torch.roll)
+def roll(input: Jet, shifts: int | Sequence[int], dims: int | Sequence[int] | None = None) -> Jet:
+    """Shift axes of the value, what leaves at one end enters at the other."""
+    axes = [0] if dims is None else [dims] if isinstance(dims, int) else list(dims)
+    shifted = channel_dims(input, axes)
+    if 1 in shifted:
+        point_axis_mixed(input, "roll")
+    if dims is None:
+        return input.like(input.data.flatten(1).roll(shifts, 1).reshape(input.data.shape))
+    return input.like(input.data.roll(shifts, shifted))
+
+
 @register_rule(torch.flip)
 def flip(input: Jet, *axes: Any, dims: Sequence[int] = ()) -> Jet:
     """Reverse axes of the value."""

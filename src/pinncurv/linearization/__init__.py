@@ -15,6 +15,7 @@ from pinncurv.linearization.bound import (
     BoundTerm as BoundTerm,
     check_differentiable as check_differentiable,
     network_state as network_state,
+    plain_network as plain_network,
     trained_tensors as trained_tensors,
 )
 from pinncurv.linearization.chunk import Chunk as Chunk

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,44 @@ from pinncurv.linearization.part import TermPart
 from pinncurv.linearization.structure import Structure, find_structure, signature
 from pinncurv.linearization.watching import circumstances, identity
 from pinncurv.problems import LossTerm
+
+
+def plain_network(model: Any) -> Module:
+    """Return a network whose parameters can be followed: what torch.compile was called with.
+
+    Raises:
+        TypeError: If it is no network, a part of it is compiled, or a parameter is complex.
+    """
+    if not isinstance(model, Module):
+        what = model.__name__ if hasattr(model, "__name__") else type(model).__name__
+        raise TypeError(
+            f"The network must be a torch.nn.Module, whose parameters are trained, got {what}. "
+            "Write a module that owns the layers, with the function as its forward."
+        )
+    original = getattr(model, "_orig_mod", model)
+    _check_not_compiled(original)
+    for name, parameter in original.named_parameters():
+        if parameter.is_complex():
+            raise TypeError(
+                f"The parameters must be real, but {name} is {parameter.dtype}. Hold its real and "
+                "imaginary part as two parameters, and compute with them as two real layers."
+            )
+    return original
+
+
+def _check_not_compiled(module: Module) -> None:
+    """Refuse parts that torch.compile hides from jets."""
+    compiled = [
+        name or type(part).__name__
+        for name, part in module.named_modules()
+        if hasattr(part, "_orig_mod") or part._compiled_call_impl is not None
+    ]
+    if compiled:
+        raise TypeError(
+            "A network or residual must not be compiled by torch.compile, into which jets can't "
+            f"look, but these modules are: {', '.join(compiled)}. Use the modules that they were "
+            "made from, and compile after the training."
+        )
 
 
 class BoundTerm:
@@ -60,7 +99,7 @@ class BoundTerm:
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1 or None, got {chunk_size}.")
         self.term = term
-        self.model = model
+        self.model = plain_network(model)
         self.x = x
         self._terms = tuple(terms) or (term,)
         self.chunk_size = chunk_size
@@ -83,6 +122,7 @@ class BoundTerm:
         check_hooks(self.model, mine)
         if isinstance(self.term.residual, Module):
             check_hooks(self.term.residual)
+            _check_not_compiled(self.term.residual)
         own = {id(p) for p in mine.values()}
         named = trained_tensors(self.model, *self._terms)
         self.parameters = {name: p for name, p in named.items() if id(p) in own}
@@ -175,7 +215,8 @@ class BoundTerm:
                 "others. Branch on nothing that changes from call to call or with the number of "
                 "points; after a change of the network, make a new objective."
             )
-        blocks = blocks_of_pass(residual, part.scale, tape.entries, structure, self.parameters)
+        with record(structure.records_plain):  # for checkpoints, which run the forward pass again
+            blocks = blocks_of_pass(residual, part.scale, tape.entries, structure, self.parameters)
         detached = residual.detach()
         return Chunk(detached * part.scale, detached, blocks)
 

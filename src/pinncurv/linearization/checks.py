@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module, functional
-from torch.overrides import TorchFunctionMode
+from torch.nn import Module
 
 from pinncurv.jets import Derivative, Jet, agree, merge, outputs as outputs_of, seed
-from pinncurv.jets.composite import layer_norm
 from pinncurv.linearization.part import TermPart
+from pinncurv.linearization.spelled import Spelled
 from pinncurv.problems import LossTerm
 
 CHECKED_POINTS = 16  # points to look at
@@ -194,16 +192,6 @@ def _mixed(
     )
 
 
-class _Spelled(TorchFunctionMode):
-    """Writes layer_norm out: torch's own has wrong third derivatives (2.13)."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        known = (functional.layer_norm, torch.layer_norm)
-        return (layer_norm if func in known else func)(*args, **(kwargs or {}))
-
-
 def check_derivatives(part: TermPart, model: Module, parameters: Mapping[str, Tensor]) -> None:
     """Check jets through the network against reverse mode: two points, one random direction.
 
@@ -273,7 +261,7 @@ def _by_reverse_mode(
 ) -> list[Tensor]:
     """Return aᵀ u and its derivatives along w, by repeated torch.autograd.grad."""
     t = x.new_zeros((), requires_grad=True)
-    with _Spelled():
+    with Spelled():
         found = [_sum_of(weights, dict(outputs_of(model(x + t * w))))]
     for _ in range(order):
         last = found[-1]

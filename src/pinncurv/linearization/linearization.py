@@ -158,6 +158,11 @@ def bind(
     check: bool = False,
 ) -> BoundTerm:
     """Bind a term to a network and points; arguments as of ``BoundTerm``."""
+    if not isinstance(term, LossTerm):
+        raise TypeError(
+            f"What is linearized must be a LossTerm, got {type(term).__name__}. Write "
+            "linearize(term, model, x)."
+        )
     kind = BoundL2 if isinstance(term, L2) else BoundTerm
     return kind(term, model, x, chunk_size, terms, check)
 

@@ -239,11 +239,16 @@ def _reached(residual: Tensor, tape: Tape, names: Mapping[int, str], term: str) 
 def _foreign(leaf: Tensor) -> str:
     return (
         f"a tensor of shape {list(leaf.shape)} that is no parameter of the network, the residual "
-        "or an operator"
+        "or an operator (are layers in a list, not an nn.ModuleList, or is it no nn.Parameter?)"
     )
 
 
 def _uncaptured(uses: Mapping[str, str], term: str) -> UncapturedParameterError:
+    if any(user.startswith("CompiledFunction") for user in uses.values()):
+        return UncapturedParameterError(
+            f"Term '{term}' must not call what torch.compile returns, into which jets can't look, "
+            f"but a compiled function uses {', '.join(uses)}. Call the function itself."
+        )
     listing = ", ".join(f"{name} (used by {user})" for name, user in uses.items())
     return UncapturedParameterError(
         f"Every trained tensor must enter term '{term}' through the network, a residual that is an "

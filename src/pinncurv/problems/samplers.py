@@ -110,6 +110,7 @@ class Fixed:
         points: The points, [n, dim]. They are not copied; a sample is a copy of them.
 
     Raises:
+        TypeError: If the points are no tensor.
         ValueError: If the points are no non-empty, finite matrix.
     """
 
@@ -117,6 +118,10 @@ class Fixed:
 
     def __post_init__(self) -> None:
         """Check the points."""
+        if not isinstance(self.points, Tensor):
+            raise TypeError(
+                f"Points must be a tensor, got {type(self.points).__name__}. Use torch.as_tensor."
+            )
         shape = tuple(self.points.shape)
         if len(shape) != 2 or 0 in shape:
             raise ValueError(
