@@ -147,8 +147,8 @@ def roll(input: Jet, shifts: int | Sequence[int], dims: int | Sequence[int] | No
     if 1 in shifted:
         point_axis_mixed(input, "roll")
     if dims is None:
-        return input.like(input.data.flatten(1).roll(shifts, 1).reshape(input.data.shape))
-    return input.like(input.data.roll(shifts, shifted))
+        return input.like(input.channels.flatten(1).roll(shifts, 1).reshape(input.channels.shape))
+    return input.like(input.channels.roll(shifts, shifted))
 
 
 @register_rule(torch.flip)

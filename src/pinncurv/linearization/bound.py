@@ -215,7 +215,7 @@ class BoundTerm:
                 "others. Branch on nothing that changes from call to call or with the number of "
                 "points; after a change of the network, make a new objective."
             )
-        with record(structure.records_plain):  # for checkpoints, which run the forward pass again
+        with record(bool(structure.plain)):  # for checkpoints, which run the forward pass again
             blocks = blocks_of_pass(residual, part.scale, tape.entries, structure, self.parameters)
         detached = residual.detach()
         return Chunk(detached * part.scale, detached, blocks)
