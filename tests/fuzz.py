@@ -349,11 +349,12 @@ def make(seed: int) -> Case:
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     order = rng.choices((0, 1, 2, 3, 4), (1, 7, 9, 2, 1))[0]
     d = rng.randint(1, 3 if order < 3 else 2)
-    names = iter([NAMES[(4 * seed + i) % len(NAMES)] for i in range(6)])
+    names = iter([NAMES[(3 * seed + i) % len(NAMES)] for i in range(5)])
     model = Program(rng, generator)
-    sizes = [rng.choice((1, 1, 2, 3)) for _ in range(rng.choices((1, 2), (2, 1))[0])]
+    most = 3 if order < 2 else 2  # nested oracles are slow
+    sizes = [min(rng.choice((1, 1, 2, 3)), most) for _ in range(rng.choices((1, 2), (2, 1))[0])]
     batch = [torch.rand(n, d, dtype=torch.float64, generator=generator) for n in sizes]
-    outputs = _network(model, torch.cat(batch), names, depth=4 if order < 3 else 3)
+    outputs = _network(model, torch.cat(batch), names, depth=3 if order < 3 else 2)
     orders = (order, min(order, 1))  # one is enough to be slow
     terms = [
         _term(f"t{k}", x, outputs, orders[k], rng, generator, names) for k, x in enumerate(batch)
@@ -531,6 +532,8 @@ def _operator(
 def check(case: Case) -> None:
     """Compare residual, loss, gradient and Gauss-Newton matrix with nested torch.func.
 
+    The objective's own check, and the ways that differentiate once more, take turns.
+
     Raises:
         Exception: If they differ, or the case is refused; with the case as a note.
     """
@@ -549,16 +552,19 @@ def _check(case: Case) -> None:
     r = torch.cat([row.flatten() for row in rows])
     G, g = J.T @ J, J.T @ r
     v = torch.randn(len(g), 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    objective = Objective(model, terms, case.points, case.chunk_size)
+    turn = case.seed % 4
+    objective = Objective(model, terms, case.points, case.chunk_size, check=turn == 0)
     linearized = objective.linearize()
     for received, row in zip(linearized.residual, rows, strict=True):
         oracles.assert_close(received, row)
-    oracles.assert_close(objective.loss().detach(), 0.5 * r @ r)
     oracles.assert_close(_flat(linearized.gradient()), g)
-    objective.backward()
-    oracles.assert_close(_flat(p.grad for p in objective.parameters()), g)
     oracles.assert_close(GaussNewton()(linearized).to_dense(), G)
-    oracles.assert_close(MatrixFreeGaussNewton()(linearized) @ v, G @ v)
+    if turn % 2:
+        oracles.assert_close(objective.loss().detach(), 0.5 * r @ r)
+        objective.backward()
+        oracles.assert_close(_flat(p.grad for p in objective.parameters()), g)
+    else:
+        oracles.assert_close(MatrixFreeGaussNewton()(linearized) @ v, G @ v)
 
 
 def _exact(

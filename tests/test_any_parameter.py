@@ -278,6 +278,52 @@ def test_number_of_channels(operators, d, S):
     assert Plan.of(named, points(2, d)).layout.S == S
 
 
+class Regularizer(nn.Module):
+    """A residual of trained tensors alone."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.factors = nn.Parameter(torch.tensor([0.3, -0.7], dtype=torch.float64))
+        self.layer, self.function = nn.Linear(2, 3).double(), function
+
+    def forward(self, x, u):
+        return self.function(self, x)
+
+
+REGULARIZERS = {
+    "number": lambda r, x: r.factors.prod().expand(len(x)),
+    "vector": lambda r, x: (r.factors - 1).expand(len(x), 2),
+    "layer": lambda r, x: r.layer(r.factors).sin().repeat(len(x), 1),
+    "at_the_points": lambda r, x: torch.linspace(0, 1, 3).double()[: len(x), None] * r.factors,
+}
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+@pytest.mark.parametrize("name", REGULARIZERS)
+def test_residuals_of_parameters_alone(name, chunk_size):
+    regularizer = Regularizer(REGULARIZERS[name])
+    if name != "layer":
+        regularizer.layer.requires_grad_(False)
+    terms = [
+        TERMS["first"](),
+        LossTerm({"u": Value()}, regularizer, Fixed(points()[:3]), name="reg"),
+    ]
+    batch, model = [points(), points()[:3]], build("slopes")
+    J = torch.cat(
+        [oracles.jacobian(t, model, x, *terms) for t, x in zip(terms, batch, strict=True)]
+    )
+    if name == "at_the_points":  # rows are told apart by their place
+        with pytest.raises(ValueError, match=r"'reg': every row .* its own point only"):
+            Objective(model, terms, batch, chunk_size)
+        return
+    objective = Objective(model, terms, batch, chunk_size)
+    linearized = objective.linearize()
+    oracles.assert_close(GaussNewton()(linearized).to_dense(), J.T @ J)
+    wanted = torch.autograd.grad(objective.loss(), objective.parameters())
+    for received, expected in zip(linearized.gradient(), wanted, strict=True):
+        oracles.assert_close(received, expected)
+
+
 # --- refusals -------------------------------------------------------------------------------------
 
 

@@ -1,9 +1,15 @@
 """What is promised about residuals, networks and points is checked, or followed, never assumed."""
 
+import array as arrays
+import copy
 import functools
 import math
+import pickle
 import time
 import types
+from collections import deque
+from contextvars import ContextVar
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -11,8 +17,9 @@ import torch
 from torch import nn
 
 from pinncurv.curvature import Objective
-from pinncurv.diffops import Directional, Laplacian, SecondOrder, Value
+from pinncurv.diffops import Directional, Laplacian, Partial, SecondOrder, Value
 from pinncurv.linearization import bound, linearize
+from pinncurv.linearization.watching import circumstances
 from pinncurv.presets import kfac_star, levenberg_marquardt
 from pinncurv.problems import Box, Fixed, LossTerm, Product, SpaceTimeBox, Union
 
@@ -62,6 +69,72 @@ def test_residual_that_mixes_points(residual, n):
         Objective(_network(), [_term(residual, n)], [_points(n)])
     with pytest.raises(ValueError, match="Term 'term'"):
         linearize(_term(residual, n), _network(), _points(n))
+
+
+def _single(seed):
+    """A network in single precision, which rounds otherwise for each number of points."""
+    torch.manual_seed(seed)
+    layers = [nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 1)]
+    return nn.Sequential(*layers), torch.rand(N, 2)
+
+
+AMPLIFIED = {
+    "value": lambda x, u, lap: torch.sin(1e5 * u),
+    "laplacian": lambda x, u, lap: torch.sin(1e4 * lap) + u,
+    "product": lambda x, u, lap: torch.sin(1e5 * (x @ torch.rand(2, 1).fill_(0.7))) * u + lap,
+    "difference": lambda x, u, lap: 1e6 * (u - u.detach()),
+}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("residual", AMPLIFIED.values(), ids=AMPLIFIED)
+def test_rounding_that_a_residual_amplifies_is_no_mixing(residual, seed):
+    model, x = _single(seed)
+    operators = {"u": Value(), "lap": Laplacian(), "u_v": Directional(torch.rand(N, 2))}
+    term = _term(
+        lambda x, u, lap, u_v, y: residual(x, u, lap) + u_v * y,
+        operators=operators,
+        data={"y": torch.rand(N, 1)},
+    )
+    Objective(model, [term], [x])
+
+
+@pytest.mark.parametrize("mixing", [*MIXING, "a little", "inside"])
+@pytest.mark.parametrize("seed", range(2))
+def test_mixing_shows_among_amplified_rounding(mixing, seed):
+    model, x = _single(seed)
+    mixes = {
+        **MIXING,
+        "a little": lambda x, u, lap: 0.03 * u.sum(),
+        "inside": lambda x, u, lap: torch.sin(1e5 * (u - u.mean())),
+    }[mixing]
+    for residual in (
+        lambda x, u, lap: torch.sin(1e5 * u) + mixes(x, u, lap),
+        lambda x, u, lap: torch.sin(1e5 * (x @ torch.ones(2, 1))) + mixes(x, u, lap),
+    ):
+        with pytest.raises(ValueError, match=r"own point only|broadcast|any block of the points"):
+            Objective(model, [_term(residual)], [x])
+
+
+class Amplifying(nn.Module):
+    """A network that amplifies its own rounding, and may mix points."""
+
+    def __init__(self, net, scale=0.0):
+        super().__init__()
+        self.net, self.scale = net, scale
+
+    def forward(self, x):
+        shift = self.scale * (x[:, :1] > 0.5).to(x.dtype).sum()
+        return torch.sin(5e4 * self.net(x)) + shift
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rounding_that_a_network_amplifies_is_no_mixing(seed):
+    model, x = _single(seed)
+    term = _term(lambda x, u: u, operators={"u": Value()})
+    Objective(Amplifying(model), [term], [x])
+    with pytest.raises(ValueError, match="already the values of 'u' at points"):
+        Objective(Amplifying(model, 0.01), [term], [x])
 
 
 def test_rows_that_mix_are_named():
@@ -141,6 +214,44 @@ def test_good_residuals_pass():
         Objective(_network(), [_term(residual)], [_points()])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [5, 9, 13])
+def test_large_derivatives_that_cancel_are_no_mixing(n, dtype):
+    """Their rounding depends on the number of points."""
+    torch.manual_seed(0)
+    layers = nn.Linear(2, 33), nn.Tanh(), nn.Linear(33, 33), nn.Tanh(), nn.Linear(33, 1)
+    model, x = nn.Sequential(*layers).to(dtype), _points(n).to(dtype)
+    with torch.no_grad():
+        model[-1].weight.mul_(1e6)
+    operators = {"lap": Laplacian(), "xx": Partial(0, 0), "yy": Partial(1, 1)}
+    term = LossTerm(operators, lambda x, lap, xx, yy: lap - xx - yy, Fixed(x))
+    Objective(model, [term], [x])
+
+
+def test_outputs_without_derivatives():
+    """A mask among the outputs of a network is no reason to refuse it."""
+
+    class WithMask(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = _network()
+
+        def forward(self, x):
+            return {"u": self.net(x), "inside": x[:, :1] > 0.5}
+
+    term = _term(lambda x, lap: lap - 1, operators={"lap": Laplacian(of="u")})
+    Objective(WithMask(), [term], [_points()]).linearize()
+
+
+def test_arguments_of_a_module_as_residual():
+    class Residual(nn.Module):
+        def forward(self, x, v):
+            return v
+
+    with pytest.raises(ValueError, match=r"residual\(x, u, lap\), which its signature \(x, v\)"):
+        _term(Residual())
+
+
 def test_integral_as_one_point():
     """All nodes are one point, through a network that takes several."""
 
@@ -211,8 +322,14 @@ def test_derivatives_are_compared_with_reverse_mode_once(monkeypatch):
     Objective.sample(model, [term], generator, check=False)
     Objective.sample(_network(), [term], generator, check=False)
     assert len(calls) == 1
-    Objective.sample(_network(), [term], generator)
-    assert len(calls) == 2
+    other = _network()
+    for _ in range(3):
+        for network in (model, other):
+            Objective.sample(network, [term], generator)
+            network.eval()
+            Objective.sample(network, [term], generator)
+            network.train()
+    assert len(calls) == 4  # per network and mode
 
 
 def test_function_that_torch_differentiates_otherwise():
@@ -230,9 +347,17 @@ class Settings:
         self.factor, self.nested = 1.0, {"deep": [1.0]}
 
 
+class Numbers(list):
+    """A container of one's own."""
+
+
 def _closures():
     """Return residuals with a function that changes what they depend on."""
     number, box, array = [1.0], types.SimpleNamespace(factor=1.0), np.ones(1)
+    many = dict.fromkeys(range(100), np.float64(1.0))
+    last, packed = deque([3.0, 1.0]), arrays.array("d", [1.0] * 100)
+    context, exact, own = ContextVar("factor", default=1.0), types.SimpleNamespace(), Numbers([1.0])
+    exact.factor, own.factor, item = Decimal(1), 1.0, number.__getitem__
     settings, tensor, module = Settings(), torch.ones(1, dtype=torch.float64), nn.Module()
     module.factor = 1.0
     module.forward = lambda x, u, lap: module.factor * u + lap
@@ -249,6 +374,10 @@ def _closures():
         "number": (lambda x, u, lap: factor * u + lap, lambda: rebind(2.0)),
         "function in between": (lambda x, u, lap: inner(u) + lap, lambda: rebind(2.0)),
         "list": (lambda x, u, lap: number[0] * u + lap, lambda: number.__setitem__(0, 2.0)),
+        "large dictionary": (
+            lambda x, u, lap: many[7] * u + lap,
+            lambda: many.__setitem__(7, 2.0),
+        ),
         "namespace": (
             lambda x, u, lap: box.factor * u + lap,
             lambda: setattr(box, "factor", 2.0),
@@ -258,6 +387,18 @@ def _closures():
             lambda x, u, lap: settings.nested["deep"][0] * u + lap,
             lambda: settings.nested["deep"].__setitem__(0, 2.0),
         ),
+        "deque": (lambda x, u, lap: last[-1] * u + lap, lambda: last.append(2.0)),
+        "packed": (lambda x, u, lap: packed[9] * u + lap, lambda: packed.__setitem__(9, 2.0)),
+        "context": (lambda x, u, lap: context.get() * u + lap, lambda: context.set(2.0)),
+        "decimal": (
+            lambda x, u, lap: float(exact.factor) * u + lap,
+            lambda: setattr(exact, "factor", Decimal(2)),
+        ),
+        "list with attributes": (
+            lambda x, u, lap: own.factor * u + lap,
+            lambda: setattr(own, "factor", 2.0),
+        ),
+        "method of a list": (lambda x, u, lap: item(0) * u + lap, lambda: number.insert(0, 2.0)),
         "tensor": (lambda x, u, lap: tensor * u + lap, lambda: tensor.mul_(2)),
         "module": (
             lambda x, u, lap: module.factor * u + lap,
@@ -267,6 +408,179 @@ def _closures():
 
 
 GLOBAL = 1.0
+
+
+class Inherited(nn.Module):
+    """A network that says what it does in a class of which another one is derived."""
+
+    factor = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.net = _network()
+
+    def forward(self, x):
+        return GLOBAL * Inherited.factor * self.net(x)
+
+
+class Derived(Inherited):
+    """It has no attributes of its own."""
+
+
+def _out_of_sight(monkeypatch):
+    """Return networks, fields of a term, and functions that change what the loss depends on."""
+    torch.manual_seed(5)
+    a, b = nn.Linear(4, 4).double(), nn.Linear(4, 4).double()
+    deep = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), a, nn.Tanh(), b, nn.Tanh(), a, nn.Tanh())
+    deep = deep.append(nn.Linear(4, 1)).double()
+    teacher = nn.Linear(2, 1).double().requires_grad_(False)
+    outside = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    box = types.SimpleNamespace(w=torch.ones(1, dtype=torch.float64))
+    model, hooked = _network(), _network()
+
+    def scale():
+        with torch.no_grad():
+            outside.mul_(3)
+
+    def replace_twice():  # the second tensor may get the identity of the one before the first
+        box.w = box.w * 0.5
+        box.w = box.w * 0.5
+
+    def residual(x, u, lap):
+        return u + lap - 1
+
+    ones, plain = torch.ones(N, dtype=torch.float64), {"residual": residual}
+    along = Directional(lambda x: model(x).detach() * x)
+    return {
+        "forward hook": (
+            hooked,
+            plain,
+            lambda: hooked[1].register_forward_hook(lambda module, args, out: 2 * out),
+        ),
+        "shared layers": (deep, plain, lambda: deep.__setitem__(6, b)),
+        "inherited attribute": (
+            Derived(),
+            plain,
+            lambda: monkeypatch.setattr(Inherited, "factor", 2.0),
+        ),
+        "inherited forward": (
+            Derived(),
+            plain,
+            lambda: monkeypatch.setitem(globals(), "GLOBAL", 3.0),
+        ),
+        "weight trained elsewhere": (
+            _network(),
+            {**plain, "weight": lambda x: outside.detach() * ones},
+            scale,
+        ),
+        "number trained elsewhere": (
+            _network(),
+            {"residual": lambda x, u, lap: u + lap - outside.detach()},
+            scale,
+        ),
+        "frozen network in the residual": (
+            _network(),
+            {"residual": lambda x, u, lap: u + lap - teacher(x)},
+            lambda: teacher.weight.mul_(3),
+        ),
+        "frozen network in the weight": (
+            _network(),
+            {**plain, "weight": lambda x: teacher(x)[:, 0] ** 2},
+            lambda: teacher.weight.mul_(3),
+        ),
+        "network in the weight": (
+            model,
+            {**plain, "weight": lambda x: torch.exp(model(x).detach()[:, 0])},
+            lambda: None,
+        ),
+        "network in a coefficient": (
+            model,
+            {"residual": lambda x, d: d - 1, "operators": {"d": along}},
+            lambda: None,
+        ),
+        "tensor replaced twice": (
+            _network(),
+            {"residual": lambda x, u, lap: u + lap - box.w},
+            replace_twice,
+        ),
+    }
+
+
+@pytest.mark.parametrize("kind", _out_of_sight(None))
+def test_what_a_reader_found(kind, monkeypatch):
+    """The loss and the loss of a step are those of a new objective."""
+    model, fields, change = _out_of_sight(monkeypatch)[kind]
+    objective = Objective(model, [_term(**fields)], [_points()])
+    optimizer = levenberg_marquardt(objective.parameters())
+    optimizer.step(objective)
+    change()
+    expected = float(Objective(model, objective.terms, objective.points).loss().detach())
+    assert float(objective.loss().detach()) == pytest.approx(expected, rel=1e-12)
+    assert optimizer.step(objective).loss == pytest.approx(expected, rel=1e-12)
+
+
+def test_no_object_takes_the_place_of_one_that_is_gone():
+    """Identities are used again by Python."""
+    for _ in range(50):
+        box = [torch.ones(5000)]
+        before = circumstances(box)
+        for _ in range(2):
+            box[0] = box[0] * 0.5
+        assert circumstances(box) != before
+
+
+def test_points_that_require_a_gradient():
+    """They get none, and are followed."""
+    x = _points().requires_grad_()
+    objective = Objective(_network(), [_term(lambda x, u, lap: u + lap - 1)], [x])
+    before = sum(objective.backward().values())
+    assert x.grad is None
+    objective.linearize()
+    with torch.no_grad():
+        x.mul_(0.5)
+    assert objective.loss() != before
+
+
+def test_a_network_of_another_dtype():
+    objective = Objective(_network(), [_term(lambda x, u, lap: u + lap)], [_points()])
+    objective.model.float()
+    with pytest.raises(ValueError, match="Points and network must agree in dtype and device"):
+        objective.loss()
+
+
+def test_data_with_another_number_of_components():
+    model, data = _network(), {"y": torch.ones(N, 1)}
+    term = _term(lambda x, u, lap, y: u * y, data=data)
+    objective = Objective(model, [term], [_points()])
+    term.data["y"] = torch.ones(N, 3)
+    for made in (objective, Objective(model, [term], [_points()])):
+        assert made.linearize()[0].num_components == 3
+
+
+def test_a_change_that_is_noticed_in_inference_mode():
+    """It is looked at as outside of it, since passes that are differentiated follow."""
+    weight, factor = torch.ones(N), [1.0]
+    term = _term(lambda x, u, lap: factor[0] * u, weight=weight)
+    objective = Objective(_network(), [term], [_points()])
+    before = float(objective.loss().detach())
+    weight.mul_(2)
+    factor[0] = 2.0
+    with torch.inference_mode():
+        assert float(objective.loss()) == pytest.approx(8 * before)
+    objective.linearize()
+
+
+def test_objectives_are_copied():
+    term = LossTerm({"u": Value()}, _minus_one, Fixed(_points()))
+    objective = Objective(_network(), [term], [_points()])
+    expected = objective.linearize().gradient()
+    for copied in (copy.deepcopy(objective), pickle.loads(pickle.dumps(objective))):
+        for ours, theirs in zip(copied.linearize().gradient(), expected, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def _minus_one(x, u):
+    return u - 1
 
 
 @pytest.mark.parametrize("kind", _closures())
@@ -411,6 +725,61 @@ def test_circumstances_are_the_same_while_nothing_changes():
     assert time.perf_counter() - start < 0.2
 
 
+class Training(nn.Module):
+    """A network, its residual and its training in one object, as many write it."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.history, self.epoch = _network(), [], 0
+        self.direct = self._helped = 1.0
+        self.plain = Plain()
+
+    def forward(self, x):
+        return self.direct * self.net(x)
+
+    def residual(self, x, u, lap):
+        return self._help() * u + self.plain[0] * lap + self.plain.read
+
+    def _help(self):
+        return self._helped
+
+    def train_on(self, objective):
+        self.epoch += 1
+        self.history.append(levenberg_marquardt(objective.parameters()).step(objective).loss)
+
+
+class Plain:
+    """An object that is used by an operator and a property."""
+
+    def __init__(self):
+        self._item = self._read = 1.0
+
+    def __getitem__(self, index):
+        return self._item
+
+    @property
+    def read(self):
+        return self._read
+
+
+def test_attributes_matter_that_code_uses():
+    """Others, such as a history of losses, don't make every step look at everything again."""
+    training = Training()
+    objective = Objective(training, [_term(training.residual)], [_points()])
+    before = objective.fingerprint()[-1]
+    training.train_on(objective)
+    assert objective.fingerprint()[-1] == before
+    for owner, name in (
+        (training, "direct"),
+        (training, "_helped"),
+        (training.plain, "_item"),
+        (training.plain, "_read"),
+    ):
+        before = objective.fingerprint()[-1]
+        setattr(owner, name, 2.0)
+        assert objective.fingerprint()[-1] != before
+
+
 # --- tensors per point ----------------------------------------------------------------------------
 
 DRAWING = {
@@ -470,7 +839,11 @@ def test_a_residual_that_starts_to_mix_points():
     objective = Objective.sample(_network(), [term])
     objective.linearize()
     switch["on"] = True
-    for changed in (objective.linearize, lambda: objective.resampled(torch.Generator())):
+    for changed in (
+        objective.loss,
+        objective.linearize,
+        lambda: objective.resampled(torch.Generator()),
+    ):
         with pytest.raises(ValueError, match="own point only"):
             changed()
 
@@ -580,3 +953,16 @@ def test_points_on_kinks_are_no_reason_to_refuse():
 @pytest.mark.parametrize("n", [2, 3, 4])
 def test_squeeze_is_accepted(n):
     Objective(_network(), [_term(lambda x, u, lap: u.squeeze() - 1, n)], [_points(n)])
+
+
+def test_chunks_that_are_recomputed_notice_another_number():
+    factor = [1.0]
+    box = Box.unit(2)
+    term = LossTerm({"u": Value()}, lambda x, u: factor[0] * u, box.interior(6))
+    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)).double()
+    linearized = Objective.sample(model, [term], chunk_size=2).linearize()
+    gradient = linearized.gradient()
+    factor[0] = 2.0
+    vector = torch.cat([g.flatten() for g in gradient])
+    with pytest.raises(RuntimeError, match="numbers that functions use"):
+        linearized.jacobian @ vector

@@ -187,6 +187,38 @@ def test_networks_to_order_four(kind):
         oracles.assert_close(parameter.grad, wanted[name])
 
 
+ELEMENTARY = {
+    "asin": torch.asin,
+    "acos": torch.acos,
+    "log2": lambda h: torch.log2(2 + h),
+    "log10": lambda h: torch.log10(2 + h),
+    "exp2": torch.exp2,
+    "sinc": lambda h: torch.sinc(2 * h),
+    "hypot": lambda h: torch.hypot(h, h.flip(1) + 2),
+    "atan2": lambda h: torch.atan2(h, h.flip(1)),
+    "cumprod": lambda h: torch.cumprod(h, 1),
+    "tensordot": lambda h: torch.tensordot(h.sin(), A[:2], 1),
+    "roll": lambda h: h.roll(1, 1) * h,
+    "tile": lambda h: h.tile(2) ** 2,
+}
+
+
+@pytest.mark.parametrize("name", ELEMENTARY)
+def test_functions_to_order_four(name):
+    """Of one variable after another, by nested torch.autograd of each entry."""
+    x = points(3, 2)
+
+    def network(x):
+        return ELEMENTARY[name](torch.tanh(x @ A[:2, :2]))
+
+    received = evaluate(HIGH, network, x)
+    rows = [
+        oracles.operator_values(HIGH, lambda p: network(p[None])[0], p, n) for n, p in enumerate(x)
+    ]
+    for operator in HIGH:
+        oracles.assert_close(received[operator], torch.stack([row[operator] for row in rows]))
+
+
 def test_nested_derivatives_of_layer_norm():
     """Why the oracle writes LayerNorm out: torch's own disagrees with itself. Here we agree."""
     model, x = kinds.build("layer_norm"), points(1)

@@ -6,12 +6,15 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.overrides import handle_torch_function, has_torch_function_unary
+from torch.utils.checkpoint import checkpoint
 
 from pinncurv.curvature import KFAC, DiagonalGaussNewton, GaussNewton, MatrixFreeGaussNewton
 from pinncurv.curvature.hessian import Hessian
 from pinncurv.diffops import Derivative, DifferentialOperator, Laplacian, Value
 from pinncurv.jets import register_elementwise, register_rule
+from pinncurv.linearization.spelled import Spelled
 from pinncurv.linops import DenseLinearOperator, SymmetricLinearOperator
 from pinncurv.problems import Fixed, LossTerm
 from pinncurv.verification import (
@@ -78,7 +81,7 @@ def test_a_whole_problem():
     assert all(map(torch.equal, model.parameters(), before))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert len(report.checks) > 50
-    assert str(report).endswith("all checks passed")
+    assert str(report).endswith("all checks passed, but 1 skipped")
 
 
 @pytest.mark.parametrize("kind", ["repeated", "fourier", "tokens", "no_bias"])
@@ -242,8 +245,8 @@ def scaled_product(x: Tensor, y: Tensor) -> Tensor:
 @register_rule(scaled_product)
 def without_mixed_term(x, y):
     """The product rule of a novice: (ab)'' = a'' b + a b''."""
-    data = x.data * y.data[:1] + x.data[:1] * y.data
-    data[0] = x.data[0] * y.data[0]
+    data = x.channels * y.channels[:1] + x.channels[:1] * y.channels
+    data[0] = x.channels[0] * y.channels[0]
     return x.like(data)
 
 
@@ -450,6 +453,70 @@ def test_curvature_on_other_parameters():
     assert "acts on [[25]], the parameters are [[3, 2]" in message(report, "trainable parameters")
 
 
+# --- what torch cannot ---
+
+
+class Between(nn.Module):
+    """Calls a function between two layers."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.first, self.function, self.last = nn.Linear(2, 6), function, nn.Linear(6, 1)
+
+    def forward(self, x):
+        return self.last(self.function(torch.tanh(self.first(x))))
+
+
+def attention(h, **options):
+    h = h.view(-1, 1, 3, 2)
+    return functional.scaled_dot_product_attention(h, h.sin(), h, **options).flatten(1)
+
+
+MASK = torch.tensor([[1, 1, 0], [1, 1, 1], [0, 1, 1]]).bool()
+SPELLED = {
+    "LayerNorm": nn.LayerNorm(6),
+    "GroupNorm": nn.GroupNorm(2, 6),
+    "attention": attention,
+    "causal": lambda h: attention(h, is_causal=True, scale=0.7),
+    "mask": lambda h: attention(h, attn_mask=MASK),
+    "added mask": lambda h: attention(h, attn_mask=MASK.double()),
+    "normalize": lambda h: functional.normalize(h, dim=1),
+    "norm": lambda h: h / h.norm(dim=1, keepdim=True),
+    "linalg.norm": lambda h: h / torch.linalg.norm(h, dim=1, keepdim=True),
+    "vector_norm": lambda h: h / torch.linalg.vector_norm(h, 4, 1, True),
+    "cosine": lambda h: h * functional.cosine_similarity(h, h.sin(), dim=1)[:, None],
+    "std": lambda h: h / h.std(1, keepdim=True),
+}
+
+
+@pytest.mark.parametrize("function", SPELLED)
+@pytest.mark.filterwarnings("ignore:The second derivative of abs")  # of a norm that takes |x|
+def test_what_torch_differentiates_wrongly_or_not_at_all(function):
+    torch.manual_seed(0)
+    report = verify_network(Between(SPELLED[function]), points())
+    assert all(check.passed for check in report.checks), str(report)
+
+
+@pytest.mark.parametrize("function", SPELLED)
+def test_what_is_written_out_has_the_right_values(function):
+    torch.manual_seed(0)
+    model, x = Between(SPELLED[function]).double(), points()
+    with Spelled():
+        written_out = model(x)
+    torch.testing.assert_close(written_out, model(x), rtol=1e-12, atol=0)
+
+
+def test_where_brute_force_cannot_the_check_is_skipped():
+    """Non-reentrant checkpoints set hooks, which torch.func refuses."""
+    model = Between(lambda h: checkpoint(torch.sin, h, use_reentrant=False))
+    report = verify(model, [TERMS["poisson"]], [points()], GaussNewton(), exact=gauss_newton)
+    report.raise_if_failed()
+    skipped = {check.name for check in report.checks if check.passed is None}
+    assert "network: Jacobian in every parameter" in skipped
+    assert "curvature: is the right matrix" in skipped
+    assert "not checked: brute force raised RuntimeError: torch.func" in str(report)
+
+
 # --- nothing raises -------------------------------------------------------------------------------
 
 
@@ -475,7 +542,7 @@ def test_report():
         "ok       1.0e-12 <= 1e-09  a: b",
         "skipped                    a: d",
         "                           pass more",
-        "all checks passed",
+        "all checks passed, but 1 skipped",
     ]
     report += Report((bad,))
     assert not report.passed

@@ -11,11 +11,15 @@ from torch import nn
 from pinncurv.curvature import (
     KFAC,
     MatrixFreeGaussNewton,
+    Objective,
     ParameterSpace,
     gauss_newton_diagonal,
 )
+from pinncurv.diffops import Value
 from pinncurv.linearization import linearize
-from pinncurv.problems import poisson2d
+from pinncurv.linops import Damped
+from pinncurv.optim import CurvatureOptimizer
+from pinncurv.problems import Fixed, LossTerm, poisson2d
 from tests import oracles
 from tests.networks import build, points
 
@@ -79,3 +83,36 @@ def test_cg_inverse_of_curvlinops(regression):
     )
     theirs = curvlinops.CGInverseLinearOperator(ours + shift, eps=0, tolerance=1e-12, max_iter=500)
     oracles.assert_close(ours.inverse(damping) @ b, theirs @ b, rtol=1e-8)
+
+
+@pytest.mark.parametrize("kind", ["GGN", "Hessian", "KFAC", "EF"])
+def test_curvlinops_operators_as_curvature_of_a_step(kind):
+    model, x, y = build("tanh"), points(20), points(20, seed=1)[:, :1]
+    loss, batches = nn.MSELoss(), [(x, y)]
+    operator = getattr(curvlinops, f"{kind}LinearOperator")
+
+    def curvature(linearizations):
+        return operator(model, loss, list(model.parameters()), batches)
+
+    term = LossTerm({"u": Value()}, lambda x, u, y: u - y, Fixed(x), data={"y": y})
+    optimizer = CurvatureOptimizer(model.parameters(), curvature, Damped(1.0))
+    record = optimizer.step(Objective(model, [term], [x]))
+    assert record.accepted
+    assert record.new_loss < record.loss
+
+
+def test_curvlinops_matrix_leads_to_the_same_step():
+    x, y, losses = points(20), points(20, seed=1)[:, :1], []
+    term = LossTerm({"u": Value()}, lambda x, u, y: u - y, Fixed(x), data={"y": y})
+    for theirs in (True, False):
+        model = build("tanh")
+        operator = curvlinops.GGNLinearOperator(
+            model, nn.MSELoss(), list(model.parameters()), [(x, y)]
+        )
+
+        def curvature(linearizations, ggn=operator if theirs else None):
+            return ggn or FACTOR * MatrixFreeGaussNewton()(linearizations)
+
+        optimizer = CurvatureOptimizer(model.parameters(), curvature, Damped(1e-2))
+        losses.append(optimizer.step(Objective(model, [term], [x])).new_loss)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)

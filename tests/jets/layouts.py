@@ -108,11 +108,11 @@ def check(
 
     joint = torch.cat([data.flatten(2) for data in inputs], 2).requires_grad_()
     expected = oracle(joint)
-    assert_close(output.data.detach(), expected.detach())
+    assert_close(output.channels.detach(), expected.detach())
     if not gradients:
         return
     cotangent = _random(*expected.shape, seed=11)
-    received = torch.autograd.grad(output.data, leaves, cotangent, create_graph=double)
+    received = torch.autograd.grad(output.channels, leaves, cotangent, create_graph=double)
     wanted = torch.autograd.grad(expected, joint, cotangent, create_graph=double)[0]
     together = torch.cat([g.flatten(2) for g in received], 2)
     assert_close(together.detach(), wanted.detach())

@@ -88,7 +88,7 @@ def test_prod_of_everything():
     for n in range(N):
         for i in range(2):
             by_hand = by_hand * jet[n, i] if (n, i) != (0, 0) else by_hand
-    torch.testing.assert_close(torch.prod(jet).data, by_hand.data)
+    torch.testing.assert_close(torch.prod(jet).channels, by_hand.channels)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_gradients_of_weight_and_bias(layout):
     layer = nn.Linear(2, 3).double()
     data = channels(case, 4, 2).requires_grad_()
     cotangent = channels(case, 4, 3, seed=2)
-    output = layer(Jet(data, case.layout)).data
+    output = layer(Jet(data, case.layout)).channels
     bias = torch.zeros_like(output)
     bias[0] = layer.bias
     spelled = torch.einsum("sni...o,ho->sni...h", data, layer.weight) + bias
@@ -161,7 +161,7 @@ def test_gradient_of_a_constant_factor():
     data, factor = channels(case, 2), torch.tensor([0.5, 2.0], dtype=torch.float64)
     factor.requires_grad_()
     jet = Jet(data, case.layout) * factor + factor
-    (received,) = torch.autograd.grad(jet.data.sum(), factor)
+    (received,) = torch.autograd.grad(jet.channels.sum(), factor)
     torch.testing.assert_close(received, data.sum((0, 1)) + N)
 
 
@@ -174,10 +174,10 @@ def test_recording_cuts_weights_and_keeps_outputs():
         layer(output[:, :2])
     layer(jet)
     assert len(tape.entries) == 2
-    assert tape.entries[0].output is output.data
+    assert tape.entries[0].output is output.channels
     assert tape.entries[0].weight is layer.weight
-    torch.testing.assert_close(tape.entries[0].input, jet.data)
-    assert output.data.requires_grad
+    torch.testing.assert_close(tape.entries[0].input, jet.channels)
+    assert output.channels.requires_grad
     assert layer.weight.requires_grad
-    output.data.sum().backward()
+    output.channels.sum().backward()
     assert layer.weight.grad is None

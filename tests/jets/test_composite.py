@@ -34,6 +34,7 @@ def first(function):
 
 
 AXIS = torch.tensor([0.3, -0.5, 0.8], dtype=torch.float64)
+FACTOR = torch.arange(24, dtype=torch.float64).sin().reshape(2, 3, 4)
 CONVOLUTIONS = {
     "conv1d": nn.Conv1d(2, 3, 2),
     "conv1d_same": nn.Conv1d(2, 1, 3, padding="same", dilation=2, bias=False),
@@ -108,6 +109,19 @@ SHAPED = {
     "bilinear": ((3,), lambda x: bilinear(x, x.sin())),
     "attention": ((2, 3), lambda x: attention(x, x.sin(), x**2)),
     "causal": ((2, 3), lambda x: attention(x, x, x, is_causal=True)),
+    "cumprod": ((2, 3), lambda x: torch.cumprod(x, 1)),
+    "hypot": ((4,), lambda x: torch.hypot(x, x.sin() - 2)),
+    "hypot_constant": ((3,), lambda x: torch.hypot(AXIS.expand(len(x), -1), x)),
+    "atan2": ((4,), lambda x: torch.atan2(x - 0.5, x.sin() - 0.4)),
+    "atan2_constant": ((3,), lambda x: torch.atan2(x, AXIS.expand(len(x), -1))),
+    "atan2_of_constant": ((3,), lambda x: torch.arctan2(AXIS.expand(len(x), -1), -x)),
+    "tensordot": ((2, 3), lambda x: torch.tensordot(x, FACTOR, 2)),
+    "tensordot_axes": ((2, 3), lambda x: torch.tensordot(x, FACTOR, ([1, -1], [0, 1]))),
+    "tensordot_matrix": ((3,), lambda x: torch.tensordot(x, FACTOR[0], dims=([1], [0]))),
+    "roll": ((4,), lambda x: x.roll(1, -1) ** 2),
+    "roll_axes": ((2, 3), lambda x: torch.roll(x, (1, 2), (1, 2)) ** 2),
+    "tile": ((3,), lambda x: torch.tile(x, (2,)) ** 2),
+    "tile_method": ((2, 3), lambda x: x.tile(1, 2, 2) ** 2),
     "transposed": ((2, 3), lambda x: x.mT @ x.sin()),
     **{name: ((2, 4), module.double()) for name, module in CONVOLUTIONS.items()},
 }

@@ -1,5 +1,6 @@
 """Elementwise functions: every shipped one against nested torch.func."""
 
+import itertools
 import math
 import subprocess
 import sys
@@ -10,7 +11,18 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pinncurv.jets import Contraction, Jet, Layout, register_elementwise, seed
+from pinncurv.jets import (
+    Contraction,
+    Derivative,
+    Jet,
+    Layout,
+    dispatched,
+    merge,
+    register_elementwise,
+    register_rule,
+    seed,
+)
+from pinncurv.jets.functions import sinc
 from tests.jets.layouts import BASIS, CASES, channels, check
 
 
@@ -56,6 +68,12 @@ SMOOTH = {
     "celu": nn.CELU(0.5),
     "softsign": nn.Softsign(),
     "hardswish": nn.Hardswish(),
+    "asin": lambda x: torch.asin(0.3 * x),
+    "acos": lambda x: torch.acos(0.3 * x),
+    "log2": torch.log2,
+    "log10": torch.log10,
+    "exp2": torch.exp2,
+    "sinc": lambda x: torch.sinc(0.7 * x),
     "power_0": lambda x: x**0,
     "power_1": lambda x: x**1,
     "power_2": lambda x: x**2,
@@ -92,6 +110,8 @@ PIECEWISE_LINEAR = {
 
 POSITIVE_ONLY = (
     "log",
+    "log2",
+    "log10",
     "log1p",
     "sqrt",
     "rsqrt",
@@ -110,6 +130,13 @@ def test_smooth_functions(name, around):
     """Values, derivatives, their gradients and a second differentiation, on both signs."""
     case = CASES["two_sums"]
     check(case, SMOOTH[name], channels(case, 2, around=around), double=around == 0.4)
+
+
+def test_sinc_at_zero():
+    """Where torch's own derivatives end: Σ (-1)^n (π x)^2n / (2n + 1)!."""
+    received = list(itertools.islice(sinc(torch.zeros((), dtype=torch.float64)), 7))
+    expected = (1, 0, -(math.pi**2) / 3, 0, math.pi**4 / 5, 0, -(math.pi**6) / 7)
+    torch.testing.assert_close(torch.stack(received), torch.tensor(expected).double())
 
 
 @pytest.mark.parametrize("layout", CASES)
@@ -138,8 +165,8 @@ def test_softplus_beyond_its_threshold():
 def test_saturated_activations_are_finite(name, around):
     case = CASES["laplacian"]
     jet = SMOOTH[name](Jet(channels(case, 2, around=around).requires_grad_(), case.layout))
-    assert jet.data.isfinite().all()
-    jet.data.sum().backward()
+    assert jet.channels.isfinite().all()
+    jet.channels.sum().backward()
 
 
 @pytest.mark.parametrize("name", PIECEWISE_LINEAR)
@@ -257,15 +284,15 @@ def test_exponent_that_requires_grad_raises():
 
 
 def test_derivatives_that_end_too_early_raise():
-    @register_elementwise(torch.exp2)
-    def exp2(x):
-        yield torch.exp2(x)
-        yield math.log(2) * torch.exp2(x)
+    @register_elementwise(torch.lgamma)
+    def lgamma(x):
+        yield torch.lgamma(x)
+        yield torch.digamma(x)
 
     layout = Layout(BASIS, (Contraction((0, 1, 2)),))
-    torch.exp2(seed(torch.zeros(2, 3, dtype=torch.float64), Layout(BASIS)))
-    with pytest.raises(NotImplementedError, match=r"exp2 must be registered up to order 2"):
-        torch.exp2(seed(torch.zeros(2, 3, dtype=torch.float64), layout))
+    torch.lgamma(seed(torch.ones(2, 3, dtype=torch.float64), Layout(BASIS)))
+    with pytest.raises(NotImplementedError, match=r"lgamma must be registered up to order 2"):
+        torch.lgamma(seed(torch.ones(2, 3, dtype=torch.float64), layout))
 
 
 @pytest.mark.parametrize(
@@ -298,9 +325,9 @@ def test_float32_stays_float32(name):
         ),
     )
     data = channels(case, 2)
-    expected = SMOOTH[name](Jet(data, case.layout)).data
+    expected = SMOOTH[name](Jet(data, case.layout)).channels
     leaf = data.float().requires_grad_()
-    received = SMOOTH[name](Jet(leaf, single)).data
+    received = SMOOTH[name](Jet(leaf, single)).channels
     assert received.dtype == torch.float32
     torch.testing.assert_close(received.double(), expected, rtol=1e-4, atol=1e-4)
     received.sum().backward()
@@ -312,8 +339,93 @@ def test_tanh_by_hand():
     """An anchor without the oracle: y = tanh(x1 x2 direction) at one point."""
     layout = Layout(BASIS[:1], (Contraction((0,)),))
     x = torch.tensor([[0.5, 0.0, 0.0]], dtype=torch.float64)
-    y = torch.tanh(seed(x, layout)).data[:, 0, 0]
+    y = torch.tanh(seed(x, layout)).channels[:, 0, 0]
     t = math.tanh(0.5)
     torch.testing.assert_close(
         y, torch.tensor([t, 1 - t * t, -2 * t * (1 - t * t)], dtype=torch.float64)
     )
+
+
+KINKS = {
+    "relu": (functional.relu, [0.0]),
+    "leaky_relu": (functional.leaky_relu, [0.0]),
+    "relu6": (functional.relu6, [0.0, 6.0]),
+    "hardtanh": (functional.hardtanh, [-1.0, 1.0]),
+    "clamp": (lambda x: x.clamp(-1, 1), [-1.0, 1.0]),
+    "hardsigmoid": (functional.hardsigmoid, [-3.0, 3.0]),
+    "hardswish": (functional.hardswish, [-3.0, 3.0]),
+    "elu": (lambda x: functional.elu(x, 2.0), [0.0]),
+    "celu": (lambda x: functional.celu(x, 2.0), [0.0]),
+    "selu": (functional.selu, [0.0]),
+    "abs": (torch.abs, [0.0]),
+    "softsign": (functional.softsign, [0.0]),
+}
+
+
+@pytest.mark.parametrize("name", KINKS)
+def test_slopes_at_kinks_are_those_of_torch(name):
+    """Zero biases and points on a grid meet them."""
+    function, places = KINKS[name]
+    x = torch.tensor(places, dtype=torch.float64)[:, None].requires_grad_()
+    (expected,) = torch.autograd.grad(function(x).sum(), x)
+    x = x.detach()
+    layout, (channel,) = merge([Derivative.along(torch.ones_like(x[0]))], x)
+    torch.testing.assert_close(function(seed(x, layout)).channels[channel], expected)
+
+
+# --- functions of one's own -----------------------------------------------------------------------
+
+
+class Squared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad * ctx.saved_tensors[0]
+
+
+def test_an_autograd_function_with_derivatives_of_its_own():
+    squared = dispatched(Squared.apply)
+
+    @register_elementwise(squared)
+    def derivatives(x):
+        yield from (x * x, 2 * x, torch.full_like(x, 2), torch.zeros_like(x))
+
+    x = torch.randn(3, 3, dtype=torch.float64)
+    jet = seed(x, Layout(BASIS, (Contraction((0, 1, 2)),)))
+    torch.testing.assert_close(squared(jet).channels, torch.square(jet).channels)
+    torch.testing.assert_close(squared(x), x * x)
+
+
+def test_a_rule_of_a_function_of_two_jets_and_of_a_list():
+    @dispatched
+    def product(parts):
+        return parts[0] * parts[1]
+
+    register_rule(product)(lambda parts: 2 * parts[0] * parts[1])
+    jet = seed(torch.ones(2, 3, dtype=torch.float64), Layout(BASIS))
+    torch.testing.assert_close(product([jet, jet]).channels, (2 * jet * jet).channels)
+    torch.testing.assert_close(product([jet.value, jet.value]), jet.value)
+
+
+def plain(x):
+    return torch.tanh(x)
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (plain, r"plain is none of torch's .* Decorate it with @pinncurv\.jets\.dispatched"),
+        (Squared.apply, "apply is none of torch's"),
+        (nn.Tanhshrink, "got the class or module Tanhshrink"),
+        (nn.Tanh(), r"got the class or module Tanh\(\)"),
+        ("tanh", "'tanh' is none of torch's"),
+    ],
+)
+@pytest.mark.parametrize("register", [register_elementwise, register_rule])
+def test_what_would_never_ask_for_its_rule_is_refused(register, function, words):
+    with pytest.raises(TypeError, match=words):
+        register(function)(lambda x: iter(()))

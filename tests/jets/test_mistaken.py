@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from pinncurv.curvature import Objective
+from pinncurv.curvature import KFAC, Jacobian, Objective
 from pinncurv.diffops import Laplacian, SecondOrder, Value, evaluate
 from pinncurv.jets import Contraction, Layout, register_elementwise, register_rule, seed
 from pinncurv.linearization import linearize
+from pinncurv.linops import Damped
+from pinncurv.optim import CurvatureOptimizer
 from pinncurv.problems import Fixed, LossTerm
 from tests.networks import points
 
@@ -74,6 +77,7 @@ def through_integers(net, h):
 
 AS_TORCH = {
     "detach": lambda h: h * h.detach(),
+    "data": lambda h: h * h.data + h.square() / (1 + h.data.square()),
     "torch.detach": lambda h: torch.detach(h.sin()) + h,
     "stop_gradient": stop_gradient,
     "long": lambda h: h * (9 * h).long(),
@@ -124,6 +128,31 @@ def checkpointed(net, h):
 )
 def test_trained_as_torch(use):
     agrees(Between(use=use))
+
+
+class Checkpointed(nn.Module):
+    """Runs a network once more in the backward pass: all of it, or what is behind a layer."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.LayerNorm(4), nn.Linear(4, 2))
+        self.part = part
+        self.double()
+
+    def forward(self, x):
+        first, second = self.net[: self.part], self.net[self.part :]
+        return checkpoint(second, first(x), use_reentrant=False)
+
+
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_a_checkpointed_network_is_linearized_as_without(part):
+    model = Checkpointed(part)
+    term = LossTerm(TERM.operators, lambda x, u, u_xx: u_xx + u**2, points=Fixed(X))
+    objectives = [Objective(net, [term], [X]) for net in (model, model.net)]
+    received, expected = (Jacobian()(each.linearize()).to_dense() for each in objectives)
+    torch.testing.assert_close(received, expected)
+    optimizer = CurvatureOptimizer(model.parameters(), KFAC(), Damped(1e-3))
+    assert optimizer.step(objectives[0]).accepted
 
 
 class Square(torch.autograd.Function):
@@ -275,6 +304,53 @@ def test_refused(name):
         Objective(model, [TERM], [X])
 
 
+class Attentive(Between):
+    """Attention between tokens of one point, by a module of torch or by what it consists of."""
+
+    def __init__(self, module=None):
+        super().__init__(use=Attentive.attend)
+        self.attention = module
+        self.project, self.out = nn.Linear(2, 6).double(), nn.Linear(2, 2).double()
+
+    def attend(self, h):
+        tokens = h.unflatten(1, (2, 2))
+        if isinstance(self.attention, nn.MultiheadAttention):
+            return self.attention(tokens, tokens, tokens)[0].flatten(1)
+        if self.attention is not None:
+            return self.attention(tokens).flatten(1)
+        heads = self.project(tokens).unflatten(-1, (3, 2, 1)).permute(0, 3, 1, 2, 4)  # N, 2, 2, 3
+        q, k, v = heads.unbind(3)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.out(mixed.transpose(1, 2).flatten(2)).flatten(1)
+
+
+def test_attention_by_what_it_consists_of():
+    model = Attentive()
+    with sdpa_kernel(SDPBackend.MATH):  # which torch can differentiate twice
+        agrees(model)
+    module = nn.MultiheadAttention(2, 2, batch_first=True).double()
+    with torch.no_grad():
+        module.in_proj_weight.copy_(model.project.weight)
+        module.in_proj_bias.copy_(model.project.bias)
+    module.out_proj = model.out
+    expected = model(X)
+    model.attention = module
+    torch.testing.assert_close(model(X), expected)
+
+
+@pytest.mark.parametrize(
+    ("module", "where"),
+    [
+        (nn.MultiheadAttention(2, 2, batch_first=True), "attention"),
+        (nn.MultiheadAttention(2, 2), "attention"),
+        (nn.TransformerEncoderLayer(2, 2, 4, 0.0, batch_first=True), r"attention\.self_attn"),
+    ],
+)
+def test_attention_by_a_module(module, where):
+    with pytest.raises(AttributeError, match=rf"\(asked for in {where}\).*scaled_dot_product_att"):
+        Objective(Attentive(module.double()), [TERM], [X])
+
+
 class Reversed(torch.autograd.Function):
     """The identity, with another sign in its backward: no function of torch is called."""
 
@@ -323,6 +399,21 @@ def test_an_output_that_differs_is_named():
     term = LossTerm({"u": Value(of="u")}, lambda x, u: u, points=Fixed(X))
     with pytest.raises(ValueError, match=r"the output\['v'\] differs: got .* on a jet"):
         Objective(Several(), [term], [X])
+
+
+def test_outputs_that_are_constant():
+    class Masking(Between):
+        def forward(self, x):
+            u = super().forward(x)
+            return {"mask": x > 0.5, "one": torch.ones(len(x), 2), "u": u, "bias": self.last.bias}
+
+    operators = {"u": Value(of="u"), "u_xx": Laplacian(of="u")}
+    term = LossTerm(operators, poisson, points=Fixed(X))
+    linearized, alone = (
+        Objective(model, [t], [X]).linearize().gradient()
+        for model, t in ((Masking(), term), (Between(), TERM))
+    )
+    torch.testing.assert_close(linearized, alone)
 
 
 @pytest.mark.parametrize("chunk_size", [None, 2])
@@ -391,8 +482,9 @@ def test_a_residual_that_mistakes_jets():
         linearize(LossTerm({"u": Value()}, residual, points=Fixed(X)), Between(), X)
 
 
-def test_detach_in_a_residual():
-    term = LossTerm({"u": Value()}, Scaled(lambda u: u * u.detach()), points=Fixed(X))
+@pytest.mark.parametrize("cut", [lambda u: u.detach(), lambda u: u.data], ids=["detach", "data"])
+def test_detach_in_a_residual(cut):
+    term = LossTerm({"u": Value()}, Scaled(lambda u: u * cut(u)), points=Fixed(X))
     objective = Objective(Between(), [term], [X])
     received = torch.cat([g.flatten() for g in objective.linearize().gradient()])
     wanted = torch.autograd.grad(objective.loss(), objective.parameters())
@@ -431,7 +523,9 @@ def test_a_direction_may_take_part_in_a_sum_several_times():
     weights = torch.tensor([2.0, 1.0]).double()
     once = Layout(torch.eye(2).double(), (Contraction((0, 1), weights=weights),))
     for function in (torch.sin, lambda x: x * torch.exp(x)):
-        torch.testing.assert_close(function(seed(X, layout)).data, function(seed(X, once)).data)
+        torch.testing.assert_close(
+            function(seed(X, layout)).channels, function(seed(X, once)).channels
+        )
     received, wanted = (
         {(p.left, p.right): p.weight for p in one.products} for one in (layout, once)
     )

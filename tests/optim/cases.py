@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import collections
+import ctypes
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -122,16 +122,16 @@ class Calls(nn.Module):
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
-        self.calls = collections.deque([0])  # is not looked into
+        self.calls = ctypes.c_long(0)  # cannot be looked into
         self.register_forward_pre_hook(lambda *_: setattr(self, "count", self.count + 1))
 
     @property
     def count(self) -> int:
-        return self.calls[0]
+        return self.calls.value
 
     @count.setter
     def count(self, value: int) -> None:
-        self.calls[0] = value
+        self.calls.value = value
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)

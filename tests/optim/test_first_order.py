@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pinncurv.optim import FirstOrder, offers
+from pinncurv.presets import kfac_star
 from tests.optim.cases import Calls, flat, network, poisson, same, set_flat, values
 
 OPTIMIZERS = {
@@ -137,3 +138,28 @@ def test_inside_no_grad():
     with torch.no_grad():
         FirstOrder(OPTIMIZERS["sgd"](model.parameters())).step(poisson(model))
     assert poisson(model).loss().item() < before
+
+
+def test_an_optimizer_of_some_parameters_leaves_the_gradients_of_the_others():
+    model = network()
+    objective = poisson(model)
+    first, *others = model.parameters()
+    others[0].grad = torch.ones_like(others[0])
+    optimizer = FirstOrder(torch.optim.SGD([first], lr=1e-3))
+    for _ in range(2):
+        optimizer.step(objective)
+    assert first.grad is None
+    assert torch.equal(others[0].grad, torch.ones_like(others[0]))
+    assert all(p.grad is None for p in others[1:])
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, "adam", kfac_star])
+def test_what_is_no_optimizer_of_torch(optimizer, shapes_unchecked):
+    with pytest.raises(TypeError, match="must be given an optimizer of torch"):
+        FirstOrder(optimizer)
+
+
+def test_a_curvature_optimizer_is_not_wrapped():
+    optimizer = kfac_star(network().parameters(), damping=1e-3)
+    with pytest.raises(TypeError, match="got CurvatureOptimizer"):
+        FirstOrder(optimizer)

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from pinncurv import presets
-from pinncurv.curvature import EKFAC, Objective
+from pinncurv.curvature import EKFAC, Objective, PreconditionedCG
 from pinncurv.linops import Damped
 from pinncurv.optim import CurvatureOptimizer, ExponentialAverage, FirstOrder, Intervals
+from pinncurv.optim.identity import describe
 from tests.optim.cases import (
     OPTIMIZERS,
     LeastSquaresFit,
@@ -197,6 +198,7 @@ def test_numbers_may_differ():
     optimizer = presets.kfac_star(model.parameters(), damping=1e-5, decay=0.5)
     optimizer.load_state_dict(through_a_file(source.state_dict()))
     assert optimizer.step(poisson(model)).damping == 1e-3
+    assert describe(PreconditionedCG(1e-3, spacing=1.3)) == describe(PreconditionedCG(1e-3))
 
 
 def square_network():

@@ -118,6 +118,13 @@ class KFAC:
     merge_terms: bool = False
     dense_limit: int = policy.LARGEST_PARAMETER
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.sharing, WeightSharing):
+            raise TypeError(
+                "sharing must be expand or reduce of pinncurv.curvature, got "
+                f"{type(self.sharing).__name__}. Write KFAC()(linearizations) for the operator."
+            )
+
     def __call__(self, linearizations: Sequence[Linearization]) -> KFACLinearOperator:
         """Build the operator.
 

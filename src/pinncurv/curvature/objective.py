@@ -21,7 +21,8 @@ from pinncurv.linearization import (
     Linearization,
     Visitor,
     bind,
-    circumstances,
+    network_state,
+    plain_network,
     visit_all,
 )
 from pinncurv.linops import all_finite
@@ -209,7 +210,8 @@ class Objective:
         chunk_size: int | None = None,
         check: bool = True,
     ) -> None:
-        self.model = model
+        _check_are_terms(terms)
+        self.model = plain_network(model)
         self.terms = tuple(terms)
         self.points = tuple(points)
         self.chunk_size = chunk_size
@@ -240,9 +242,15 @@ class Objective:
             chunk_size: How many points to process at a time; None for all.
             check: Whether to compare the derivatives of the network with reverse mode once.
         """
-        chosen = terms.terms if isinstance(terms, Problem) else tuple(terms)
+        chosen = terms.terms if isinstance(terms, Problem) else terms
         _check_are_terms(chosen)
-        like = next(model.parameters())
+        model = plain_network(model)
+        like = next(model.parameters(), torch.empty(0))
+        if not isinstance(generator, torch.Generator | None):
+            raise TypeError(
+                f"Points are drawn by a torch.Generator, got {type(generator).__name__}. Write "
+                "torch.Generator().manual_seed(0)."
+            )
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         points = [term.points.sample(generator, like.dtype, like.device) for term in chosen]
         return cls(model, chosen, points, chunk_size, check)
@@ -266,21 +274,17 @@ class Objective:
     @property
     def space(self) -> ParameterSpace:
         """The trained tensors and the blocks they belong to."""
-        self._follow()
+        network = network_state(self.model)  # one look for all terms
+        for bound in self._bound:
+            bound.follow(network)
         structures: list[object] = [bound.structure for bound in self._bound]
         if any(now is not then for now, then in zip(structures, self._structures, strict=True)):
             self._space, self._structures = ParameterSpace.of_bound(self._bound), structures
         return self._space
 
-    def _follow(self) -> None:
-        """Find out what has changed, with one look at the network for all terms."""
-        model = circumstances(self.model)
-        for bound in self._bound:
-            bound.follow(model)
-
     def term_losses(self) -> dict[str, Tensor]:
         """Return L_t by the name of the term, with a graph unless torch.no_grad is on."""
-        self._follow()
+        self.space  # noqa: B018 - follows what has changed
         return {bound.term.name: _sum(bound.losses()) for bound in self._bound}
 
     def loss(self) -> Tensor:
@@ -345,8 +349,8 @@ class Objective:
         versions = [(id(tensor), tensor._version) for tensor in tensors]
         if followed:
             return (*versions, *(bound.followed for bound in self._bound))
-        model = circumstances(self.model)
-        return (*versions, *(bound.state(model) for bound in self._bound))
+        network = network_state(self.model)
+        return (*versions, *(bound.state(network) for bound in self._bound))
 
 
 def _sum(parts: Iterator[Tensor]) -> Tensor:
@@ -358,7 +362,6 @@ def _sum(parts: Iterator[Tensor]) -> Tensor:
 
 def _check_terms(terms: Sequence[LossTerm], points: Sequence[Tensor]) -> None:
     """Check that there are terms, each with a name of its own and points."""
-    _check_are_terms(terms)
     names = [term.name for term in terms]
     if not names or len(names) != len(points):
         raise ValueError(
@@ -369,12 +372,17 @@ def _check_terms(terms: Sequence[LossTerm], points: Sequence[Tensor]) -> None:
         raise ValueError(f"The names of the terms must differ, got {names}. Rename them.")
 
 
-def _check_are_terms(terms: Sequence[object]) -> None:
+def _check_are_terms(terms: object) -> None:
     """Check that terms are declared, not functions that differentiate by themselves.
 
     Raises:
         TypeError: If one is no LossTerm.
     """
+    if not isinstance(terms, Sequence):
+        raise TypeError(
+            f"The terms must be a list of pinncurv.LossTerm, got {type(terms).__name__}. Write "
+            "[term] for a single one."
+        )
     for term in terms:
         if not isinstance(term, LossTerm):
             raise TypeError(

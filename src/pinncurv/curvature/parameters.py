@@ -43,9 +43,15 @@ class ParameterSpace:
         """Return the space of some terms; that of an objective is known already.
 
         Raises:
+            TypeError: If there is no sequence of them.
             ValueError: If there is no linearization, the terms differ in their network, or a
                 parameter is used by no term (names it).
         """
+        if not isinstance(linearizations, Sequence):
+            raise TypeError(
+                "A curvature is a function of linearizations, one per term, got "
+                f"{type(linearizations).__name__}. Pass objective.linearize(), or [linearization]."
+            )
         own = getattr(linearizations, "space", None)
         return own if isinstance(own, ParameterSpace) else cls.of_bound(linearizations)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch.nn import Module
 
 from pinncurv.curvature.parameters import ParameterSpace
-from pinncurv.linearization import Linearization
+from pinncurv.linearization import Linearization, plain_network
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def coverage(model: Module, linearizations: Sequence[Linearization]) -> Coverage
                 for position in place.positions:
                     uses = channels.setdefault(space.names[position], {})
                     uses[linearization.term.name] = S
-    named = {**dict(model.named_parameters()), **space.parameters}
+    named = {**dict(plain_network(model).named_parameters()), **space.parameters}
     return Coverage(
         tuple(
             ParameterCoverage(

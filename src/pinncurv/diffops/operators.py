@@ -331,6 +331,11 @@ def _evaluate(
 ) -> Tensor:
     """Evaluate a coefficient, by any name, and check its shape at one point (None for any size)."""
     constant = isinstance(coefficient, Tensor)
+    if not constant and not callable(coefficient):
+        raise TypeError(
+            f"The {name} of a differential operator must be a tensor or a function of the points, "
+            f"got {type(coefficient).__name__}. Use torch.tensor(...)."
+        )
     tensor = _at_points(coefficient, x)
     if tensor.requires_grad:
         raise ValueError(

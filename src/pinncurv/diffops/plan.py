@@ -61,7 +61,7 @@ class Plan:
         """
         values = {}
         for name, operator, positions in self.readers:
-            data = _output(name, operator, output).data
+            data = _output(name, operator, output).channels
             derivatives: dict[str, Any] = {
                 key: Jet(data[c : c + 1], self.without_derivatives) if as_jets else data[c]
                 for key, c in positions.items()

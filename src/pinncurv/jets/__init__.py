@@ -18,6 +18,7 @@ from pinncurv.jets import (
 from pinncurv.jets.elementwise import register_elementwise as register_elementwise
 from pinncurv.jets.jet import (
     Jet as Jet,
+    dispatched as dispatched,
     lift as lift,
     register_rule as register_rule,
     seed as seed,

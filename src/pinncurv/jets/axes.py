@@ -62,7 +62,7 @@ def trailing_view(jet: Jet, ndim: int) -> Tensor:
     """
     if 0 < jet.ndim < ndim:
         point_axis_mixed(jet, "broadcast_tensors")
-    return prepend_axes(jet.data, ndim - jet.ndim)
+    return prepend_axes(jet.channels, ndim - jet.ndim)
 
 
 def prepend_axes(data: Tensor, number: int) -> Tensor:

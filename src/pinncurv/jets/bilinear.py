@@ -107,13 +107,13 @@ def matmul(input: Any, other: Any) -> Jet:
     if other.ndim <= 2:
         point_axis_mixed(other, "matmul")
         if other.ndim == 1:
-            return other.like(other.data.matmul(input.mT if input.ndim > 1 else input))
+            return other.like(other.channels.matmul(input.mT if input.ndim > 1 else input))
     return other.like(torch.matmul(for_every_point(input, other), trailing_view(other, input.ndim)))
 
 
 def squeeze_last(jet: Jet) -> Jet:
     """Drop the last axis, of size one."""
-    return jet.like(jet.data.squeeze(-1))
+    return jet.like(jet.channels.squeeze(-1))
 
 
 @register_rule(torch.mm, torch.mv)
@@ -127,15 +127,15 @@ def prod(input: Jet, dim: int | None = None, keepdim: bool = False) -> Jet:
     """Multiply along one axis, slice by slice, or along all."""
     if dim is None:
         point_axis_mixed(input, "prod")
-        return prod(input.like(input.data.flatten(1)), 0)
+        return prod(input.like(input.channels.flatten(1)), 0)
     axis = channel_dim(input, dim)
     if axis == 1:
         point_axis_mixed(input, "prod")
-    slices = [input.like(part) for part in input.data.split(1, axis)]
+    slices = [input.like(part) for part in input.channels.split(1, axis)]
     total = slices[0]
     for part in slices[1:]:
         total = mul(total, part)
-    return total if keepdim else total.like(total.data.squeeze(axis))
+    return total if keepdim else total.like(total.channels.squeeze(axis))
 
 
 @register_rule(torch.einsum)
@@ -183,8 +183,8 @@ def einsum(equation: str, *operands: Any) -> Jet:
     jets = [operands[i] for i in positions]
     check_same_pass(*jets)
     if len(jets) == 1:
-        return jets[0].like(contract(jets[0].data))
-    return product_rule(contract, jets[0].data, jets[1].data, jet=jets[0])
+        return jets[0].like(contract(jets[0].channels))
+    return product_rule(contract, jets[0].channels, jets[1].channels, jet=jets[0])
 
 
 def _without_ellipsis(equation: str, operands: Sequence[Any]) -> str:

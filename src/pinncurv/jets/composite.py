@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import string
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pinncurv.jets.axes import free_dim, point_axis_mixed
+from pinncurv.jets.functions import root
 from pinncurv.jets.jet import Jet, register_rule
 from pinncurv.jets.location import calling_module
 
@@ -53,8 +55,10 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Value:
-    """Normalize over the last axes."""
-    dims = _axes(input, range(-len(normalized_shape), 0), "nn.functional.layer_norm")
+    """Normalize over the last axes, also of tensors."""
+    dims = tuple(range(-len(normalized_shape), 0))
+    if isinstance(input, Jet):
+        _axes(input, dims, "nn.functional.layer_norm")
     centred = input - input.mean(dims, keepdim=True)
     result = centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
     result = result if weight is None else result * weight
@@ -95,7 +99,7 @@ def batch_norm(
         raise NotImplementedError(
             "Batch normalization must use running statistics, since statistics over the points "
             f"make every residual depend on all of them (in {calling_module()}). Call model.eval(),"
-            " or use LayerNorm."
+            " for which the layer needs track_running_stats=True, or use LayerNorm."
         )
     result = input - _on_channels(running_mean, input)
     result = result * _on_channels((running_var + eps).rsqrt(), input)
@@ -199,13 +203,12 @@ def norm(
         )
     input = input if dtype is None else input.to(dtype)
     dims = _axes(input, dim, "norm")
-    if order == 2:
-        return input.square().sum(dims, keepdim=keepdim).sqrt()
     if order == float("inf"):
         return amax(input.abs(), dim, keepdim)
     if order == 1:
         return input.abs().sum(dims, keepdim=keepdim)
-    return (input.abs() ** order).sum(dims, keepdim=keepdim) ** (1 / order)
+    powers = input.square() if order == 2 else root(input.abs(), 1 / order, flat=False)
+    return root(powers.sum(dims, keepdim=keepdim), order, flat=order > 2)
 
 
 @register_rule(torch.linalg.norm)
@@ -305,7 +308,7 @@ def minimum(input: Value, other: Value) -> Value:
 def gather(input: Jet, dim: int, index: Tensor) -> Jet:
     """Take entries along an axis."""
     axis = free_dim(input, dim, "gather")
-    return input.like(input.data.gather(axis, index.expand(input.layout.S, *index.shape)))
+    return input.like(input.channels.gather(axis, index.expand(input.layout.S, *index.shape)))
 
 
 @register_rule(torch.amax)
@@ -313,7 +316,9 @@ def amax(input: Value, dim: int | Sequence[int] | None = None, keepdim: bool = F
     """The largest entry over axes, and of equal ones the mean, as torch differentiates them."""
     dims = tuple(axis % input.ndim for axis in _axes(input, dim, "amax"))
     largest = input.value == input.value.amax(dims, keepdim=True)
-    chosen = torch.where(largest, input.data, 0.0).sum([axis + 1 for axis in dims], keepdim=True)
+    chosen = torch.where(largest, input.channels, 0.0).sum(
+        [axis + 1 for axis in dims], keepdim=True
+    )
     result = input.like(chosen / largest.sum(dims, keepdim=True))
     return result if keepdim else result.squeeze(dims)
 
@@ -355,7 +360,45 @@ register_rule(torch.min)(_extreme(minimum, amin, torch.argmin, torch.return_type
 @register_rule(torch.cumsum)
 def cumsum(input: Jet, dim: int) -> Jet:
     """Cumulative sums along an axis."""
-    return input.like(input.data.cumsum(free_dim(input, dim, "cumsum")))
+    return input.like(input.channels.cumsum(free_dim(input, dim, "cumsum")))
+
+
+@register_rule(torch.cumprod)
+def cumprod(input: Value, dim: int) -> Value:
+    """The products of the first entries along an axis, slice by slice."""
+    slices = list(input.unbind(dim))
+    for i in range(1, len(slices)):
+        slices[i] = slices[i - 1] * slices[i]
+    return torch.stack(slices, dim)
+
+
+@register_rule(torch.hypot)
+def hypot(input: Value, other: Value) -> Value:
+    """sqrt(x² + y²)."""
+    return (input * input + other * other).sqrt()
+
+
+@register_rule(torch.atan2, torch.arctan2)
+def atan2(input: Value, other: Value) -> Value:
+    """The angle of (other, input): atan of a quotient below one, plus a constant."""
+    y, x = (v.value if isinstance(v, Jet) else v for v in (input, other))
+    steep = y.abs() > x.abs()
+    angle: Any = torch.atan(torch.where(steep, -other, input) / torch.where(steep, input, other))
+    return angle + (torch.atan2(y, x) - angle.value).detach()
+
+
+@register_rule(torch.tensordot)
+def tensordot(a: Value, b: Value, dims: Any = 2, out: None = None) -> Value:
+    """Sum over pairs of axes, the last of a and the first of b if their number is given."""
+    if isinstance(dims, int):
+        dims = range(a.ndim - dims, a.ndim), range(dims)
+    pairs = [[i % v.ndim for i in axes] for axes, v in zip(dims, (a, b), strict=True)]
+    first, second = string.ascii_letters[: a.ndim], list(string.ascii_letters[a.ndim :][: b.ndim])
+    for i, j in zip(*pairs, strict=True):
+        second[j] = first[i]
+    kept = [c for i, c in enumerate(first) if i not in pairs[0]]
+    kept += [c for j, c in enumerate(second) if j not in pairs[1]]
+    return torch.einsum(f"{first},{''.join(second)}->{''.join(kept)}", a, b)
 
 
 @register_rule(torch.var)
@@ -380,7 +423,7 @@ def var(
 @register_rule(torch.std)
 def std(input: Value, *args: Any, **kwargs: Any) -> Value:
     """The standard deviation over axes."""
-    return var(input, *args, **kwargs).sqrt()
+    return root(var(input, *args, **kwargs), 2, flat=True)
 
 
 @register_rule(torch.lerp)

@@ -225,7 +225,7 @@ def elementwise_rule(
 
         make = partial(_derivatives, derivatives, name, args, kwargs)
         chain_rule = _SecondOrder if input.layout.higher is None else _Elementwise
-        return input.like(chain_rule.apply(input.data, input.layout, make))
+        return input.like(chain_rule.apply(input.channels, input.layout, make))
 
     return rule
 
@@ -271,7 +271,7 @@ def register_elementwise(
             yield from (sin, cos, -sin, -cos)
 
     Args:
-        functions: The torch functions that the derivatives are for.
+        functions: The functions that the derivatives are for, as ``register_rule`` takes them.
         piecewise_linear: The second derivative is zero almost everywhere: a second-order
             operator on such a function warns once.
 

@@ -150,6 +150,21 @@ def _power_of_one_plus_square(x: Tensor, exponent: float) -> Iterator[Tensor]:
     return _compose(_power_derivatives(1 + x * x, exponent), inner)
 
 
+@register_elementwise(torch.asin, torch.arcsin)
+def asin(x: Tensor) -> Iterator[Tensor]:
+    """asin: f' = 1 / sqrt(1 - x²)."""
+    yield torch.asin(x)
+    inner = (-2 * x, torch.full_like(x, -2.0))
+    yield from _compose(_power_derivatives(1 - x * x, -0.5), inner)
+
+
+@register_elementwise(torch.acos, torch.arccos)
+def acos(x: Tensor) -> Iterator[Tensor]:
+    """π/2 - asin x."""
+    for order, derivative in enumerate(asin(x)):
+        yield torch.acos(x) if order == 0 else -derivative
+
+
 @register_elementwise(torch.expm1, torch.special.expm1)
 def expm1(x: Tensor) -> Iterator[Tensor]:
     """exp x - 1."""
@@ -177,6 +192,48 @@ def log(x: Tensor) -> Iterator[Tensor]:
     """log x, 1/x, -1/x², ..."""
     yield torch.log(x)
     yield from _power_derivatives(x, -1.0)
+
+
+@register_elementwise(torch.log2)
+def log2(x: Tensor) -> Iterator[Tensor]:
+    """log x / log 2."""
+    yield torch.log2(x)
+    for derivative in _power_derivatives(x, -1.0):
+        yield derivative / math.log(2)
+
+
+@register_elementwise(torch.log10)
+def log10(x: Tensor) -> Iterator[Tensor]:
+    """log x / log 10."""
+    yield torch.log10(x)
+    for derivative in _power_derivatives(x, -1.0):
+        yield derivative / math.log(10)
+
+
+@register_elementwise(torch.exp2, torch.special.exp2)
+def exp2(x: Tensor) -> Iterator[Tensor]:
+    """2^x: f' = log 2 f."""
+    f = torch.exp2(x)
+    for order in count():
+        yield f * math.log(2) ** order
+
+
+@register_elementwise(torch.sinc, torch.special.sinc)
+def sinc(x: Tensor) -> Iterator[Tensor]:
+    """sin(πx) / (πx): x f^(k) + k f^(k-1) = (sin(πx) / π)^(k), near zero by its power series."""
+    f = torch.sinc(x)
+    yield f
+    near = x.abs() < 1
+    far = torch.where(near, 1.0, x)
+    inner = torch.where(near, x, 0.0)
+    sine, cosine = torch.sin(math.pi * far), torch.cos(math.pi * far)
+    for order, numerator in enumerate(cycle((cosine, -sine, -cosine, sine)), 1):
+        f = (math.pi ** (order - 1) * numerator - order * f) / far
+        series = torch.zeros_like(x)
+        for n in range(20, (order + 1) // 2 - 1, -1):  # Horner's rule, in x²
+            c = (-1) ** n * math.pi ** (2 * n) / math.factorial(2 * n + 1) * math.perm(2 * n, order)
+            series = series * inner * inner + c
+        yield torch.where(near, series * inner ** (order % 2), f)
 
 
 @register_elementwise(torch.reciprocal)
@@ -208,6 +265,16 @@ def _power_derivatives(x: Tensor, exponent: float) -> Iterator[Tensor]:
         exponent -= 1
     while True:
         yield torch.zeros_like(x)
+
+
+def _root_derivatives(x: Tensor, order: float, flat: bool) -> Iterator[Tensor]:
+    """x^(1/p), with torch's subgradient 0 at 0; all derivatives are 0 there if it is flat."""
+    for k, derivative in enumerate(_power_derivatives(x, 1 / order)):
+        at_zero = k == 1 or (flat and k > 1)
+        yield torch.where(x == 0, 0.0, derivative) if at_zero else derivative
+
+
+root = elementwise_rule(_root_derivatives, "norm")
 
 
 @register_elementwise(torch.square)
@@ -296,8 +363,9 @@ def mish(x: Tensor) -> Iterator[Tensor]:
 def softplus(x: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Iterator[Tensor]:
     """log(1 + exp(β x)) / β; its slope is the logistic function, and linear above a threshold."""
     yield functional.softplus(x, beta, threshold)
-    linear = beta * x > threshold
-    for order, derivative in enumerate(_sigmoid_derivatives(torch.sigmoid(beta * x))):
+    scaled = beta * x
+    for order, derivative in enumerate(_sigmoid_derivatives(torch.sigmoid(scaled))):
+        linear = scaled >= threshold if order else scaled > threshold  # as torch does
         yield torch.where(linear, float(order == 0), beta**order * derivative)
 
 
@@ -311,13 +379,12 @@ def elu(x: Tensor, alpha: float = 1.0) -> Iterator[Tensor]:
 def _exponential_below_zero(
     x: Tensor, factor: float, rate: float = 1.0, slope: float = 1.0
 ) -> Iterator[Tensor]:
-    """Derivatives of factor exp(rate x) for x <= 0, of slope x above."""
-    negative = factor * torch.exp(rate * x.clamp(max=0))
-    above = slope
+    """Derivatives of factor exp(rate x) for x <= 0, of slope x above; higher ones 0 at 0."""
+    negative = rate * factor * torch.exp(rate * x.clamp(max=0))
+    yield torch.where(x > 0, slope, negative)
     while True:
         negative = rate * negative
-        yield torch.where(x > 0, above, negative)
-        above = 0.0
+        yield torch.where(x < 0, negative, 0.0)
 
 
 @register_elementwise(torch.selu, functional.selu)
@@ -387,14 +454,15 @@ def clamp(x: Tensor, min: float | None = None, max: float | None = None) -> Iter
 
 @register_elementwise(functional.hardtanh, piecewise_linear=True)
 def hardtanh(x: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Iterator[Tensor]:
-    """Cut off outside [min_val, max_val]."""
-    return clamp(x, min_val, max_val)
+    """Cut off outside [min_val, max_val]; unlike that of clamp, the slope is 0 at the edges."""
+    yield torch.clamp(x, min_val, max_val)
+    yield from _piecewise_constant(((x > min_val) & (x < max_val)).to(x.dtype))
 
 
 @register_elementwise(functional.relu6, piecewise_linear=True)
 def relu6(x: Tensor) -> Iterator[Tensor]:
     """Cut off outside [0, 6]."""
-    return clamp(x, 0.0, 6.0)
+    return hardtanh(x, 0.0, 6.0)
 
 
 @register_elementwise(torch.abs, Tensor.__abs__, piecewise_linear=True)

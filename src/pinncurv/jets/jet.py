@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,54 @@ _RULES: dict[Any, Rule] = {}
 _IMPLIED: set[Any] = set()
 
 
+def dispatched(function: TorchFunction) -> TorchFunction:
+    """Make a function of one's own one that can have a rule.
+
+    What is returned acts on jets by the rule that is registered for it, and otherwise as before. It
+    is what a network must call:
+
+        @dispatched
+        def my_function(x): ...
+
+    Args:
+        function: A function of tensors, such as the ``apply`` of a ``torch.autograd.Function``.
+    """
+
+    @functools.wraps(function)
+    def by_rule(*args: Any, **kwargs: Any) -> Any:
+        given = [*args, *kwargs.values()]
+        given += [part for each in given if isinstance(each, list | tuple) for part in each]
+        if any(isinstance(each, Jet) for each in given):
+            return apply_rule(by_rule, args, kwargs)
+        return function(*args, **kwargs)
+
+    by_rule.pinncurv_dispatches = True  # type: ignore[attr-defined]
+    return by_rule
+
+
+def _check_reachable(function: Any) -> None:
+    """Check that a call with a jet asks for a rule.
+
+    Raises:
+        TypeError: If it does not.
+    """
+    code = getattr(inspect.unwrap(function) if callable(function) else None, "__code__", None)
+    asks = code is not None and "handle_torch_function" in code.co_names
+    if asks or resolve_name(function) or hasattr(function, "pinncurv_dispatches"):
+        return
+    what = getattr(function, "__name__", repr(function))
+    if isinstance(function, type) or hasattr(function, "forward"):
+        raise TypeError(
+            f"A rule must be registered for a function, got the class or module {what}. Register "
+            "the function that its forward calls."
+        )
+    raise TypeError(
+        f"A rule must be registered for a function that asks for it, but {what} is none of torch's "
+        "that do, and would run without. Decorate it with @pinncurv.jets.dispatched, or write "
+        "f = dispatched(Function.apply) for a torch.autograd.Function, and call what that returns."
+    )
+
+
 def register_rule(*functions: TorchFunction) -> Callable[[Rule], Rule]:
     """Register how torch functions act on jets.
 
@@ -29,12 +78,14 @@ def register_rule(*functions: TorchFunction) -> Callable[[Rule], Rule]:
     tensor method of the same name is registered along (``torch.sin`` and ``Tensor.sin``).
 
     Args:
-        functions: The torch functions that the rule is for.
+        functions: The functions that the rule is for: of torch, or ``dispatched``, or such that
+            call ``torch.overrides.handle_torch_function``.
 
     Returns:
         A decorator that registers the rule and returns it unchanged.
 
     Raises:
+        TypeError: If the rule would never be asked for; says how it will.
         ValueError: If a function has a rule already; names it.
     """
 
@@ -43,9 +94,10 @@ def register_rule(*functions: TorchFunction) -> Callable[[Rule], Rule]:
         if known:
             raise ValueError(
                 f"A function has one jet rule, but there is one for torch.{', torch.'.join(known)} "
-                "already. Define a function of your own, which calls handle_torch_function, and "
-                "register that."
+                "already. Define a function of your own, which is @dispatched, and register that."
             )
+        for function in functions:
+            _check_reachable(function)
         for function in functions:
             _RULES[function] = rule
             method = getattr(Tensor, getattr(function, "__name__", ""), None)
@@ -89,7 +141,7 @@ def _checked(argument: Any, function: TorchFunction) -> Any:
                 f" but torch.{public_name(function)} is called (in {calling_module()}) under "
                 "torch.no_grad(), in the forward of a torch.autograd.Function, or in a reentrant "
                 "checkpoint. Freeze layers with requires_grad_(False), cut all derivatives with "
-                "detach(), register the function with @register_elementwise, or pass "
+                "detach(), register dispatched(Function.apply) with @register_elementwise, or pass "
                 "use_reentrant=False."
             )
     elif isinstance(argument, complex) or (isinstance(argument, Tensor) and argument.is_complex()):
@@ -139,6 +191,12 @@ _REMEDIES = {
     **dict.fromkeys(("tensor", "as_tensor", "asarray", "from_numpy"), _AS_A_CONSTANT),
     **dict.fromkeys(("cdouble", "cfloat", "complex", "polar", "view_as_complex"), _REAL),
     **dict.fromkeys(("item", "tolist", "numpy", "cpu"), _AS_A_CONSTANT),
+    **dict.fromkeys(("grad", "grad_fn"), _AUTOGRAD),
+    "is_nested": (
+        "nn.MultiheadAttention, and a layer of a transformer that is made of it, move the axis of "
+        "the points: project with nn.Linear, and call "
+        "torch.nn.functional.scaled_dot_product_attention on [N, heads, tokens, features]"
+    ),
 }
 
 
@@ -174,25 +232,26 @@ def in_place_error(name: str) -> str:
 class Jet:
     """A value and its derivatives, one channel each, in one contiguous tensor.
 
-    data[s] = s-th derivative of the value, as the layout says
+    channels[s] = s-th derivative of the value, as the layout says
 
     To the code it is pushed through, a jet looks like its value: it has the value's shape, dtype
-    and device, and torch functions accept it by ``__torch_function__``. It is deliberately not a
-    Tensor, so that a function without a rule raises instead of acting on the wrong axes.
+    and device, ``data`` and ``detach()`` give its value as a constant, and torch functions accept
+    it by ``__torch_function__``. It is deliberately not a Tensor, so that a function without a rule
+    raises instead of acting on the wrong axes.
 
     Args:
-        data: ``[S, N, ...]``, the channels first, then the points.
+        channels: ``[S, N, ...]``, the channels first, then the points.
         layout: What the channels mean.
         tracked: Whether autograd was on where the pass began; by default, whether it is on now.
     """
 
-    __slots__ = ("data", "layout", "tracked")
+    __slots__ = ("channels", "layout", "tracked")
     __array_ufunc__ = None  # numpy's numbers leave arithmetic to the jet
 
     def __init__(
-        self, data: Float[Tensor, " S *value"], layout: Layout, tracked: bool | None = None
+        self, channels: Float[Tensor, " S *value"], layout: Layout, tracked: bool | None = None
     ) -> None:
-        self.data = data
+        self.channels = channels
         self.layout = layout
         self.tracked = torch.is_grad_enabled() if tracked is None else tracked
 
@@ -207,34 +266,40 @@ class Jet:
         """Route a torch function to its rule."""
         return apply_rule(func, args, kwargs or {})
 
-    def like(self, data: Tensor) -> Jet:
+    def like(self, channels: Tensor) -> Jet:
         """Return a jet with other channels in the same layout."""
-        return Jet(data, self.layout, self.tracked)
+        return Jet(channels, self.layout, self.tracked)
+
+    @property
+    def data(self) -> Jet:
+        """The jet of a constant, as for a tensor: it has the value, and no derivatives."""
+        result: Jet = self.detach()
+        return result
 
     @property
     def value(self) -> Tensor:
         """The value channel."""
-        return self.data[0]
+        return self.channels[0]
 
     @property
     def shape(self) -> torch.Size:
         """Shape of the value."""
-        return self.data.shape[1:]
+        return self.channels.shape[1:]
 
     @property
     def ndim(self) -> int:
         """Number of axes of the value."""
-        return self.data.ndim - 1
+        return self.channels.ndim - 1
 
     @property
     def dtype(self) -> torch.dtype:
         """Data type of the value."""
-        return self.data.dtype
+        return self.channels.dtype
 
     @property
     def device(self) -> torch.device:
         """Device of the value."""
-        return self.data.device
+        return self.channels.device
 
     @property
     def mT(self) -> Jet:
@@ -251,7 +316,7 @@ class Jet:
     @property
     def requires_grad(self) -> bool:
         """Whether autograd tracks the channels."""
-        return self.data.requires_grad
+        return self.channels.requires_grad
 
     def size(self, dim: int | None = None) -> torch.Size | int:
         """Return the value's shape, or its size along one axis."""
@@ -296,8 +361,9 @@ class Jet:
         """Offer the methods of a tensor, each routed to its rule."""
         method = getattr(Tensor, name, None)
         if name.startswith("__") or not callable(method):
+            remedy = f" {_REMEDIES[name]}." if name in _REMEDIES else ""
             raise AttributeError(
-                f"A jet has no attribute {name!r} (asked for in {calling_module()})."
+                f"A jet has no attribute {name!r} (asked for in {calling_module()}).{remedy}"
             )
         return functools.partial(_call_method, method, self)
 

@@ -52,19 +52,19 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Jet:
         )
     tape = active_tape()
     if tape is None or not is_trained(weight, bias):
-        return input.like(_LinearMap.apply(input.data, weight, bias))
+        return input.like(_LinearMap.apply(input.channels, weight, bias))
     constant_bias = None if bias is None else bias.detach()
-    output = _LinearMap.apply(input.data, weight.detach(), constant_bias)
-    return input.like(tape.linear(weight, bias, input.data, output))
+    output = _LinearMap.apply(input.channels, weight.detach(), constant_bias)
+    return input.like(tape.linear(weight, bias, input.channels, output))
 
 
 def linear_from_right(jet: Jet, matrix: Tensor) -> Jet:
     """Return jet @ matrix for a matrix ``[d_in, d_out]``, which is a linear layer, too."""
     tape = active_tape()
     if tape is None or not is_trained(matrix):
-        return jet.like(jet.data.matmul(matrix))
-    output = jet.data.matmul(matrix.detach())
-    return jet.like(tape.linear(matrix, None, jet.data, output, transposed=True))
+        return jet.like(jet.channels.matmul(matrix))
+    output = jet.channels.matmul(matrix.detach())
+    return jet.like(tape.linear(matrix, None, jet.channels, output, transposed=True))
 
 
 def add_constant(jet: Jet, constant: Tensor | float, alpha: float = 1) -> Jet:
@@ -106,7 +106,7 @@ def sub(input: Any, other: Any, *, alpha: float = 1) -> Jet:
 @register_rule(torch.neg, torch.negative, Tensor.__neg__)
 def neg(input: Jet) -> Jet:
     """Negate every channel."""
-    return input.like(-input.data)
+    return input.like(-input.channels)
 
 
 @register_rule(torch.rsub, Tensor.__rsub__)
@@ -133,7 +133,7 @@ def _reduction(reduce: Callable[..., Tensor]) -> Callable[..., Jet]:
             point_axis_mixed(input, reduce.__name__)
         if not shifted:
             return input
-        return input.like(reduce(input.data, dim=shifted, keepdim=keepdim, dtype=dtype))
+        return input.like(reduce(input.channels, dim=shifted, keepdim=keepdim, dtype=dtype))
 
     return rule
 

@@ -42,8 +42,8 @@ def derivative(network: Callable[[Any], Any], x: Jet | Tensor, dim: int) -> Any:
             f"{calling_module()})."
         )
     layout, old, new = jet.layout.extended()
-    data = jet.data.new_zeros(layout.S, *jet.shape)
-    data = data.index_copy(0, torch.tensor(old, device=data.device), jet.data)
+    data = jet.channels.new_zeros(layout.S, *jet.shape)
+    data = data.index_copy(0, torch.tensor(old, device=data.device), jet.channels)
     data[new[0], :, dim] = 1
     output = network(Jet(data, layout, jet.tracked))
     if not isinstance(output, Jet):
@@ -51,5 +51,5 @@ def derivative(network: Callable[[Any], Any], x: Jet | Tensor, dim: int) -> Any:
             "A network that is differentiated must return one function of its input, got "
             f"{type(output).__name__}. Pass a function that returns the output in question."
         )
-    channels = output.data[new]
+    channels = output.channels[new]
     return jet.like(channels) if is_jet else channels[0]

@@ -37,7 +37,7 @@ def reshape(input: Jet, *sizes: Any, shape: Sequence[int] = ()) -> Jet:
             f"The channels of a jet can't be viewed as {sizes[0]} (in {calling_module()}). Convert "
             "with .to(dtype) instead."
         )
-    data = input.data.reshape(input.layout.S, *(_as_sizes(sizes) if sizes else shape))
+    data = input.channels.reshape(input.layout.S, *(_as_sizes(sizes) if sizes else shape))
     if data.ndim < 2 or data.shape[1] != input.shape[0]:
         point_axis_mixed(input, "reshape")
     return input.like(data)
@@ -49,27 +49,27 @@ def flatten(input: Jet, start_dim: int = 0, end_dim: int = -1) -> Jet:
     start, end = channel_dims(input, [start_dim, end_dim])
     if start == 1 and end > 1:
         point_axis_mixed(input, "flatten")
-    return input.like(input.data.flatten(start, end))
+    return input.like(input.channels.flatten(start, end))
 
 
 @register_rule(torch.unflatten)
 def unflatten(input: Jet, dim: int, sizes: Sequence[int]) -> Jet:
     """Split one axis of the value into several."""
     axis = free_dim(input, dim, "unflatten")
-    return input.like(input.data.unflatten(axis, sizes))
+    return input.like(input.channels.unflatten(axis, sizes))
 
 
 @register_rule(torch.squeeze)
 def squeeze(input: Jet, dim: int | tuple[int, ...] | None = None) -> Jet:
     """Drop axes of size one."""
     dims = range(input.ndim) if dim is None else ([dim] if isinstance(dim, int) else dim)
-    dropped = [d for d in channel_dims(input, list(dims)) if input.data.shape[d] == 1]
+    dropped = [d for d in channel_dims(input, list(dims)) if input.channels.shape[d] == 1]
     if 1 in dropped:
         if dim is None:
             dropped.remove(1)
         else:
             point_axis_mixed(input, "squeeze")
-    return input.like(input.data.squeeze(dropped))
+    return input.like(input.channels.squeeze(dropped))
 
 
 @register_rule(torch.unsqueeze)
@@ -78,7 +78,7 @@ def unsqueeze(input: Jet, dim: int) -> Jet:
     axis = channel_dim(input, dim, new_axes=1)
     if axis == 1:
         point_axis_mixed(input, "unsqueeze")
-    return input.like(input.data.unsqueeze(axis))
+    return input.like(input.channels.unsqueeze(axis))
 
 
 @register_rule(torch.transpose, torch.swapaxes, torch.swapdims)
@@ -87,7 +87,7 @@ def transpose(input: Jet, dim0: int, dim1: int) -> Jet:
     first, second = channel_dims(input, [dim0, dim1])
     if 1 in (first, second) and first != second:
         point_axis_mixed(input, "transpose")
-    return input.like(input.data.transpose(first, second))
+    return input.like(input.channels.transpose(first, second))
 
 
 @register_rule(torch.t)
@@ -102,7 +102,7 @@ def permute(input: Jet, *axes: Any, dims: Sequence[int] = ()) -> Jet:
     order = channel_dims(input, _as_sizes(axes) if axes else dims)
     if order[0] != 1:
         point_axis_mixed(input, "permute")
-    return input.like(input.data.permute(0, *order))
+    return input.like(input.channels.permute(0, *order))
 
 
 @register_rule(torch.movedim, torch.moveaxis)
@@ -111,7 +111,7 @@ def movedim(input: Jet, source: int, destination: int) -> Jet:
     start, end = channel_dims(input, [source, destination])
     if 1 in (start, end) and start != end:
         point_axis_mixed(input, "movedim")
-    return input.like(input.data.movedim(start, end))
+    return input.like(input.channels.movedim(start, end))
 
 
 @register_rule(Tensor.expand)
@@ -132,13 +132,32 @@ def repeat(input: Jet, *sizes: Any) -> Jet:
     return input.like(trailing_view(input, len(counts)).repeat(1, *counts))
 
 
+@register_rule(torch.tile)
+def tile(input: Jet, *sizes: Any, dims: Sequence[int] = ()) -> Jet:
+    """Tile the value; axes without a count stay."""
+    counts = _as_sizes(sizes) if sizes else tuple(dims)
+    return repeat(input, (1,) * (input.ndim - len(counts)) + tuple(counts))
+
+
+@register_rule(torch.roll)
+def roll(input: Jet, shifts: int | Sequence[int], dims: int | Sequence[int] | None = None) -> Jet:
+    """Shift axes of the value, what leaves at one end enters at the other."""
+    axes = [0] if dims is None else [dims] if isinstance(dims, int) else list(dims)
+    shifted = channel_dims(input, axes)
+    if 1 in shifted:
+        point_axis_mixed(input, "roll")
+    if dims is None:
+        return input.like(input.channels.flatten(1).roll(shifts, 1).reshape(input.channels.shape))
+    return input.like(input.channels.roll(shifts, shifted))
+
+
 @register_rule(torch.flip)
 def flip(input: Jet, *axes: Any, dims: Sequence[int] = ()) -> Jet:
     """Reverse axes of the value."""
     flipped = channel_dims(input, _as_sizes(axes) if axes else dims)
     if 1 in flipped:
         point_axis_mixed(input, "flip")
-    return input.like(input.data.flip(flipped))
+    return input.like(input.channels.flip(flipped))
 
 
 @register_rule(Tensor.__getitem__)
@@ -156,21 +175,21 @@ def getitem(input: Jet, index: Any) -> Jet:
             "Index tensors must be next to each other when they index a jet, got them at "
             f"positions {advanced}. Index in two steps."
         )
-    return input.like(input.data[(slice(None), *indices)])
+    return input.like(input.channels[(slice(None), *indices)])
 
 
 @register_rule(torch.narrow)
 def narrow(input: Jet, dim: int, start: int, length: int) -> Jet:
     """Cut a range out of one axis."""
     axis = free_dim(input, dim, "narrow")
-    return input.like(input.data.narrow(axis, start, length))
+    return input.like(input.channels.narrow(axis, start, length))
 
 
 @register_rule(Tensor.unfold)
 def unfold(input: Jet, dimension: int, size: int, step: int) -> Jet:
     """View all windows of one axis."""
     axis = free_dim(input, dimension, "Tensor.unfold")
-    return input.like(input.data.unfold(axis, size, step))
+    return input.like(input.channels.unfold(axis, size, step))
 
 
 @register_rule(functional.pad)
@@ -179,45 +198,45 @@ def pad(input: Jet, pad: Sequence[int], mode: str = "constant", value: float | N
     if len(pad) // 2 >= input.ndim and any(pad[2 * (input.ndim - 1) :]):
         point_axis_mixed(input, "nn.functional.pad")
     if mode != "constant":  # the modes take a limited number of axes
-        data = functional.pad(input.data.flatten(0, 1), list(pad), mode)
+        data = functional.pad(input.channels.flatten(0, 1), list(pad), mode)
         return input.like(data.unflatten(0, (input.layout.S, -1)))
-    data = functional.pad(input.data[1:], list(pad))
-    return input.like(torch.cat([functional.pad(input.data[:1], list(pad), value=value), data]))
+    data = functional.pad(input.channels[1:], list(pad))
+    return input.like(torch.cat([functional.pad(input.channels[:1], list(pad), value=value), data]))
 
 
 @register_rule(torch.select)
 def select(input: Jet, dim: int, index: int) -> Jet:
     """Take one slice of one axis."""
     axis = free_dim(input, dim, "select")
-    return input.like(input.data.select(axis, index))
+    return input.like(input.channels.select(axis, index))
 
 
 @register_rule(torch.index_select)
 def index_select(input: Jet, dim: int, index: Tensor) -> Jet:
     """Take slices of one axis."""
     axis = free_dim(input, dim, "index_select")
-    return input.like(input.data.index_select(axis, index))
+    return input.like(input.channels.index_select(axis, index))
 
 
 @register_rule(torch.split, torch.functional.split)
 def split(input: Jet, split_size: int | list[int], dim: int = 0) -> tuple[Jet, ...]:
     """Split along one axis into pieces of given sizes."""
     axis = free_dim(input, dim, "split")
-    return tuple(input.like(part) for part in input.data.split(split_size, axis))
+    return tuple(input.like(part) for part in input.channels.split(split_size, axis))
 
 
 @register_rule(torch.chunk)
 def chunk(input: Jet, chunks: int, dim: int = 0) -> tuple[Jet, ...]:
     """Split along one axis into a number of pieces."""
     axis = free_dim(input, dim, "chunk")
-    return tuple(input.like(part) for part in input.data.chunk(chunks, axis))
+    return tuple(input.like(part) for part in input.channels.chunk(chunks, axis))
 
 
 @register_rule(torch.unbind)
 def unbind(input: Jet, dim: int = 0) -> tuple[Jet, ...]:
     """Take all slices of one axis."""
     axis = free_dim(input, dim, "unbind")
-    return tuple(input.like(part) for part in input.data.unbind(axis))
+    return tuple(input.like(part) for part in input.channels.unbind(axis))
 
 
 def _lift_all(tensors: Sequence[Any]) -> list[Jet]:
@@ -237,7 +256,7 @@ def cat(tensors: Sequence[Any], dim: int = 0) -> Jet:
     axis = channel_dim(jets[0], dim)
     if axis == 1:
         point_axis_mixed(jets[0], "cat")
-    return jets[0].like(torch.cat([jet.data for jet in jets], axis))
+    return jets[0].like(torch.cat([jet.channels for jet in jets], axis))
 
 
 @register_rule(torch.stack)
@@ -247,7 +266,7 @@ def stack(tensors: Sequence[Any], dim: int = 0) -> Jet:
     axis = channel_dim(jets[0], dim, new_axes=1)
     if axis == 1:
         point_axis_mixed(jets[0], "stack")
-    return jets[0].like(torch.stack([jet.data for jet in jets], axis))
+    return jets[0].like(torch.stack([jet.channels for jet in jets], axis))
 
 
 @register_rule(torch.hstack)
@@ -273,7 +292,7 @@ def _view_lifted(branch: Any, reference: Jet, ndim: int) -> Tensor:
         return trailing_view(branch, ndim)
     constant = torch.as_tensor(branch, dtype=reference.dtype, device=reference.device)
     constant = for_every_point(constant, reference, ndim)
-    return prepend_axes(lift(constant, like=reference).data, ndim - constant.ndim)
+    return prepend_axes(lift(constant, like=reference).channels, ndim - constant.ndim)
 
 
 @register_rule(Tensor.where)
@@ -310,7 +329,7 @@ def _conversion(convert: Any) -> Any:
             )
         if not value.is_floating_point():  # constant almost everywhere, as a comparison
             return value
-        return input.like(input.data.to(value.device, value.dtype))
+        return input.like(input.channels.to(value.device, value.dtype))
 
     return rule
 

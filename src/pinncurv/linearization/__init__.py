@@ -14,6 +14,8 @@ from pinncurv.linearization.blocks import (
 from pinncurv.linearization.bound import (
     BoundTerm as BoundTerm,
     check_differentiable as check_differentiable,
+    network_state as network_state,
+    plain_network as plain_network,
     trained_tensors as trained_tensors,
 )
 from pinncurv.linearization.chunk import Chunk as Chunk
@@ -34,4 +36,3 @@ from pinncurv.linearization.linearization import (
 )
 from pinncurv.linearization.part import TermPart as TermPart
 from pinncurv.linearization.structure import UncapturedParameterError as UncapturedParameterError
-from pinncurv.linearization.watching import circumstances as circumstances

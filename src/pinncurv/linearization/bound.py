@@ -5,13 +5,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules import module as globally
 
-from pinncurv.jets import check_hooks, check_network, has_hooks, record
+from pinncurv.jets import check_hooks, check_network, record
 from pinncurv.linearization.capture import blocks_of_pass
 from pinncurv.linearization.checks import (
     CHECKED_POINTS,
@@ -22,8 +23,46 @@ from pinncurv.linearization.checks import (
 from pinncurv.linearization.chunk import Chunk
 from pinncurv.linearization.part import TermPart
 from pinncurv.linearization.structure import Structure, find_structure, signature
-from pinncurv.linearization.watching import circumstances
+from pinncurv.linearization.watching import circumstances, identity
 from pinncurv.problems import LossTerm
+
+
+def plain_network(model: Any) -> Module:
+    """Return a network whose parameters can be followed: what torch.compile was called with.
+
+    Raises:
+        TypeError: If it is no network, a part of it is compiled, or a parameter is complex.
+    """
+    if not isinstance(model, Module):
+        what = model.__name__ if hasattr(model, "__name__") else type(model).__name__
+        raise TypeError(
+            f"The network must be a torch.nn.Module, whose parameters are trained, got {what}. "
+            "Write a module that owns the layers, with the function as its forward."
+        )
+    original = getattr(model, "_orig_mod", model)
+    _check_not_compiled(original)
+    for name, parameter in original.named_parameters():
+        if parameter.is_complex():
+            raise TypeError(
+                f"The parameters must be real, but {name} is {parameter.dtype}. Hold its real and "
+                "imaginary part as two parameters, and compute with them as two real layers."
+            )
+    return original
+
+
+def _check_not_compiled(module: Module) -> None:
+    """Refuse parts that torch.compile hides from jets."""
+    compiled = [
+        name or type(part).__name__
+        for name, part in module.named_modules()
+        if hasattr(part, "_orig_mod") or part._compiled_call_impl is not None
+    ]
+    if compiled:
+        raise TypeError(
+            "A network or residual must not be compiled by torch.compile, into which jets can't "
+            f"look, but these modules are: {', '.join(compiled)}. Use the modules that they were "
+            "made from, and compile after the training."
+        )
 
 
 class BoundTerm:
@@ -59,60 +98,65 @@ class BoundTerm:
     ) -> None:
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1 or None, got {chunk_size}.")
-        term.check_points(x)
         self.term = term
-        self.model = model
+        self.model = plain_network(model)
         self.x = x
         self._terms = tuple(terms) or (term,)
-        self.chunk_size = chunk_size if chunk_size is not None and chunk_size < len(x) else None
-        self._check_derivatives = check
-        self._state: tuple[object, ...] = ()
+        self.chunk_size = chunk_size
+        self._checks = check
+        self.followed: tuple[object, ...] = ()  # the state that was followed last
         self.follow()
+        if chunk_size is not None and chunk_size >= len(x):
+            self.chunk_size = None
 
-    def follow(self, model: object = None) -> None:
+    def follow(self, network: NetworkState | None = None) -> None:
         """Find out again what has changed since the last time, if anything has.
 
         Args:
-            model: The circumstances of the network, if they are known.
+            network: The state of the network, if it is known.
         """
-        state = self.state(model)
-        if state == self._state:
+        state = self.state(network)
+        if state == self.followed:
             return
         mine = trained_tensors(self.model, self.term)
         check_hooks(self.model, mine)
         if isinstance(self.term.residual, Module):
             check_hooks(self.term.residual)
+            _check_not_compiled(self.term.residual)
         own = {id(p) for p in mine.values()}
         named = trained_tensors(self.model, *self._terms)
         self.parameters = {name: p for name, p in named.items() if id(p) in own}
         self._check()
         # trained tensors of the residual are recorded by jets, those of coefficients when read
-        self.as_jets = any(p.requires_grad for _, p in self.term.named_parameters())
-        # a copy: x may share its memory with what leaves no trace when it is written to, as numpy
-        self.whole = TermPart.of_all(self.term, self.x.clone())
+        self.as_jets = any(self.term.named_parameters())
+        with torch.inference_mode(mode=False):  # it serves later passes that autograd follows, too
+            # a copy: x may share memory with what leaves no trace when it is written to, as numpy
+            self.whole = TermPart.of_all(self.term, self.x.detach().clone())
         widest = max((max(p.shape, default=1) for p in self.parameters.values()), default=1)
         self.parts = list(self.whole.cut(widest, self.chunk_size))
         self._structure: Structure | None = None
-        self._state = state
+        self.followed = state
 
     @property
     def structure(self) -> Structure:
         """What a pass looks like."""
         if self._structure is None:
-            found = self._known()
-            if found is None:
-                check_differentiable(self.term.name)
-                with torch.enable_grad():
+            terms = _FOUND.setdefault(self.model, weakref.WeakKeyDictionary())
+            before, made_from = terms.setdefault(self.term, {}), self._made_from()
+            known = before.get(self.model.training)
+            if known is None or known.made_from != made_from or self._checks > known.checked:
+                # a loss may be asked for in inference mode, and is refused like a linearization
+                with torch.inference_mode(mode=False):
                     check_network(self.model, self.x)
-                check_pointwise(self.whole, self.model)
-                if self.as_jets:
-                    check_residual_on_jets(self.whole, self.model)
-                few = self.whole.at(slice(0, 2))
-                found = find_structure(few, self.model, self.parameters, self.as_jets)
-                if self._check_derivatives:
-                    check_derivatives(self.whole, self.model, self.parameters)
-                self._remember(found)
-            scale = self.whole.scale
+                    check_pointwise(self.whole, self.model)
+                    if self.as_jets:
+                        check_residual_on_jets(self.whole, self.model)
+                    few = self.whole.at(slice(0, 2))
+                    found = find_structure(few, self.model, self.parameters, self.as_jets)
+                    if self._checks:
+                        check_derivatives(self.whole, self.model, self.parameters)
+                known = before[self.model.training] = _Found(made_from, found, self._checks)
+            found, scale = known.structure, self.whole.scale
             if isinstance(scale, Tensor) and scale.shape[1] not in (1, found.components):
                 raise ValueError(
                     f"Term '{self.term.name}': there must be one weight per component of the "
@@ -122,50 +166,35 @@ class BoundTerm:
             self._structure = found
         return self._structure
 
-    def _known(self) -> Structure | None:
-        """Return what an objective at other points has found out about this term and network."""
-        entry = _FOUND.get(self.term)
-        if entry is None or entry.model() is not self.model or entry.made_from != self._made_from():
-            return None
-        alive = [known() for known in entry.parameters]
-        same = all(a is b for a, b in zip(alive, self.parameters.values(), strict=True))
-        return entry.structure if same and entry.checked >= self._check_derivatives else None
-
-    def _remember(self, structure: Structure) -> None:
-        _FOUND[self.term] = _Found(
-            weakref.ref(self.model),
-            [weakref.ref(parameter) for parameter in self.parameters.values()],
-            self._made_from(),
-            structure,
-            self._check_derivatives,
-        )
-
     def _made_from(self) -> tuple[object, ...]:
         """Return what the structure depends on and what was checked, but for the points."""
-        checked = min(len(self.x), CHECKED_POINTS)
-        return tuple(self.parameters), self.whole.plan.layout.S, checked, self._surroundings()
-
-    @property
-    def followed(self) -> tuple[object, ...]:
-        """The state that was followed last."""
-        return self._state
-
-    def _surroundings(self, model: object = None) -> tuple[object, ...]:
-        """Return what changes when network, residual or operators do, or parameters are frozen."""
         term = self.term
-        parameters = [*self.model.parameters(), *(p for _, p in term.named_parameters())]
         return (
-            circumstances(term.residual),
-            tuple(circumstances(operator) for operator in term.operators.values()),
-            circumstances(self.model) if model is None else model,
-            len(globally._global_backward_hooks) + len(globally._global_backward_pre_hooks),
-            *((id(p), p.requires_grad, has_hooks(p)) for p in parameters),
+            tuple((name, identity(p)) for name, p in self.parameters.items()),
+            self.whole.plan.layout.S,
+            min(len(self.x), CHECKED_POINTS),
+            tuple((name, data.dtype, data.shape[1:]) for name, data in term.data.items()),
+            *map(circumstances, (self.model, term.residual, *term.operators.values())),
         )
 
-    def state(self, model: object = None) -> tuple[object, ...]:
-        """Return what changes when anything that the loss depends on does, but for parameters."""
-        given = [self.x, self.term.data, self.term.weight]
-        return circumstances(given), self._surroundings(model)
+    def state(self, network: NetworkState | None = None) -> tuple[object, ...]:
+        """Return what changes when anything that the loss depends on does, but for parameters.
+
+        Args:
+            network: The state of the network, if it is known.
+        """
+        term, network = self.term, network or network_state(self.model)
+        own = {id(p) for _, p in term.named_parameters()}
+        # weights and coefficients may depend on the network, as numbers
+        given = (self.x, term.data, term.weight, *term.operators.values())
+        found_once = tuple(circumstances(part, own) for part in given)
+        hooks = len(globally._global_backward_hooks) + len(globally._global_backward_pre_hooks)
+        hooks += len(globally._global_forward_hooks) + len(globally._global_forward_pre_hooks)
+        return found_once, circumstances(term.residual, network[0] | own), network, hooks
+
+    def __getstate__(self) -> dict[str, object]:
+        """Return what a copy needs, which finds out everything again."""
+        return {**vars(self), "followed": ()}
 
     def linearize(self, part: TermPart) -> Chunk:
         """Linearize at some points by one forward pass, and one backward pass per component.
@@ -175,9 +204,9 @@ class BoundTerm:
         """
         check_differentiable(self.term.name)
         structure = self.structure
-        with torch.enable_grad(), record(structure.records_plain) as tape:
+        with torch.enable_grad(), record(bool(structure.plain)) as tape:
             residual = part.evaluate(self.model, self.as_jets)
-        found = signature(tape, {id(p): None for p in self.parameters.values()})
+        found = signature(tape, {id(p) for p in self.parameters.values()})
         if found != structure.signature or residual.shape[1] != structure.components:
             raise RuntimeError(
                 f"A pass of term '{self.term.name}' must do the same at any points, but at "
@@ -186,7 +215,8 @@ class BoundTerm:
                 "others. Branch on nothing that changes from call to call or with the number of "
                 "points; after a change of the network, make a new objective."
             )
-        blocks = blocks_of_pass(residual, part.scale, tape.entries, structure, self.parameters)
+        with record(bool(structure.plain)):  # for checkpoints, which run the forward pass again
+            blocks = blocks_of_pass(residual, part.scale, tape.entries, structure, self.parameters)
         detached = residual.detach()
         return Chunk(detached * part.scale, detached, blocks)
 
@@ -222,18 +252,27 @@ class BoundTerm:
             )
 
 
+# The ids of a network's parameters, and what changes when anything else of it does.
+NetworkState = tuple[frozenset[int], object]
+
+
+def network_state(model: Module) -> NetworkState:
+    """Return what a network is, but for the numbers in its parameters."""
+    parameters = frozenset(map(id, model.parameters()))
+    return parameters, circumstances(model, parameters)
+
+
 @dataclass(frozen=True)
 class _Found:
     """What is known of a term and a network, whatever the points are."""
 
-    model: weakref.ref[Module]
-    parameters: list[weakref.ref[Tensor]]
     made_from: tuple[object, ...]
     structure: Structure
     checked: bool
 
 
-_FOUND: weakref.WeakKeyDictionary[LossTerm, _Found] = weakref.WeakKeyDictionary()
+_Terms = weakref.WeakKeyDictionary[LossTerm, dict[bool, _Found]]
+_FOUND: weakref.WeakKeyDictionary[Module, _Terms] = weakref.WeakKeyDictionary()
 
 
 def trained_tensors(model: Module, *terms: LossTerm) -> dict[str, Tensor]:

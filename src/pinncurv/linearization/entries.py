@@ -14,11 +14,12 @@ from torch.nn import Module
 
 from pinncurv.diffops import Plan
 from pinncurv.linearization.blocks import JacobianBlock, LinearLayer
-from pinncurv.linearization.bound import BoundTerm, trained_tensors
+from pinncurv.linearization.bound import BoundTerm, NetworkState, trained_tensors
 from pinncurv.linearization.chunk import Chunk
 from pinncurv.linearization.fisher import Fisher
 from pinncurv.linearization.part import TermPart
 from pinncurv.linearization.structure import Structure
+from pinncurv.linearization.watching import identity
 from pinncurv.problems import L2
 
 
@@ -109,10 +110,10 @@ class EntryRows(JacobianBlock):
         """
         used = self._counts.any(0).nonzero().flatten()
         c, d_out = len(used), len(self._counts)
-        identity = torch.eye(self._counts.shape[1]).to(self._counts)
+        unit = torch.eye(self._counts.shape[1]).to(self._counts)
         weights = self._counts[:, used].sqrt() * (self.scale / sqrt(max(c, 1)))
         G = weights.t().diag_embed()[None].permute(2, 0, 1, 3)
-        return LinearLayer(self.names[0], None, identity[used][None] * sqrt(c), G, (0,), d_out)
+        return LinearLayer(self.names[0], None, unit[used][None] * sqrt(c), G, (0,), d_out)
 
     def at(self, points: slice | Tensor) -> EntryRows:
         return replace(self, entries=self.entries[points])
@@ -144,31 +145,32 @@ class BoundL2(BoundTerm):
 
     term: L2
 
-    def follow(self, model: object = None) -> None:
-        state = self.state(model)
-        if state == self._state:
+    def follow(self, network: NetworkState | None = None) -> None:
+        state = self.state(network)
+        if state == self.followed:
             return
-        network = trained_tensors(self.model)
+        self.term.check_points(self.x)
+        own = trained_tensors(self.model)
         named = trained_tensors(self.model, *self._terms)
-        others = {name: p for name, p in named.items() if name not in network}
-        chosen = self.term.chosen(network, others)
-        self.parameters = {name: p for name, p in named.items() if name in {**network, **chosen}}
+        others = {name: p for name, p in named.items() if name not in own}
+        chosen = self.term.chosen(own, others)
+        self.parameters = {name: p for name, p in named.items() if name in {**own, **chosen}}
         numbers = torch.arange(sum(p.numel() for p in chosen.values()), dtype=torch.float64)
         x = numbers[:, None].to(self.x.device)
         self.whole = EntryPart(self.term, x, Plan.of({}, x), chosen, self.term.scale(x))
         self.parts = [self.whole]
         self._structure = Structure((), (), {}, (), (), 1, entrywise=True)
-        self._state = state
+        self.followed = state
 
     @property
     def structure(self) -> Structure:
         assert self._structure is not None
         return self._structure
 
-    def state(self, model: object = None) -> tuple[object, ...]:
+    def state(self, network: NetworkState | None = None) -> tuple[object, ...]:
         trained = trained_tensors(self.model, *self._terms)
         chosen = [self.term.of is None or self.term.of(name) for name in trained]
-        return self.term.weight, tuple(map(id, trained.values())), tuple(chosen)
+        return self.term.weight, tuple(map(identity, trained.values())), tuple(chosen)
 
     def linearize(self, part: TermPart) -> Chunk:
         with torch.no_grad():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -47,7 +47,10 @@ class Linearization:
         self.chunk_size = bound.chunk_size if kept is None else None
         self._whole = bound.whole
         self._versions = self._current_versions()
-        self._kept = list(self._chunks()) if kept is None and self.chunk_size is None else kept
+        self._followed = bound.followed
+        if kept is None and self.chunk_size is None:
+            kept = list(self._chunks(bound.parts))
+        self._kept = kept
 
     def __iter__(self) -> Iterator[Chunk]:
         """Yield the chunks.
@@ -55,11 +58,11 @@ class Linearization:
         Raises:
             RuntimeError: If chunks must be recomputed but the parameters have changed since.
         """
-        return iter(self._chunks() if self._kept is None else self._kept)
+        return iter(self._chunks(self.parts()) if self._kept is None else self._kept)
 
-    def _chunks(self) -> Iterator[Chunk]:
+    def _chunks(self, parts: Iterable[TermPart]) -> Iterator[Chunk]:
         exact = self.fisher == Type2()
-        for part in self.parts():
+        for part in parts:
             chunk = self.bound.linearize(part)
             yield chunk if exact else chunk.with_fisher(self.fisher)
             del chunk  # or it would live on while the next one is computed
@@ -68,8 +71,15 @@ class Linearization:
         """Yield the term at the points that are differentiated at a time.
 
         Raises:
-            RuntimeError: If the parameters have changed since the linearization.
+            RuntimeError: If the parameters, or what the loss depends on, have changed since the
+                linearization.
         """
+        if self._followed != self.bound.state():
+            raise RuntimeError(
+                f"Passes of the linearization of term '{self.term.name}' are recomputed, but what "
+                "the loss depends on (points, data, weights, numbers that functions use) has "
+                "changed since it was made. Linearize again."
+            )
         parts = self.bound.parts if self._whole is self.bound.whole else [self._whole]
         for part in parts:
             if self._versions != self._current_versions():
@@ -148,6 +158,11 @@ def bind(
     check: bool = False,
 ) -> BoundTerm:
     """Bind a term to a network and points; arguments as of ``BoundTerm``."""
+    if not isinstance(term, LossTerm):
+        raise TypeError(
+            f"What is linearized must be a LossTerm, got {type(term).__name__}. Write "
+            "linearize(term, model, x)."
+        )
     kind = BoundL2 if isinstance(term, L2) else BoundTerm
     return kind(term, model, x, chunk_size, terms, check)
 

@@ -88,7 +88,7 @@ class TermPart:
                 trained tensors are recorded.
         """
         x: Any = Jet(self.x[None], self.plan.without_derivatives) if as_jets else self.x
-        points = Jet(self.seed.data, self.plan.layout)  # which knows whether autograd is on now
+        points = Jet(self.seed.channels, self.plan.layout)  # which knows whether autograd is on now
         values = self.plan.read(x, model(points), as_jets)
         return self.call(x, {**values, **self.data})
 

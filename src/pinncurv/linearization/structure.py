@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,11 +73,6 @@ class Structure:
         biases = [layer.bias for layer in self.layers if layer.bias is not None]
         return {*(layer.weight for layer in self.layers), *biases, *self.dense}
 
-    @property
-    def records_plain(self) -> bool:
-        """Whether a pass has to record linear layers on tensors without points."""
-        return bool(self.plain)
-
 
 def find_structure(
     part: TermPart, model: Module, parameters: Mapping[str, Tensor], as_jets: bool
@@ -127,7 +122,7 @@ def find_structure(
     )
 
 
-def signature(tape: Tape, known: Mapping[int, Any]) -> tuple[tuple[int, ...], ...]:
+def signature(tape: Tape, known: Container[int]) -> tuple[tuple[int, ...], ...]:
     """Return what identifies a pass: the trained parameters of every entry, 0 for other tensors."""
     return tuple(
         tuple(id(t) if id(t) in known else 0 for t in entry.trained if t.requires_grad)
@@ -226,7 +221,8 @@ def _reached(residual: Tensor, tape: Tape, names: Mapping[int, str], term: str) 
     plain = {id(entry.root): entry for entry in tape.entries if not _has_points(entry)}
     reached: set[int] = set()
     uses: dict[str, str] = {}
-    for item in _leaves([residual.grad_fn], roots):
+    # a root itself, if it is of parameters alone
+    for item in _leaves([_node(residual)] if residual.requires_grad else [], roots):
         if isinstance(item, int):
             reached.add(item)
         elif id(item[0]) in plain:
@@ -243,11 +239,16 @@ def _reached(residual: Tensor, tape: Tape, names: Mapping[int, str], term: str) 
 def _foreign(leaf: Tensor) -> str:
     return (
         f"a tensor of shape {list(leaf.shape)} that is no parameter of the network, the residual "
-        "or an operator"
+        "or an operator (are layers in a list, not an nn.ModuleList, or is it no nn.Parameter?)"
     )
 
 
 def _uncaptured(uses: Mapping[str, str], term: str) -> UncapturedParameterError:
+    if any(user.startswith("CompiledFunction") for user in uses.values()):
+        return UncapturedParameterError(
+            f"Term '{term}' must not call what torch.compile returns, into which jets can't look, "
+            f"but a compiled function uses {', '.join(uses)}. Call the function itself."
+        )
     listing = ", ".join(f"{name} (used by {user})" for name, user in uses.items())
     return UncapturedParameterError(
         f"Every trained tensor must enter term '{term}' through the network, a residual that is an "

@@ -14,6 +14,7 @@ from pinncurv.optim.identity import (
     merged,
     names_in_groups,
 )
+from pinncurv.optim.optimizer import CurvatureOptimizer
 from pinncurv.optim.protocols import StepRecord, finite_loss, offers
 
 
@@ -24,10 +25,20 @@ class FirstOrder:
     error, and it leaves none.
 
     Args:
-        optimizer: The optimizer.
+        optimizer: The optimizer, of all or some of the objective's parameters.
+
+    Raises:
+        TypeError: If it is none of torch's, or a CurvatureOptimizer.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
+        if not isinstance(optimizer, Optimizer) or isinstance(optimizer, CurvatureOptimizer):
+            got = getattr(optimizer, "__name__", type(optimizer).__name__)
+            raise TypeError(
+                "FirstOrder must be given an optimizer of torch, for example "
+                f"torch.optim.Adam(objective.parameters()), got {got}. A CurvatureOptimizer, such "
+                "as a preset makes, takes steps on objectives itself."
+            )
         self.optimizer = optimizer
         self._names: list[str | None] | None = None  # of the parameters, once an objective is known
         self._loaded = False
@@ -72,8 +83,14 @@ class FirstOrder:
                 finite_loss(evaluations[0])  # before the parameters are touched
             return sum(evaluations[-1].values())
 
+        mine, others = {id(p) for p in parameters}, []
+        if offers(objective, "named_parameters"):
+            others = [p for _, p in objective.named_parameters() if id(p) not in mine]
+        gradients = [p.grad for p in others]  # somebody else's
         before = [p.detach().clone() for p in parameters]
         try:
+            for parameter in others:
+                parameter.grad = None
             self.optimizer.step(closure)
         except BaseException:  # in a later evaluation, the parameters have moved
             with torch.no_grad():
@@ -82,6 +99,8 @@ class FirstOrder:
             raise
         finally:
             self.optimizer.zero_grad()
+            for parameter, gradient in zip(others, gradients, strict=True):
+                parameter.grad = gradient
         self._loaded = False
         first = evaluations[0]
         return StepRecord(

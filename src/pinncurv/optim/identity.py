@@ -28,7 +28,7 @@ def describe(part: Any) -> str:
         inner = [
             f"{name}={describe(value)}"
             for name, value in values.items()
-            if not isinstance(value, int | float)
+            if not isinstance(value, int | float | None)
         ]
         return f"{type(part).__name__}({', '.join(inner)})"
     if part is None or isinstance(part, str | tuple | list):

@@ -33,6 +33,7 @@ from pinncurv.optim.protocols import (
     LeastSquares,
     LinearizedLoss,
     StepRecord,
+    check_part,
     finite_gradient,
     finite_loss,
 )
@@ -73,7 +74,7 @@ class CurvatureOptimizer(Optimizer):
         lr: Default for the groups' ``lr``.
 
     Raises:
-        TypeError: If the damping is to adapt but cannot be set.
+        TypeError: If the damping is to adapt but cannot be set, or a part is none.
         ValueError: If a setting is out of range, or ``max_halvings`` would not act.
     """
 
@@ -90,6 +91,18 @@ class CurvatureOptimizer(Optimizer):
         max_halvings: int | None = None,
         lr: float = 1.0,
     ) -> None:
+        if hasattr(params, "parameters"):
+            raise TypeError(
+                "An optimizer must be given the trained tensors, which are those of the objective, "
+                f"got {type(params).__name__}. Pass objective.parameters()."
+            )
+        check_part("curvature", curvature, "KFAC()", "__call__")
+        check_part("inverse", inverse, "Damped(1e-3)", "damping", "__call__")
+        check_part("step_size", step_size, "optim.FixedStep(0.1)", "propose")
+        check_part("momentum", momentum, "optim.HeavyBall(0.9)", "direction")
+        check_part(
+            "damping_rule", damping_rule, "optim.LevenbergMarquardt()", "accepted", "rejected"
+        )
         if max_halvings is not None and max_halvings < 0:
             raise ValueError(f"max_halvings must be at least 0, got {max_halvings}.")
         if max_halvings is not None and damping_rule is not None and damping_rule.retries:

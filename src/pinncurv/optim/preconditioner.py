@@ -246,13 +246,15 @@ class Preconditioner:
         if self._inverse is None or self._inverse[0] != damping:
             if recipe.damping != damping:
                 recipe = replace(recipe, damping=damping)  # type: ignore[type-var]
-            self._inverse = damping, recipe(self._inverted)
+            with torch.enable_grad():  # as in a call of the user's own, for any curvature
+                self._inverse = damping, recipe(self._inverted)
         return self._inverse[1]
 
     def _build(self, linearized: LinearizedLoss) -> Any:
         at_step = getattr(self.curvature, "at_step", None)
         curvature = self.curvature if at_step is None else at_step(self.state["step"])
-        return curvature(linearized.linearizations)
+        with torch.enable_grad():
+            return curvature(linearized.linearizations)
 
     def _check(self, operator: Any) -> None:
         """Check that the operator can be averaged, and kept over steps, where that is wanted."""

@@ -141,6 +141,28 @@ class StepRecord:
     __repr__ = __str__
 
 
+def check_part(what: str, part: Any, example: str, *capabilities: str) -> None:
+    """Check that a part of an optimizer has what is asked of it.
+
+    Args:
+        what: Its name.
+        part: The part; None is fine.
+        example: What could be passed instead.
+        capabilities: The methods and numbers that it must have.
+
+    Raises:
+        TypeError: If it lacks one, or is a class.
+    """
+    if isinstance(part, type):
+        raise TypeError(
+            f"{what} must be an object, got the class {part.__name__}. Write {part.__name__}(...)."
+        )
+    if part is not None and not offers(part, *capabilities):
+        raise TypeError(
+            f"{what} must be an object such as pinncurv.{example}, got {type(part).__name__}."
+        )
+
+
 def finite_loss(term_losses: Mapping[str, float]) -> float:
     """Return the sum of the terms after checking that each is finite.
 

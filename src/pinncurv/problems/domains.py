@@ -87,6 +87,7 @@ class SpaceTimeBox:
         end: The final time.
 
     Raises:
+        TypeError: If the space is no box.
         ValueError: If the times are not finite or start is not before end.
     """
 
@@ -95,7 +96,12 @@ class SpaceTimeBox:
     end: float = 1.0
 
     def __post_init__(self) -> None:
-        """Check the times."""
+        """Check space and times."""
+        if not isinstance(self.space, Box):
+            raise TypeError(
+                f"The space must be a Box, got {type(self.space).__name__}. Write "
+                "SpaceTimeBox.unit(1) or SpaceTimeBox(Box.unit(1))."
+            )
         if not (math.isfinite(self.start) and math.isfinite(self.end) and self.start < self.end):
             raise ValueError(
                 "Times must be finite and start before end, got "

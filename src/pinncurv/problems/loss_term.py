@@ -32,7 +32,8 @@ class LossTerm:
             returns [N] or [N, V]. Large batches are processed in blocks of points, so it must not
             capture tensors with one row per point: they are data.
         points: Where the points come from.
-        weight: One non-negative number; a sequence of V numbers, one per component of the residual;
+        weight: One non-negative number, or a tensor without axes, which may be written to as
+            training goes on; a sequence of V numbers, one per component of the residual;
             a tensor with one per point, [N], or per point and component, [N, V]; or a function of
             the points that returns such a tensor.
         name: How errors and records call this term.
@@ -40,8 +41,8 @@ class LossTerm:
             row per point, [N, ...].
 
     Raises:
-        TypeError: If the residual is not callable, an operator is a class, not an object, or data
-            is no tensor.
+        TypeError: If the residual is not callable, the points are no sampler, an operator is a
+            class, not an object, or data is no tensor.
         ValueError: If the names of operators and data are no keyword arguments of the residual,
             a weight is negative or not finite, or tensors with one row per point come with a
             sampler that draws new points.
@@ -56,6 +57,12 @@ class LossTerm:
 
     def __post_init__(self) -> None:
         """Check the declaration once, so that evaluations need not."""
+        if not isinstance(self.operators, Mapping):
+            raise TypeError(
+                f"Term '{self.name}': the operators must be a dictionary, got "
+                f"{type(self.operators).__name__}. Name them: {{'u': Value(), 'lap': Laplacian()}}."
+            )
+        _check_sampler(self.name, self.points)
         object.__setattr__(self, "operators", dict(self.operators))
         object.__setattr__(self, "data", dict(self.data))
         if not callable(self.residual):
@@ -85,7 +92,7 @@ class LossTerm:
     def _per_point(self) -> Iterator[str]:
         """Yield what is given as a tensor with one row per point."""
         yield from (f"data '{name}'" for name in self.data)
-        if isinstance(self.weight, Tensor):
+        if isinstance(self.weight, Tensor) and self.weight.ndim:
             yield "the weight"
         for name, operator in self.operators.items():
             given = {k: v for k, v in vars(operator).items() if isinstance(v, Tensor) and v.ndim}
@@ -186,10 +193,14 @@ class LossTerm:
         assert not isinstance(self.weight, Sequence)
         with torch.enable_grad():  # or what is trained would not show under torch.no_grad
             weights = self.weight if isinstance(self.weight, Tensor) else self.weight(x)
+        if isinstance(self.weight, Tensor) and not weights.ndim:
+            _check_weights(self.name, weights)  # again: it may have been written to
+            return float(weights)
         if not isinstance(weights, Tensor):
             raise TypeError(
                 f"Term '{self.name}': a function as weight must return a tensor, [N] or [N, V], "
-                f"got {type(weights).__name__}. Pass a number as it is, not as a function."
+                f"got {type(weights).__name__}. Pass a number as it is, or a tensor without axes "
+                "for one that changes, not as a function."
             )
         _check_weights(self.name, weights)
         if weights.shape[0] != x.shape[0]:
@@ -277,13 +288,23 @@ def checked_number(term: str, weight: Any) -> float:
     return number
 
 
+def _check_sampler(term: str, points: Any) -> None:
+    """Check that points come from a sampler, not from a tensor or a function."""
+    if isinstance(points, type) or not (hasattr(points, "sample") and hasattr(points, "dim")):
+        raise TypeError(
+            f"Term '{term}': points must be a sampler, with the method sample(generator, dtype, "
+            f"device) and the number dim, got {type(points).__name__}. Use Fixed(x) for a tensor "
+            "of points, or e.g. Box.unit(2).interior(100)."
+        )
+
+
 def _check_weights(term: str, weights: Tensor) -> None:
     if weights.requires_grad:
         raise ValueError(
             f"Term '{term}': a weight must not require a gradient, which no operator would contain,"
             " got one that does. Pass weight.detach()."
         )
-    if weights.ndim not in (1, 2):
+    if weights.ndim > 2:
         raise ValueError(
             f"Term '{term}': there must be one weight per point, shape [N], or per point and "
             f"component, [N, V], got {list(weights.shape)}."

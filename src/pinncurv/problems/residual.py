@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pinncurv.jets import Jet
+from pinncurv.jets import Jet, for_every_point
 
 Residual = Callable[..., Tensor]
 
@@ -50,9 +50,11 @@ def call_residual(
             f"{result.dtype} from values of dtypes {dtypes}. Pass tensors by data=, which are "
             "converted, or write tensor.to(x) in the residual."
         )
-    if result.shape[1] == N > 1 and isinstance(result, Tensor):
+    if result.shape[1] == N > 1 and isinstance(x, Tensor):
         _check_not_broadcast(term, residual, x, values)
-    return result.data[0] if isinstance(result, Jet) else result
+    if isinstance(result, Jet):
+        return result.value
+    return for_every_point(result, x) if isinstance(x, Jet) else result  # of parameters alone
 
 
 def _call(term: str, residual: Residual, x: Any, values: Mapping[str, Any]) -> Any:

@@ -31,9 +31,10 @@ def is_fixed(sampler: Sampler) -> bool:
 
     A sampler of one's own says so by an attribute ``fixed = True``.
     """
-    parts = getattr(sampler, "factors", None) or getattr(sampler, "parts", None)
-    if isinstance(sampler, Product | Union) and parts:
-        return all(is_fixed(part) for part in parts)
+    if isinstance(sampler, Product | Union):
+        return all(
+            map(is_fixed, sampler.factors if isinstance(sampler, Product) else sampler.parts)
+        )
     return isinstance(sampler, Fixed) or bool(getattr(sampler, "fixed", False))
 
 
@@ -109,6 +110,7 @@ class Fixed:
         points: The points, [n, dim]. They are not copied; a sample is a copy of them.
 
     Raises:
+        TypeError: If the points are no tensor.
         ValueError: If the points are no non-empty, finite matrix.
     """
 
@@ -116,6 +118,10 @@ class Fixed:
 
     def __post_init__(self) -> None:
         """Check the points."""
+        if not isinstance(self.points, Tensor):
+            raise TypeError(
+                f"Points must be a tensor, got {type(self.points).__name__}. Use torch.as_tensor."
+            )
         shape = tuple(self.points.shape)
         if len(shape) != 2 or 0 in shape:
             raise ValueError(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import Tensor
+from torch.nn import Module
 
 
 def check_operators(term: str, operators: Mapping[str, Any]) -> None:
@@ -78,7 +79,8 @@ def check_signature(
     """
     names = [*operators, *data]
     try:
-        signature = inspect.signature(residual)
+        called = residual.forward if isinstance(residual, Module) else residual
+        signature = inspect.signature(called)
     except ValueError:  # a function written in C, which does not tell its arguments
         return
     try:

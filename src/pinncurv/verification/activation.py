@@ -84,7 +84,7 @@ def _push(function: Callable[[Any], Any], x: Tensor) -> Tensor:
     output = function(seed(x, Layout(basis, (Contraction((0,)),))))
     if not isinstance(output, Jet):
         raise TypeError(f"must return a jet for a jet, got {type(output).__name__}")
-    return output.data
+    return output.channels
 
 
 def _differentiated(function: Callable[[Any], Any], x: Tensor, channel: int, passes: int) -> Tensor:
@@ -137,6 +137,6 @@ def _changed(function: Callable[[Any], Any], x: Tensor, shape: list[int]) -> str
     output = function(Jet(torch.stack([value] * layout.S), layout))
     got = (list(output.shape), output.dtype, output.device)
     expected = (list(value.shape), value.dtype, value.device)
-    if got == expected and output.data.shape[0] == layout.S:
+    if got == expected and output.channels.shape[0] == layout.S:
         return ""
-    return f"returns {got} with {output.data.shape[0]} channels for {expected} with {layout.S}"
+    return f"returns {got} with {output.channels.shape[0]} channels for {expected} with {layout.S}"

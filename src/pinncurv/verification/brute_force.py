@@ -30,6 +30,7 @@ from pinncurv.diffops import (
     Value,
 )
 from pinncurv.linearization import trained_tensors
+from pinncurv.linearization.spelled import Spelled
 from pinncurv.problems import L2, LossTerm
 
 Network = Callable[[Any], Any]
@@ -46,13 +47,18 @@ References = Mapping[str, Reference]
 
 def in_double(model: N) -> N:
     """Return a copy of a network in float64; a function is returned as it is."""
-    return copy.deepcopy(model).double() if isinstance(model, Module) else model
+    if not isinstance(model, Module):
+        return model
+    plain: N = copy.deepcopy(getattr(model, "_orig_mod", model)).double()  # without torch.compile
+    return plain
 
 
 def first_points(term: LossTerm, x: Tensor, count: int) -> tuple[LossTerm, Tensor]:
     """Return a term and its points, in float64, at the first few of them."""
     part = slice(0, count)
-    weight = term.weight[part] if isinstance(term.weight, Tensor) else term.weight
+    weight = term.weight
+    if isinstance(weight, Tensor) and weight.ndim:
+        weight = weight[part]
     points = x[part].detach().double()
     small = replace(term.at(part), weight=weight).to(points)
     if any(True for _ in term.named_parameters()):
@@ -74,11 +80,17 @@ def trainable(model: Network, *terms: LossTerm) -> dict[str, Tensor]:
 def at_point(model: Network, parameters: Parameters | None = None) -> Callable[[Tensor], Any]:
     """Return the network as a function of one point, ``[d]`` to ``[d_out]`` or several such."""
     if not isinstance(model, Module):
-        return lambda x: _first_row(model(x[None]))
+        return lambda x: _first_row(_spelled(model, x[None]))
     values = trainable(model) if parameters is None else parameters
     own = {name for name, _ in model.named_parameters()}
     own_values = {name: value for name, value in values.items() if name in own}
-    return lambda x: _first_row(functional_call(model, own_values, (x[None],)))
+    return lambda x: _first_row(_spelled(functional_call, model, own_values, (x[None],)))
+
+
+def _spelled(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call what a user has written, with what torch has no right derivatives of written out."""
+    with Spelled():
+        return function(*args, **kwargs)
 
 
 def _first_row(output: Any) -> Any:
@@ -220,7 +232,7 @@ def residual_at(
     """Return r_n, without weight and 1/N."""
     rows = {name: operator_value(name, term, u, x, references, n)[None] for name in term.operators}
     data = {name: tensor[n : n + 1] for name, tensor in term.data.items()}
-    return term.residual(x[n : n + 1], **rows, **data)[0].reshape(-1)
+    return _spelled(term.residual, x[n : n + 1], **rows, **data)[0].reshape(-1)
 
 
 def _weight(term: LossTerm, x: Tensor, n: int) -> Tensor:

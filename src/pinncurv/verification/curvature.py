@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,7 +65,12 @@ def verify_curvature(
         expected = [list(p.shape) for p in trained_tensors(model, *small_terms).values()]
         wrong = "" if got == expected else f"acts on {got}, the parameters are {expected}"
         checks.demand("acts on the trainable parameters", wrong)
-        right = None if exact is None else exact(model, small_terms, [x for _, x in pairs])
+        right = None
+        if exact is not None:
+            points = [x for _, x in pairs]
+            right = checks.by_brute_force(
+                "is the right matrix", partial(exact, model, small_terms, points)
+            )
         check_operator(checks, operator, right, semidefinite, (1e-6, 1e-3, 1.0))
         if scale_laws:
             _check_scale(checks, pairs, lambda *args: identity_product(build(*args)))
@@ -106,6 +112,6 @@ def _duplicate(term: LossTerm) -> LossTerm:
         return term
     data = {name: torch.cat([rows, rows]) for name, rows in term.data.items()}
     weight = term.weight
-    return replace(
-        term, data=data, weight=torch.cat([weight] * 2) if isinstance(weight, Tensor) else weight
-    )
+    if isinstance(weight, Tensor) and weight.ndim:
+        weight = torch.cat([weight, weight])
+    return replace(term, data=data, weight=weight)

@@ -79,5 +79,7 @@ class Report:
     def __str__(self) -> str:
         """Return a table, one line per check."""
         count = len(self.failures)
-        summary = f"{count} of {len(self.checks)} checks failed" if count else "all checks passed"
+        skipped = sum(check.passed is None for check in self.checks)
+        passed = "all checks passed" + (f", but {skipped} skipped" if skipped else "")
+        summary = f"{count} of {len(self.checks)} checks failed" if count else passed
         return "\n".join([*map(str, self.checks), summary])

@@ -65,8 +65,10 @@ def verify_network(model: Network, x: Tensor, max_points: int = 3) -> Report:
         term, points = first_points(_all_derivatives(x), x, max_points)
         _check_term(checks, term, network, points, {})
         if isinstance(network, Module) and brute_force.trainable(network):
-            silent = _silent(network, term, points)
-            checks.demand("every parameter influences the output", silent)
+            name = "every parameter influences the output"
+            silent = checks.by_brute_force(name, lambda: _silent(network, term, points))
+            if silent is not None:
+                checks.demand(name, silent)
     return checks.report
 
 
@@ -116,13 +118,14 @@ def _check_term(
     if isinstance(term, L2) and isinstance(model, Module):
         _check_linearization(checks, term, model, x, references)
         return
-    if checks.attempt("can be evaluated", lambda: term.evaluate(model, x)) is None:
+    together = checks.attempt("can be evaluated", lambda: term.evaluate(model, x))
+    if together is None:
         return
     parts = [slice(n, n + 1) for n in range(len(x))]
     checks.compare(
         "points do not mix",
-        lambda: term.evaluate(model, x),
         lambda: torch.cat([term.at(part).evaluate(model, x[part]) for part in parts]),
+        together,
     )
     at = (term, brute_force.at_point(model), x, references)
     values = evaluate(term.operators, model, x)
@@ -167,8 +170,8 @@ def _check_linearization(
         lambda: brute_force.scaled_residual(model, term, x, references),
     )
     parameters = brute_force.trainable(model, term)
-    jacobian = checks.attempt(
-        "Jacobian by brute force",
+    jacobian = checks.by_brute_force(
+        "Jacobian in every parameter",
         lambda: brute_force.jacobian(model, term, x, references, parameters),
     )
     if jacobian is None:
