@@ -78,8 +78,8 @@ class RunFolder:
         if used:
             folder.close()
             raise UserError(
-                f"The run folder {path} is used already. Continue that run with --resume {path}, "
-                "or choose another folder."
+                f"The run folder {path} is used already. Continue that run with --resume {path} "
+                "(train.py, sweep.py), or choose another folder."
             )
         return folder
 

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 
-from experiments import results
+from experiments import results, tracking
 from experiments.command import run_program
 from experiments.folder import RunFolder
 from experiments.training import Trainer, is_recorded
@@ -169,6 +169,27 @@ def test_records_are_ever_sparser_or_regular():
     assert recorded[:40] == list(range(1, 41))
     assert len([step for step in recorded if 256 <= step < 512]) == 32
     assert [step for step in range(20) if is_recorded(step, 7)] == [0, 7, 14]
+
+
+@pytest.mark.usefixtures("_no_figure")
+def test_trackers_get_every_row(tmp_path, monkeypatch):
+    seen = []
+
+    class Tracker:
+        def __init__(self, folder, settings):
+            seen.append(settings["problem"])
+
+        def log(self, training, step, numbers):
+            seen.append((training, step, numbers["loss"] > 0))
+
+        def close(self):
+            seen.append("closed")
+
+    monkeypatch.setitem(tracking.TRACKERS, "mine", Tracker)
+    run = tmp_path / "run"
+    assert start(run, "--steps", "2", "--optimizers", "adam", "--track", "mine") == 0
+    rows = [("adam/seed1", step, True) for step in (1, 2)]
+    assert seen == ["poisson2d", *rows, "closed"]
 
 
 # --- faults ---------------------------------------------------------------------------------------
