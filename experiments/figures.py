@@ -122,15 +122,13 @@ def _draw_bundle(
     axis: Axes, curves: Sequence[pd.DataFrame], label: str, style: Mapping[str, Any]
 ) -> None:
     """Draw one curve, or the median and the quartiles of several on common abscissae."""
-    if not curves:
-        return
-    if len(curves) == 1:
-        x, y = (curves[0].iloc[:, k].to_numpy() for k in (0, 1))
-        axis.plot(x, y, label=label, marker="o" if len(x) < _FEW else None, **style)
-        return
-    low = max(c.iloc[0, 0] for c in curves)
-    high = min(c.iloc[-1, 0] for c in curves)
-    if not 0 < low <= high:
+    low = max((c.iloc[0, 0] for c in curves), default=0)
+    high = min((c.iloc[-1, 0] for c in curves), default=0)
+    if len(curves) < 2 or not 0 < low < high:  # one curve, or several that never meet
+        for c in curves:
+            x, y = (c.iloc[:, k].to_numpy() for k in (0, 1))
+            axis.plot(x, y, label=label, marker="o" if len(x) < _FEW else None, **style)
+            label = "_"  # which the legend leaves out
         return
     x = np.geomspace(low, high, 200)
     logs = [
