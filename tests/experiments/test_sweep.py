@@ -179,7 +179,7 @@ def test_a_sweep_goes_on_where_it_was_and_its_best_can_be_trained(tmp_path, caps
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("pruner", ["median", "hyperband"])
+@pytest.mark.parametrize("pruner", ["median", pytest.param("hyperband", marks=pytest.mark.slow)])
 def test_what_is_hopeless_is_pruned(pruner, tmp_path):
     command = ["--run-folder", tmp_path, *TINY, "--steps", "20", "--record-every", "4"]
     command += ["--trials", "10", "--sampler", "random", "--pruner", pruner]
@@ -334,10 +334,12 @@ def test_a_killed_worker_loses_nothing(tmp_path):
     _check_a_killed_worker(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_killed_worker_loses_nothing_in_a_journal(tmp_path):
     _check_a_killed_worker(tmp_path / "run", "--storage", tmp_path / "study.journal")
 
 
+@pytest.mark.slow
 def test_sigterm_ends_all_workers_with_their_checkpoints(tmp_path):
     folder = tmp_path / "run"
     options = ["--seconds", "600", "--checkpoint-seconds", "600", "--record-every", "1"]
@@ -353,6 +355,7 @@ def test_sigterm_ends_all_workers_with_their_checkpoints(tmp_path):
         assert read_checkpoint(path.with_name(CURRENT))["state"]["step"] > 1
 
 
+@pytest.mark.slow
 def test_workers_are_jobs_of_submitit(tmp_path, monkeypatch):
     pytest.importorskip("submitit", reason="--submitit needs submitit")
     monkeypatch.chdir(ROOT)
