@@ -294,7 +294,10 @@ def surviving_streams() -> Iterator[None]:
     while (unused := os.open(os.devnull, os.O_RDWR)) <= _STDERR:
         pass  # a stream that was closed (>&-) shall not be the next file that is opened
     os.close(unused)
-    before = sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")
+    before = (
+        sys.stdout or os.fdopen(1, "w", closefd=False),
+        sys.stderr or os.fdopen(_STDERR, "w", closefd=False),
+    )
     sys.stdout, sys.stderr = _Surviving(before[0]), _Surviving(before[1])
     try:
         yield
@@ -313,9 +316,9 @@ class Interruption:
     def __enter__(self) -> Interruption:
         """Start to listen."""
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            if (number := getattr(signal, name, None)) is not None:
-                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-                    self._previous[number] = signal.signal(number, self._handle)
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # by nohup
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -22,11 +22,11 @@ from experiments.objects import (
     bind,
     digest,
     evaluate,
-    told,
     is_own,
     near_misses,
     resolve,
     short,
+    told,
 )
 from pinncurv.problems import Problem
 

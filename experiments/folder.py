@@ -181,7 +181,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
     status = _git("status", "--porcelain")
     return {
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": sys.argv,
+        "command": [re.sub(r"(://[^/@]*:)[^/@]*@", r"\1***@", word) for word in sys.argv],
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": None if status is None else bool(status),
         "python": platform.python_version(),
