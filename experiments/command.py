@@ -56,6 +56,9 @@ _OPTIONS: dict[str, tuple[str, Callable[[str], Any], str]] = {
 }
 
 
+_STDERR = 2
+
+
 class ExitCode(IntEnum):
     """How a program ended."""
 
@@ -288,7 +291,13 @@ class _Surviving:
 @contextmanager
 def surviving_streams() -> Iterator[None]:
     """Let the program go on if the reader of its output goes away."""
-    before = sys.stdout, sys.stderr
+    while (unused := os.open(os.devnull, os.O_RDWR)) <= _STDERR:
+        pass  # a stream that was closed (>&-) shall not be the next file that is opened
+    os.close(unused)
+    before = (
+        sys.stdout or os.fdopen(1, "w", closefd=False),
+        sys.stderr or os.fdopen(_STDERR, "w", closefd=False),
+    )
     sys.stdout, sys.stderr = _Surviving(before[0]), _Surviving(before[1])
     try:
         yield
@@ -307,7 +316,8 @@ class Interruption:
     def __enter__(self) -> Interruption:
         """Start to listen."""
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            if (number := getattr(signal, name, None)) is not None:
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # by nohup
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -321,7 +331,7 @@ class Interruption:
             raise KeyboardInterrupt
         self.requested = True
         with suppress(OSError):  # not by print, which the signal may just have interrupted
-            os.write(2, b"\nStopping after this step; once more stops at once.\n")
+            os.write(_STDERR, b"\nStopping after this step; once more stops at once.\n")
 
 
 def main_of(module_main: Callable[[Sequence[str]], ExitCode]) -> None:

@@ -22,11 +22,11 @@ from experiments.objects import (
     bind,
     digest,
     evaluate,
-    first_line,
     is_own,
     near_misses,
     resolve,
     short,
+    told,
 )
 from pinncurv.problems import Problem
 
@@ -115,13 +115,9 @@ class Experiment:
         Raises:
             UserError: If something is wrong; names the field and what is allowed.
         """
-        for name, hint in get_type_hints(Experiment).items():
+        self.check_types()
+        for name in get_type_hints(Experiment):
             value = getattr(self, name)
-            try:
-                typeguard.check_type(value, hint)
-            except typeguard.TypeCheckError:
-                wanted = inspect.formatannotation(hint)
-                raise UserError(f"{_flag(name)} must be {wanted}, got {value!r}.") from None
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, float) and not math.isfinite(number):
                     raise UserError(f"{_flag(name)} must be finite, got {number}.")
@@ -147,6 +143,21 @@ class Experiment:
         if not self.seeds or min(self.seeds) < 1 or len(set(self.seeds)) < len(self.seeds):
             raise UserError(f"--seeds must be different numbers from 1 on, got {list(self.seeds)}.")
         return self._with_checked_names()
+
+    def check_types(self) -> None:
+        """Check the types of all fields.
+
+        Raises:
+            UserError: If one is of another type; names the field.
+        """
+        every = typeguard.CollectionCheckStrategy.ALL_ITEMS
+        for name, hint in get_type_hints(Experiment).items():
+            value = getattr(self, name)
+            try:
+                typeguard.check_type(value, hint, collection_check_strategy=every)
+            except typeguard.TypeCheckError:
+                wanted = inspect.formatannotation(hint)
+                raise UserError(f"{_flag(name)} must be {wanted}, got {value!r}.") from None
 
     def _with_checked_names(self) -> Experiment:
         names = list(self.labels)
@@ -234,7 +245,8 @@ class Experiment:
             raise UserError(
                 f"{self.network} must return an nn.Module, got {type(network).__name__}."
             )
-        return network.to(self.device, DTYPES[self.dtype])
+        # a copy, as the function may return the same one to every training
+        return copy.deepcopy(network).to(self.device, DTYPES[self.dtype])
 
     def build_optimizer(self, label: str, parameters: Iterable[torch.Tensor]) -> Any:
         """Build the optimizer of a label; it has the methods step, state_dict, load_state_dict."""
@@ -283,7 +295,9 @@ def from_json(tree: Any, where: str) -> Experiment:
         if name not in known:
             raise UserError(f"{where} has an unknown field {name!r}.{near_misses(name, known)}")
     values: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in tree.items()}
-    return Experiment(**values)
+    experiment = Experiment(**values)
+    experiment.check_types()  # before anything looks into it
+    return experiment
 
 
 def _call(function: Callable[..., Any], values: Mapping[str, Any], name: str, *first: Any) -> Any:
@@ -291,8 +305,8 @@ def _call(function: Callable[..., Any], values: Mapping[str, Any], name: str, *f
         return function(*first, **values)
     except UserError:
         raise
-    except (ValueError, TypeError, RuntimeError, MemoryError) as error:
-        raise UserError(f"{name}: {first_line(error)}") from error
+    except (Exception, SystemExit) as error:  # of the user's own code it may be any
+        raise UserError(f"{name}: {told(error)}") from error
 
 
 def _flag(name: str) -> str:

@@ -88,7 +88,8 @@ def draw_curves(
 
     Args:
         figure: Where to.
-        table: The metrics, with columns optimizer, seed, step, seconds, rmse and held_out_loss.
+        table: The metrics, with columns run, optimizer, seed, step, seconds, rmse and
+            held_out_loss.
         published: Published curves, with columns optimizer, step, seconds and rmse.
     """
     by_time, by_step = figure.subplots(1, 2, sharey=True)
@@ -98,7 +99,8 @@ def draw_curves(
     for axis, x in ((by_time, "seconds"), (by_step, "step")):
         for i, (name, rows) in enumerate(groups):
             # the start, at no time and no steps, has no place on a logarithmic axis
-            curves = [c[[x, quantity]].dropna() for _, c in rows[rows["step"] > 0].groupby("seed")]
+            trainings = rows[rows["step"] > 0].groupby(["run", "seed"])
+            curves = [c[[x, quantity]].dropna() for _, c in trainings]
             _draw_bundle(axis, [c for c in curves if len(c)], str(name), style_of(i))
         if published is not None:
             later = published[published["step"] > 0]

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from datetime import datetime
@@ -117,6 +118,7 @@ def _cannot(what: str, path: Path, error: OSError) -> UserError:
 
 def _unused(stem: str) -> Path:
     """Return a new name from its stem and the time."""
+    stem = re.sub(r"[^\w.-]", "_", stem)
     name = f"{stem}-{datetime.now():%Y%m%d-%H%M%S}"
     path, count = Path("runs") / name, 1
     while os.path.lexists(path):
@@ -153,7 +155,7 @@ def read_json(path: Path) -> Any:
     """Return what a file holds; None if it cannot be read or is no JSON."""
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 
@@ -167,7 +169,7 @@ def read_config(path: Path, option: str) -> Any:
         return json.loads(path.read_text())
     except OSError as error:
         raise UserError(f"{option}: cannot read {path} ({error.strerror}).") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{option}: {path} is no valid JSON ({error}).") from error
 
 
@@ -179,7 +181,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
     status = _git("status", "--porcelain")
     return {
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": sys.argv,
+        "command": [re.sub(r"(://[^/@]*:)[^/@]*@", r"\1***@", word) for word in sys.argv],
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": None if status is None else bool(status),
         "python": platform.python_version(),

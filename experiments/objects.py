@@ -16,6 +16,7 @@ import inspect
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import UnionType
@@ -31,6 +32,12 @@ class UserError(Exception):
 def first_line(error: BaseException | str) -> str:
     """Return what an error or a warning says first; torch adds a trace of C++ to some."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def told(error: BaseException) -> str:
+    """Return what an error says, after its kind where that is needed to understand it."""
+    plain = isinstance(error, (UserError, ValueError, TypeError, RuntimeError))
+    return first_line(error) if plain else f"{type(error).__name__}: {first_line(error)}"
 
 
 def near_misses(name: str, known: Iterable[str], at_most: int = 3) -> str:
@@ -66,7 +73,7 @@ def evaluate(text: str) -> Any:
     """
     try:
         return _value(ast.parse(text.strip(), mode="eval").body)
-    except SyntaxError:
+    except (SyntaxError, UnicodeError, RecursionError, MemoryError, TypeError):
         raise UserError(
             f"{text!r} is neither a literal nor a name or call of the library."
         ) from None
@@ -81,17 +88,18 @@ def _value(node: ast.expr) -> Any:
         case ast.Tuple() | ast.List():
             parts = [_value(part) for part in node.elts]
             return tuple(parts) if isinstance(node, ast.Tuple) else parts
-        case ast.Dict():
-            keys = [_value(key) for key in node.keys if key is not None]
-            return dict(zip(keys, map(_value, node.values), strict=True))
+        case ast.Dict(keys=keys) if None not in keys:
+            return dict(
+                zip((_value(key) for key in keys if key), map(_value, node.values), strict=True)
+            )
         case ast.Name():
             return _named(node.id)
-        case ast.Call(func=ast.Name()):
+        case ast.Call(func=ast.Name()) if all(word.arg for word in node.keywords):
             function = _value(node.func)
             keywords = {word.arg: _value(word.value) for word in node.keywords if word.arg}
             try:
                 return function(*map(_value, node.args), **keywords)
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
                 raise UserError(f"{ast.unparse(node)}: {error}") from error
     raise UserError(
         f"{ast.unparse(node)!r} is neither a literal nor a name or call of the library."
@@ -125,7 +133,7 @@ def hints_of(target: Callable[..., Any]) -> dict[str, Any]:
     """Return the types of the arguments, as far as they are known."""
     try:
         return get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    except (NameError, TypeError, AttributeError):
+    except Exception:  # an annotation of the user's own may be anything
         return {}
 
 
@@ -224,7 +232,7 @@ def short(name: str) -> str:
 def digest(name: str) -> str:
     """Return the checksum of the user's file behind a name; nothing for a name of the library."""
     return (
-        hashlib.sha256(Path(name.rsplit(":", 1)[0]).read_bytes()).hexdigest()
+        hashlib.sha256(Path(name.rsplit(":", 1)[0]).expanduser().read_bytes()).hexdigest()
         if is_own(name)
         else ""
     )
@@ -243,7 +251,7 @@ def _module(path: Path) -> Any:
     sys.path.insert(0, str(path.parent))  # so that it may import its neighbours
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         lines = [
             frame.lineno
             for frame in traceback.extract_tb(error.__traceback__)
@@ -252,26 +260,33 @@ def _module(path: Path) -> Any:
         where = f"{path}, line {lines[-1]}" if lines else str(path)
         raise UserError(f"{where}: {type(error).__name__}: {error}") from error
     finally:
-        sys.path.remove(str(path.parent))
+        with suppress(ValueError):  # which the file may have removed itself
+            sys.path.remove(str(path.parent))
     return module
 
 
 def _from_file(file: str, name: str, kind: str) -> Any:
     module = _module(Path(file).expanduser().resolve())
-    found = getattr(module, name, None)
+    found = vars(module).get(name)
     if found is None:
         own = [
             n
             for n, v in vars(module).items()
-            if getattr(v, "__module__", module.__name__) == module.__name__
-            and not n.startswith("_")
-            and not inspect.ismodule(v)
+            if not n.startswith("_") and _home(v) in (module.__name__, "")
         ]
         raise UserError(
             f"{file} defines no {name!r} to be a {kind}.{near_misses(name, own)} It has "
             f"{', '.join(own) or 'nothing'}."
         )
     return found
+
+
+def _home(value: Any) -> str:
+    """Return the name of the module that a value is from."""
+    try:
+        return str(value.__name__ if inspect.ismodule(value) else value.__module__)
+    except Exception:  # numbers have none, and an object of the user's own may be anything
+        return ""
 
 
 # --- help -----------------------------------------------------------------------------------------

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
 
 import matplotlib as mpl
@@ -25,6 +27,9 @@ from experiments.training import METRICS
 # Where published curves are found, if the reader has them; they are not part of the project.
 PUBLISHED = Path(__file__).resolve().parents[2] / "shared/reference/kfac_pinns_2024_curves.csv.gz"
 
+# What every file of metrics has.
+_NUMBERS = ("step", "seconds", "loss", "held_out_loss", "rmse", "relative_error")
+
 _NAMES = {
     "KFAC*": "kfac_star",
     "KFAC": "kfac",
@@ -38,13 +43,17 @@ _NAMES = {
 }
 
 
-def run_folders(paths: Iterable[Path]) -> Iterator[Path]:
-    """Yield the run folders among folders and below them."""
+def run_folders(paths: Iterable[Path], seen: set[Path] | None = None) -> Iterator[Path]:
+    """Yield the run folders among folders and below them, each once, whatever links there are."""
+    seen = set() if seen is None else seen
     for path in paths:
+        if (real := path.resolve()) in seen:
+            continue
+        seen.add(real)
         if (path / CONFIG).is_file():
             yield path
         elif path.is_dir():
-            yield from run_folders(sorted(p for p in path.iterdir() if p.is_dir()))
+            yield from run_folders(sorted(p for p in path.iterdir() if p.is_dir()), seen)
         else:
             raise UserError(f"There is no run folder {path}.")
 
@@ -59,7 +68,7 @@ def gather(paths: Iterable[Path]) -> pd.DataFrame:
         tree = read_json(folder / CONFIG)
         try:
             experiment = from_json(tree, str(folder / CONFIG))
-        except (UserError, TypeError):
+        except UserError:
             continue
         history = read_json(folder / ENVIRONMENT)
         last = (
@@ -67,34 +76,42 @@ def gather(paths: Iterable[Path]) -> pd.DataFrame:
             if isinstance(history, list) and history and isinstance(history[-1], dict)
             else {}
         )
-        for label, seed in (
-            (label, seed) for label in experiment.labels for seed in experiment.seeds
-        ):
-            path = folder / label / f"seed{seed}" / METRICS
-            try:
-                table = pd.read_csv(path, on_bad_lines="skip")
-            except (OSError, ValueError):
+        labels = [label for label in experiment.labels if label.isidentifier()]  # no other folder
+        for label, seed in product(labels, experiment.seeds):
+            table = _metrics(folder / label / f"seed{seed}" / METRICS)
+            if table is None:
                 continue
+            targets = ("problem", "network", label)
+            settings = {
+                k: v for k, v in experiment.settings.items() if k.partition(".")[0] in targets
+            }
             about = {
                 "run": str(folder),
                 "problem": short(experiment.problem),
                 "network": short(experiment.network),
                 "optimizer": label,
                 "seed": seed,
-                "settings": json.dumps(experiment.only(label).settings)
-                if _known(experiment, label)
-                else "",
+                "settings": json.dumps(settings),
                 "commit": last.get("commit"),
                 "device": last.get("device_name"),
             }
+            table = table.drop(columns=list(about), errors="ignore")
             for k, (name, value) in enumerate(about.items()):
                 table.insert(k, name, value)
             tables.append(table)
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
-def _known(experiment: object, label: str) -> bool:
-    return ".py" not in str(getattr(experiment, "labels", {}).get(label, ""))
+def _metrics(path: Path) -> pd.DataFrame | None:
+    """Return the rows that were written to the end; None if it is no file of metrics."""
+    try:
+        text = path.read_text(errors="replace")
+        rows = io.StringIO(text[: text.rfind("\n") + 1])  # half a number is another number
+        table = pd.read_csv(rows, on_bad_lines="skip")
+        numbers = table[list(_NUMBERS)].apply(pd.to_numeric, errors="coerce")
+    except (OSError, ValueError, KeyError):
+        return None
+    return table.assign(**numbers).dropna(subset="step")
 
 
 def last_rows(table: pd.DataFrame) -> pd.DataFrame:
@@ -129,10 +146,19 @@ def main(arguments: Sequence[str]) -> ExitCode:
         "--network", help="published curves of this network, e.g. 2-64-1, are drawn along"
     )
     options = parser.parse_args(arguments)
+    if options.network and not options.figure:
+        raise UserError("--network has no effect without --figure.")
+    try:
+        return _show(options)
+    except OSError as error:
+        raise UserError(f"cannot read or write {error.filename}: {error.strerror}.") from error
+
+
+def _show(options: argparse.Namespace) -> ExitCode:
     table = gather(options.runs)
     if table.empty:
         raise UserError(f"No run folder below {', '.join(map(str, options.runs))} has metrics.")
-    table.to_csv(options.csv, index=False)
+    table.to_csv(options.csv, index=False, errors="backslashreplace")
     columns = ["problem", "optimizer", "seed", "step", "seconds", "loss", "held_out_loss", "rmse"]
     print(last_rows(table)[columns].to_string(index=False, float_format="{:.3g}".format))
     print(f"table: {options.csv}")
@@ -145,6 +171,10 @@ def main(arguments: Sequence[str]) -> ExitCode:
         curves = published_curves(problems[0]) if options.network else None
         if curves is not None:
             curves = curves[curves["network"] == options.network]
+        # what was run with several settings is no sample of one thing
+        kinds = (table["network"] + table["settings"]).groupby(table["optimizer"])
+        names = table["optimizer"] + " " + table["run"].map(lambda run: Path(run).name)
+        table["optimizer"] = table["optimizer"].where(kinds.transform("nunique") == 1, names)
         with mpl.rc_context(figures.STYLE):
             figure = Figure(figsize=(9.5, 4.2), layout="constrained")
             figures.draw_curves(figure, table, curves)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from experiments.experiment import Experiment
-from experiments.objects import UserError, near_misses
+from experiments.objects import UserError, near_misses, told
 
 
 class Tracker(Protocol):
@@ -98,14 +100,17 @@ class Trackers:
                 raise UserError(
                     f"--track {name}: {error}. Install it: pip install {name}."
                 ) from error
+            except Exception as error:  # no disk, no network, no account
+                raise UserError(f"--track {name}: {told(error)}") from error
 
     def recorder(self, training: str) -> Callable[[Mapping[str, Any]], bool]:
         """Return what passes the rows of one training on; it never asks to stop."""
 
         def record(row: Mapping[str, Any]) -> bool:
             numbers = {k: float(v) for k, v in row.items() if not isinstance(v, str) and v == v}
-            for tracker in self._trackers:
-                tracker.log(training, int(row["step"]), numbers)
+            for tracker in list(self._trackers):
+                with self._expendable(tracker):
+                    tracker.log(training, int(row["step"]), numbers)
             return False
 
         return record
@@ -114,5 +119,16 @@ class Trackers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for tracker in self._trackers:
-            tracker.close()
+        for tracker in list(self._trackers):
+            with self._expendable(tracker):
+                tracker.close()
+
+    @contextmanager
+    def _expendable(self, tracker: Tracker) -> Iterator[None]:
+        """Go on without a tracker that fails; the run folder has all it was told."""
+        try:
+            yield
+        except Exception as error:
+            name = type(tracker).__name__
+            print(f"warning: goes on without {name}: {told(error)}", file=sys.stderr)
+            self._trackers.remove(tracker)

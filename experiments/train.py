@@ -23,7 +23,7 @@ from experiments.command import (
 )
 from experiments.experiment import Experiment
 from experiments.folder import RunFolder, write_atomically
-from experiments.objects import UserError, arguments, evaluate, resolve
+from experiments.objects import UserError, arguments, evaluate, resolve, told
 from experiments.results import gather, last_rows
 from experiments.tracking import TRACKERS, Trackers, check_trackers
 from experiments.training import FINISHED, INTERRUPTED, Trainer, Watch, restore, train
@@ -131,8 +131,12 @@ def run(
                     trainer = first[label]
                     if seed != experiment.seeds[0]:
                         trainer = Trainer(experiment, label, seed, device)
+                        # the files were read once, and may have changed since
+                        trainer.identity["files"] = first[label].identity["files"]
                         restore(place, trainer)
                     outcomes[name] = train(trainer, place, watch)
+                except UserError as error:
+                    outcomes[name] = str(error)
                 except OSError as error:
                     outcomes[name] = f"cannot write to {folder.path} ({error.strerror or error})"
                 if interruption.requested:
@@ -185,12 +189,18 @@ def _close(
             "time: of the steps alone. RMSE: root mean square of u - u* on fresh points; "
             "relative error: divided by that of u*. held_out_loss: on points not trained on."
         )
-        write_atomically(path / "summary.csv", rows.to_csv(index=False).encode())
+        write_atomically(
+            path / "summary.csv", rows.to_csv(index=False).encode(errors="backslashreplace")
+        )
         trained = {
             label: t.model for label, t in first.items() if f"{label}/seed{t.seed}" in outcomes
         }
         problem = next(iter(first.values())).problem
-        print(f"figure: {figures.draw_run(path / 'figure.png', table, problem, trained, title)}")
+        try:
+            drawn = figures.draw_run(path / "figure.png", table, problem, trained, title)
+            print(f"figure: {drawn}")
+        except (Exception, SystemExit) as error:  # of the user's own code it may be any
+            print(f"no figure: {told(error)}")
         print(f"metrics, checkpoints, settings: {path}")
     except OSError as error:
         print(f"cannot write to {path} ({error.strerror or error})")

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from experiments.command import Interruption
 from experiments.experiment import DTYPES, Experiment
 from experiments.folder import write_atomically
-from experiments.objects import UserError, first_line, short
+from experiments.objects import UserError, first_line, short, told
 from pinncurv.curvature import GaussNewton, Objective
 from pinncurv.linops import FactorizationError
 from pinncurv.optim import CurvatureOptimizer, StepRecord
@@ -57,21 +57,28 @@ class Trainer:
         self.label, self.seed, self.device = label, seed, device
         self.dtype = DTYPES[experiment.dtype]
         self.problem = experiment.build_problem()
+        self.identity = experiment.identity(label, seed)  # now, as files may change later
         self.model = experiment.build_network(self.problem, seed)
         self.step, self.seconds, self.rejected = 0, 0.0, 0
         self._generator = torch.Generator().manual_seed(seed - 1)
+        # of torch's own generator, which the user's code may draw from
+        self._random = torch.Generator().manual_seed(seed).get_state()
         try:
             self._draw()
             points = self._sample(_HELD_OUT)
             self._held_out = Objective(
                 self.model, self.problem.terms, points, experiment.chunk_size, check=False
             )
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise UserError(f"{experiment.problem}: {first_line(error)}") from error
-        self.optimizer = experiment.build_optimizer(label, self.objective.parameters())
-        _check_memory(label, self.optimizer, self.objective.parameters())
-        evaluation = torch.Generator().manual_seed(_EVALUATION)
-        self._evaluation_points = self.problem.evaluation.sample(evaluation, self.dtype, device)
+            parameters = self.objective.parameters()
+            evaluation = torch.Generator().manual_seed(_EVALUATION)
+            self._evaluation_points = self.problem.evaluation.sample(evaluation, self.dtype, device)
+            shape, width = self.model(self._evaluation_points).shape, self.problem.d_out
+            if shape != (len(self._evaluation_points), width):
+                raise ValueError(f"the network must return [N, {width}], got {list(shape)}")
+        except (Exception, SystemExit) as error:  # of the user's own code it may be any
+            raise UserError(f"{experiment.problem}: {told(error)}") from error
+        self.optimizer = experiment.build_optimizer(label, parameters)
+        _check_memory(label, self.optimizer, parameters)
 
     def describe(self) -> str:
         """Return what is trained, in a few words."""
@@ -79,6 +86,10 @@ class Trainer:
         settings = [f"{k}={v}" for k, v in self.experiment.of("network").items()]
         network = f"{short(self.experiment.network)}({', '.join(settings)})"
         return f"{self.problem.name}, {network}, {count} parameters, {self.experiment.dtype}"
+
+    def begin(self) -> None:
+        """Let what draws from torch's own generator draw as if no other training had."""
+        torch.set_rng_state(self._random)
 
     def advance(self) -> StepRecord:
         """Take one step, on new points if they are due, and count its time.
@@ -151,6 +162,7 @@ class Trainer:
             "seconds": self.seconds,
             "rejected": self.rejected,
             "before_batch": self._before_batch,
+            "random": torch.get_rng_state(),
             "model": self.model.state_dict(),
             "terms": {name: p.detach() for name, p in named if id(p) not in own},
             "optimizer": self.optimizer.state_dict(),
@@ -164,6 +176,7 @@ class Trainer:
                 parameter.data.copy_(state["terms"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self._generator.set_state(state["before_batch"])
+        self._random = state.get("random", self._random)
         self._draw()
         self.step, self.seconds, self.rejected = state["step"], state["seconds"], state["rejected"]
 
@@ -216,8 +229,13 @@ def save_checkpoint(folder: Path, trainer: Trainer) -> None:
     """
     trainer.check_finite()
     buffer = io.BytesIO()
-    identity = trainer.experiment.identity(trainer.label, trainer.seed)
-    torch.save({"identity": identity, "state": trainer.state_dict()}, buffer)
+    torch.save({"identity": trainer.identity, "state": trainer.state_dict()}, buffer)
+    buffer.seek(0)
+    if unsafe := torch.serialization.get_unsafe_globals_in_checkpoint(buffer):
+        raise TypeError(
+            f"the state_dict of {trainer.label} must hold tensors, numbers, strings, lists and "
+            f"dicts to be restored without running code, got {', '.join(unsafe)}"
+        )
     content = buffer.getvalue()
     write_atomically(folder / CURRENT, content + _checksum(content), keep=folder / PREVIOUS)
 
@@ -238,13 +256,11 @@ def restore(folder: Path, trainer: Trainer) -> bool:
             problems.append(str(error))
             print(f"warning: {error} Trying the one before it.", file=sys.stderr)
             continue
-        check_identity(
-            path, checkpoint["identity"], trainer.experiment.identity(trainer.label, trainer.seed)
-        )
+        check_identity(path, checkpoint["identity"], trainer.identity)
         try:
             trainer.load_state_dict(checkpoint["state"])
-        except (KeyError, ValueError, TypeError, RuntimeError) as error:
-            raise UserError(f"{path} does not fit: {first_line(error)}") from error
+        except (Exception, SystemExit) as error:  # of the user's own code it may be any
+            raise UserError(f"{path} does not fit: {told(error)}") from error
         return True
     if not problems and last_row(folder).get("step", 0) > 0:
         problems = [f"{METRICS} has steps, but the checkpoints are gone."]
@@ -408,12 +424,15 @@ def train(trainer: Trainer, folder: Path, watch: Watch) -> str:
     """
     experiment, record, metrics = trainer.experiment, None, None
     bar = _Bar(trainer, watch.position)
+    trainer.begin()
     saved, pruned = time.monotonic(), False
     try:
         first = trainer.measure()
         metrics = MetricsFile(folder, list(first), trainer.step)
-        if metrics.last_step < trainer.step == 0:
-            metrics.append(first)
+        if trainer.step == 0:
+            if metrics.last_step < 0:
+                metrics.append(first)
+            save_checkpoint(folder, trainer)  # shows now what cannot be saved
         bar.measured(first)
         while not (pruned or watch.interruption.requested or spent(trainer) >= 1):
             record = trainer.advance()
@@ -431,13 +450,13 @@ def train(trainer: Trainer, folder: Path, watch: Watch) -> str:
                 saved = time.monotonic()
         if metrics.last_step < trainer.step:
             metrics.append(trainer.measure(record))
-        if record is not None or trainer.step == 0:
+        if record is not None:
             save_checkpoint(folder, trainer)
     except (FloatingPointError, FactorizationError) as error:
         return str(error)
     except OSError as error:
         return f"cannot write to {folder} ({error.strerror or error})"
-    except (RuntimeError, MemoryError, ValueError, TypeError) as error:  # others may fit
+    except (Exception, SystemExit) as error:  # of the user's own code it may be any
         return f"{type(error).__name__}: {first_line(error)}"
     finally:
         bar.close()
