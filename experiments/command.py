@@ -148,7 +148,8 @@ def experiment_of(
 
     if options.preset is not None and (options.config or stored):
         raise UserError("--preset and --config or --resume exclude each other; drop one.")
-    base = stored or PRESETS["quick"]
+    named = any(getattr(options, name, None) for name in ("problem", "network", "optimizers"))
+    base = stored or (Experiment() if named else PRESETS["quick"])
     if options.config is not None:
         base = from_json(read_config(options.config, "--config"), str(options.config))
     if options.preset is not None:
@@ -176,17 +177,25 @@ def _setting(text: str) -> tuple[str, str]:
     return key, value
 
 
+def own_names(experiment: Experiment) -> dict[str, str]:
+    """Return the options of an experiment that name files of the user's own, as they are given."""
+    given = {n: getattr(experiment, n) for n in ("problem", "network", "optimizers")}
+    words = {n: (v,) if isinstance(v, str) else v for n, v in given.items()}
+    return {n: f"--{n} {' '.join(v)}" for n, v in words.items() if any(map(is_own, v))}
+
+
+def again(option: str, path: Path, experiment: Experiment) -> str:
+    """Return the options that go on with what is in a folder or file."""
+    return " ".join([f"--{option} {path}", *own_names(experiment).values()])
+
+
 def _check_own_code(stored: Experiment, given: Mapping[str, Any]) -> None:
     """Refuse to run a file only because a folder with results names it."""
-    for name in ("problem", "network", "optimizers"):
-        value = getattr(stored, name)
-        own = [v for v in ((value,) if isinstance(value, str) else value) if is_own(v)]
-        if own and name not in given:
-            words = value if isinstance(value, str) else " ".join(value)
-            raise UserError(
-                f"No code is run because a run folder names it, as {own[0]} here. If you trust "
-                f"that file, give --{name} {words} again."
-            )
+    if missing := [words for name, words in own_names(stored).items() if name not in given]:
+        raise UserError(
+            "No code is run because a run folder names it. If you trust these files, give "
+            f"{' '.join(missing)} again."
+        )
 
 
 def list_names(name: str) -> None:

@@ -117,7 +117,7 @@ def draw_curves(
     by_time.set(xlabel="time of the optimizer's steps [s]")
     by_time.set(ylabel="RMSE of u on fresh points" if known else "loss on held-out points")
     by_step.set(xlabel="steps")
-    by_time.legend(loc="lower left", fontsize=8)
+    by_time.legend(loc="best", fontsize=8, framealpha=0.6)
 
 
 def _draw_bundle(

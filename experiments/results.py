@@ -1,4 +1,4 @@
-"""Gathers run folders into one tidy table, and draws their curves: ``results.py --help``."""
+"""Gathers run folders into one tidy table, results.csv by default, and draws their curves."""
 
 from __future__ import annotations
 
@@ -114,6 +114,18 @@ def _metrics(path: Path) -> pd.DataFrame | None:
     return table.assign(**numbers).dropna(subset="step")
 
 
+def curves_of(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the table with optimizers told apart that differ in settings, or repeat a seed."""
+
+    def labelled(rows: pd.DataFrame) -> pd.DataFrame:
+        trainings = rows.drop_duplicates(["run", "seed"])
+        one = trainings["settings"].nunique() == 1 and trainings["seed"].is_unique
+        names = rows["run"].map(lambda run: f"{Path(run).name}/")
+        return rows if one else rows.assign(optimizer=names + rows["optimizer"])
+
+    return pd.concat([labelled(rows) for _, rows in table.groupby("optimizer", sort=False)])
+
+
 def last_rows(table: pd.DataFrame) -> pd.DataFrame:
     """Return the last row of every training."""
     return table.groupby(["run", "optimizer", "seed"], sort=False, as_index=False).tail(1)
@@ -160,7 +172,8 @@ def _show(options: argparse.Namespace) -> ExitCode:
         raise UserError(f"No run folder below {', '.join(map(str, options.runs))} has metrics.")
     table.to_csv(options.csv, index=False, errors="backslashreplace")
     columns = ["problem", "optimizer", "seed", "step", "seconds", "loss", "held_out_loss", "rmse"]
-    print(last_rows(table)[columns].to_string(index=False, float_format="{:.3g}".format))
+    last = last_rows(table).assign(run=lambda rows: rows["run"].map(lambda run: Path(run).name))
+    print(last[["run", *columns]].to_string(index=False, float_format="{:.3g}".format))
     print(f"table: {options.csv}")
     if options.figure is not None:
         problems = table["problem"].unique()
@@ -177,7 +190,8 @@ def _show(options: argparse.Namespace) -> ExitCode:
         table["optimizer"] = table["optimizer"].where(kinds.transform("nunique") == 1, names)
         with mpl.rc_context(figures.STYLE):
             figure = Figure(figsize=(9.5, 4.2), layout="constrained")
-            figures.draw_curves(figure, table, curves)
+            figures.draw_curves(figure, curves_of(table), curves)
+            figure.suptitle(problems[0])
             print(f"figure: {figures.save(figure, options.figure)}")
     return ExitCode.SUCCESS
 

@@ -35,10 +35,12 @@ import torch
 if __name__ == "__main__":  # `experiments` is not installed: the script sees the repository instead
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from experiments.catalog import OPTIMIZERS
 from experiments.command import (
     ExitCode,
     Interruption,
     Parser,
+    again,
     experiment_of,
     list_names,
     main_of,
@@ -466,13 +468,15 @@ def _sweep(study: Study, options: argparse.Namespace) -> ExitCode:
     study.show()
     done = study.finished()
     if len(done) < sweep.trials:
-        print(f"go on with: python experiments/sweep.py --resume {folder}")
+        rest = again("resume", folder, sweep.experiment)
+        print(f"go on with: python experiments/sweep.py {rest}")
     if interrupted:
         return ExitCode.INTERRUPTED
     if not any(trial.state == TrialState.COMPLETE for trial in done):
         print(f"No trial came to its end; {folder / TABLE} says why.")
         return ExitCode.FAILURE
-    print(f"{folder / TABLE}; the best: python experiments/train.py --config {folder / BEST}")
+    best = again("config", folder / BEST, sweep.experiment)
+    print(f"{folder / TABLE}; the best: python experiments/train.py {best}")
     return ExitCode.SUCCESS if len(done) == sweep.trials else ExitCode.FAILURE
 
 

@@ -15,6 +15,7 @@ from experiments.command import (
     ExitCode,
     Interruption,
     Parser,
+    again,
     experiment_of,
     list_names,
     main_of,
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str]) -> ExitCode:
     parser = Parser(_DESCRIPTION)
     parser.add_argument("--resume", metavar="F", type=Path, help="continue the run of this folder")
     parser.add_argument(
-        "--smoke", action="store_true", help="two steps and one seed, to see that it runs"
+        "--smoke", action="store_true", help="two steps, one seed, few points, narrow layers"
     )
     parser.add_argument(
         "--track", metavar="W", nargs="+", default=[], help=f"also write to {' or '.join(TRACKERS)}"
@@ -146,7 +147,8 @@ def run(
         folder.close()
     unfinished = len(outcomes) < len(trainings) or INTERRUPTED in outcomes.values()
     if unfinished:
-        print(f"interrupted; continue with: python experiments/train.py --resume {folder.path}")
+        rest = again("resume", folder.path, experiment)
+        print(f"interrupted; continue with: python experiments/train.py {rest}")
         return ExitCode.INTERRUPTED
     return ExitCode.SUCCESS if set(outcomes.values()) == {FINISHED} else ExitCode.FAILURE
 

@@ -171,7 +171,9 @@ def _map(axis: Axes, values: pd.DataFrame, title: str, colours: str = "PuOr") ->
     image = axis.imshow(values, cmap=colours, vmin=0 if colours == "Greys" else -1, vmax=1)
     axis.grid(False)
     axis.set_title(title)
-    axis.set_xticks(range(len(values)), values.columns, rotation=90 * (len(values) > _MAPS_PER_ROW))
+    axis.set_xticks(
+        range(len(values)), values.columns, rotation=90 * (len("".join(values.columns)) > 24)
+    )
     axis.set_yticks(range(len(values)), values.index)
     for (i, j), value in np.ndenumerate(values.to_numpy()):
         if len(values) <= 10 and abs(value) >= 0.005:

@@ -373,3 +373,30 @@ def test_a_matrix_larger_than_the_memory_is_refused(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(os, "sysconf", lambda name: 1)
     assert start(tmp_path / "run", "--optimizers", "engd") == 2
     assert "engd: the Gauss-Newton matrix of 21 parameters needs about" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("_no_figure")
+def test_trainings_that_differ_are_no_seeds_of_one_another(tmp_path):
+    for name, lr, seed in (("a", "1e-3", "1"), ("b", "1e-3", "2"), ("c", "1e-2", "1")):
+        options = [
+            "--optimizers",
+            "adam",
+            "--seeds",
+            seed,
+            "--steps",
+            "1",
+            "--set",
+            f"adam.lr={lr}",
+        ]
+        assert start(tmp_path / name, *options) == 0
+    pair = results.curves_of(results.gather([tmp_path / "a", tmp_path / "b"]))
+    assert pair["optimizer"].unique().tolist() == ["adam"]
+    apart = results.curves_of(results.gather([tmp_path]))
+    assert apart["optimizer"].unique().tolist() == ["a/adam", "b/adam", "c/adam"]
+
+
+@pytest.mark.usefixtures("_no_figure")
+def test_settings_of_the_quick_start_are_for_it_alone(tmp_path):
+    assert start(tmp_path / "run", "--optimizers", "kfac_star", "--steps", "1") == 0
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
+    assert not any(key.startswith("kfac_star.") for key in settings)
