@@ -35,7 +35,6 @@ import torch
 if __name__ == "__main__":  # `experiments` is not installed: the script sees the repository instead
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from experiments.catalog import OPTIMIZERS
 from experiments.command import (
     ExitCode,
     Interruption,
@@ -436,9 +435,11 @@ def main(arguments: Sequence[str]) -> ExitCode:
     options = parser.parse_args(arguments)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if options.list is not None:
-        list_names(options.list)
-        for key, found in SPACES.get(options.list, {}).items():
-            print(f"  --space {options.list}.{key}={found}")
+        if options.list not in ("points", "resampling"):  # which are spaces and nothing else
+            list_names(options.list)
+        for name in (options.list,) if options.list else SPACES:
+            for key, found in SPACES.get(name, {}).items():
+                print(f"  --space {name}.{key}={found}")
         return ExitCode.SUCCESS
     try:
         if options.show:

@@ -172,7 +172,9 @@ def _map(axis: Axes, values: pd.DataFrame, title: str, colours: str = "PuOr") ->
     axis.grid(False)
     axis.set_title(title)
     axis.set_xticks(
-        range(len(values)), values.columns, rotation=90 * (len("".join(values.columns)) > 24)
+        range(len(values)),
+        values.columns,
+        rotation=90 * (len("".join(map(str, values.columns))) > 24),
     )
     axis.set_yticks(range(len(values)), values.index)
     for (i, j), value in np.ndenumerate(values.to_numpy()):
