@@ -90,8 +90,11 @@ def test_what_is_wrong_in_a_file_is_one_line(code, name, message, tmp_path, caps
     [
         ("        {}['a']\n", "KeyError: 'a'"),
         ("        raise SystemExit(0)\n", "SystemExit: 0"),
-        ("        self.state[0] = {'x': {1}}\n", None),
-        ("        self.state[0] = {'x': range}\n", "must hold tensors, numbers"),
+        (
+            "        pass\n    def state_dict(self):\n"
+            "        return {**super().state_dict(), 'x': range}\n",
+            "must hold tensors, numbers, strings, lists and dicts to be restored",
+        ),
     ],
 )
 def test_an_own_optimizer_that_fails_does_not_stop_the_others(body, message, tmp_path, capsys):
@@ -100,8 +103,8 @@ def test_an_own_optimizer_that_fails_does_not_stop_the_others(body, message, tmp
         "import torch\nclass mine(torch.optim.SGD):\n    def step(self, closure):\n" + body
     )
     options = ["--optimizers", f"{path}:mine", "adam", "--steps", "2", "--threads", "1"]
-    assert program(*options, "--run-folder", str(run)) == (message is not None)
-    assert message is None or message in capsys.readouterr().out
+    assert program(*options, "--run-folder", str(run)) == 1
+    assert message in capsys.readouterr().out
     assert state(run, "adam")["step"] == 2
 
 

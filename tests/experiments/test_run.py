@@ -150,8 +150,13 @@ def test_two_runs_are_two_curves_and_half_a_number_is_none(tmp_path, monkeypatch
     table = results.gather([tmp_path, tmp_path / "a"])
     assert table.groupby("run")["step"].max().tolist() == [3, 3]
     assert len(table) == 8
-    curves = []
-    monkeypatch.setattr(figures, "_draw_bundle", lambda axis, c, *_: curves.append(len(c)))
+    curves, draw = [], figures._draw_bundle
+
+    def drawn(axis, bundle, *rest):
+        curves.append(len(bundle))
+        draw(axis, bundle, *rest)
+
+    monkeypatch.setattr(figures, "_draw_bundle", drawn)
     arguments = [str(tmp_path), "--csv", str(tmp_path / "x"), "--figure", str(tmp_path / "f.png")]
     assert run_program(lambda: results.main(arguments)) == 0
     assert curves == [1, 1, 1, 1]  # of other settings, so no median

@@ -134,7 +134,9 @@ class FirstOrder:
         for i, parameter in zip(indices, parameters, strict=True):
             for name, saved in state_dict["state"].get(i, {}).items():
                 # torch rounds to the parameters' dtype what has its own, as NAdam's mu_product
-                if isinstance(saved, torch.Tensor) and saved.dim() < parameter.dim():
+                if isinstance(saved, torch.Tensor) and (
+                    name == "mu_product" or saved.dim() < parameter.dim()
+                ):
                     loaded = self.optimizer.state[parameter][name]
                     self.optimizer.state[parameter][name] = saved.to(loaded.device, copy=True)
         self._names, self._loaded = state_dict["names"], True
