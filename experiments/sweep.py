@@ -637,6 +637,7 @@ def check(sweep: Sweep) -> str:
     Raises:
         UserError: If something cannot be built.
     """
+    set_up_device(sweep.experiment)
     ends = [found.ends() for found in sweep.space.values()]
     for k in range(max(map(len, ends))):
         drawn = {key: end[min(k, len(end) - 1)] for key, end in zip(sweep.space, ends, strict=True)}
@@ -668,7 +669,12 @@ def stored_in(folder: Path, storage: str | None) -> Sweep:
             "space": {key: parse(text) for key, text in tree["space"].items()},
             "storage": _absolute(place),
         }
-        return Sweep(**{**tree, **parts})
+        sweep = Sweep(**{**tree, **parts})
+        for name, hint in {"trials": int, "objective": str, "study": str}.items():
+            if not isinstance(getattr(sweep, name), hint):
+                raise TypeError(f"{name} must be {hint.__name__}, got {getattr(sweep, name)!r}")
+        _ = _SAMPLERS[sweep.sampler], _PRUNERS[sweep.pruner]
+        return sweep
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} holds no sweep: {first_line(error)}.") from error
 
