@@ -262,10 +262,12 @@ class Study:
                 trainer = Trainer(experiment, label, seed, device)
                 restore(place, trainer)
                 report = self._reporter(trial, trainer, k * PARTS)
-                outcome = train(trainer, place, Watch(interruption, folder.path.name, report))
+                outcome = train(
+                    trainer, place, Watch(interruption, folder.path.name, report, raises=True)
+                )
             except (optuna.exceptions.OptunaError, SQLAlchemyError, OSError):
                 raise
-            except Exception as error:  # of the user's own code it may be any
+            except (Exception, SystemExit) as error:  # of the user's own code it may be any
                 kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
                 return TrialState.FAIL, kind + first_line(error), None
             if outcome == INTERRUPTED:
