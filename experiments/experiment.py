@@ -221,7 +221,7 @@ class Experiment:
                 f"{self.problem} must be or return a pinncurv.Problem, got "
                 f"{type(problem).__name__}."
             )
-        return problem
+        return copy.deepcopy(problem)  # the function may return the same one every time
 
     def build_network(self, problem: Problem, seed: int) -> nn.Module:
         """Build the network, drawn on the CPU in the experiment's type."""

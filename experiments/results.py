@@ -184,10 +184,6 @@ def _show(options: argparse.Namespace) -> ExitCode:
         curves = published_curves(problems[0]) if options.network else None
         if curves is not None:
             curves = curves[curves["network"] == options.network]
-        # what was run with several settings is no sample of one thing
-        kinds = (table["network"] + table["settings"]).groupby(table["optimizer"])
-        names = table["optimizer"] + " " + table["run"].map(lambda run: Path(run).name)
-        table["optimizer"] = table["optimizer"].where(kinds.transform("nunique") == 1, names)
         with mpl.rc_context(figures.STYLE):
             figure = Figure(figsize=(9.5, 4.2), layout="constrained")
             figures.draw_curves(figure, curves_of(table), curves)

@@ -263,10 +263,12 @@ class Study:
                 trainer = Trainer(experiment, label, seed, device)
                 restore(place, trainer)
                 report = self._reporter(trial, trainer, k * PARTS)
-                outcome = train(trainer, place, Watch(interruption, folder.path.name, report))
+                outcome = train(
+                    trainer, place, Watch(interruption, folder.path.name, report, raises=True)
+                )
             except (optuna.exceptions.OptunaError, SQLAlchemyError, OSError):
                 raise
-            except Exception as error:  # of the user's own code it may be any
+            except (Exception, SystemExit) as error:  # of the user's own code it may be any
                 kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
                 return TrialState.FAIL, kind + first_line(error), None
             if outcome == INTERRUPTED:
@@ -642,6 +644,7 @@ def check(sweep: Sweep) -> str:
     Raises:
         UserError: If something cannot be built.
     """
+    set_up_device(sweep.experiment)
     ends = [found.ends() for found in sweep.space.values()]
     for k in range(max(map(len, ends))):
         drawn = {key: end[min(k, len(end) - 1)] for key, end in zip(sweep.space, ends, strict=True)}
@@ -673,7 +676,12 @@ def stored_in(folder: Path, storage: str | None) -> Sweep:
             "space": {key: parse(text) for key, text in tree["space"].items()},
             "storage": _absolute(place),
         }
-        return Sweep(**{**tree, **parts})
+        sweep = Sweep(**{**tree, **parts})
+        for name, hint in {"trials": int, "objective": str, "study": str}.items():
+            if not isinstance(getattr(sweep, name), hint):
+                raise TypeError(f"{name} must be {hint.__name__}, got {getattr(sweep, name)!r}")
+        _ = _SAMPLERS[sweep.sampler], _PRUNERS[sweep.pruner]
+        return sweep
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} holds no sweep: {first_line(error)}.") from error
 

@@ -398,11 +398,13 @@ class Watch:
         interruption: Asks to stop after the current step.
         position: What the progress calls this training, e.g. "[1/3]".
         recorded: Called with every row of the metrics; returns whether to stop, e.g. to prune.
+        raises: Whether errors that are no sign of a hopeless setting are raised.
     """
 
     interruption: Interruption
     position: str = ""
     recorded: Callable[[Row], bool] = lambda row: False
+    raises: bool = False
 
 
 def is_recorded(step: int, every: int) -> bool:
@@ -457,6 +459,10 @@ def train(trainer: Trainer, folder: Path, watch: Watch) -> str:
     except OSError as error:
         return f"cannot write to {folder} ({error.strerror or error})"
     except (Exception, SystemExit) as error:  # of the user's own code it may be any
+        if watch.raises and not isinstance(
+            error, RuntimeError | MemoryError | ValueError | TypeError
+        ):
+            raise
         return f"{type(error).__name__}: {first_line(error)}"
     finally:
         bar.close()

@@ -141,10 +141,12 @@ def job_of(parser: Parser, options: argparse.Namespace) -> tuple[Comparison, lis
         if isinstance(tree, dict) and "experiment" in tree:  # of a comparison
             stored = from_json(tree.pop("experiment"), str(options.config))
             values, options.config = tree, None
-            if options.operators is None and any(map(is_own, tree.get("operators", ()))):
+            named = tree.get("operators")
+            named = [n for n in named if isinstance(n, str)] if isinstance(named, list) else []
+            if options.operators is None and any(map(is_own, named)):
                 raise UserError(
                     "No code is run because a run folder names it. If you trust the files of its "
-                    f"operators, give them again: --operators {' '.join(tree['operators'])}."
+                    f"operators, give them again: --operators {' '.join(named)}."
                 )
     values |= {n: v for n in names if (v := getattr(options, n, None)) is not None}
     values = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}

@@ -34,6 +34,11 @@ def test_a_value_is_a_literal_or_a_call_of_the_library():
         "9**9**9",
         "exec('1')",
         "1 +",
+        "-" * 3000 + "1",
+        "{[1]: 2}",
+        "{**KFAC}",
+        "KFAC(**{'sharing': reduce})",
+        "'\ud800'",
     ],
 )
 def test_nothing_else_is_evaluated(text):
@@ -150,6 +155,9 @@ def test_everything_is_listed(capsys):
     [
         ([], "must hold a JSON object"),
         ({"problm": "x"}, "unknown field 'problm'. Perhaps you meant problem"),
+        ({"problem": 5}, "--problem must be str, got 5"),
+        ({"optimizers": ["adam", 5]}, "--optimizers must be tuple[str, ...], got ('adam', 5)"),
+        ({"settings": ["x"]}, "--settings must be"),
     ],
 )
 def test_a_bad_file_of_settings_is_refused(tree, message, tmp_path, capsys):

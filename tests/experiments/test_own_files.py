@@ -70,6 +70,9 @@ def test_arguments_of_own_functions_are_set_and_listed(own, capsys):
             "must be or return a pinncurv.Problem, got int",
         ),
         ("def burgers():\n    raise ValueError('why')\n", "burgers", "broken.py:burgers: why"),
+        ("def burgers():\n    {}['a']\n", "burgers", "broken.py:burgers: KeyError: 'a'"),
+        ("raise SystemExit(0)\n", "burgers", "line 1: SystemExit: 0"),
+        ("def __getattr__(name):\n    1 / 0\n", "burgers", "defines no 'burgers'"),
     ],
 )
 def test_what_is_wrong_in_a_file_is_one_line(code, name, message, tmp_path, capsys):
@@ -79,6 +82,48 @@ def test_what_is_wrong_in_a_file_is_one_line(code, name, message, tmp_path, caps
     printed = capsys.readouterr().err
     assert message in printed
     assert printed.count("\n") == 1
+
+
+@pytest.mark.usefixtures("_no_figure")
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("        {}['a']\n", "KeyError: 'a'"),
+        ("        raise SystemExit(0)\n", "SystemExit: 0"),
+        (
+            "        pass\n    def state_dict(self):\n"
+            "        return {**super().state_dict(), 'x': range}\n",
+            "must hold tensors, numbers, strings, lists and dicts to be restored",
+        ),
+    ],
+)
+def test_an_own_optimizer_that_fails_does_not_stop_the_others(body, message, tmp_path, capsys):
+    path, run = tmp_path / "opt.py", tmp_path / "run"
+    path.write_text(
+        "import torch\nclass mine(torch.optim.SGD):\n    def step(self, closure):\n" + body
+    )
+    options = ["--optimizers", f"{path}:mine", "adam", "--steps", "2", "--threads", "1"]
+    assert program(*options, "--run-folder", str(run)) == 1
+    assert message in capsys.readouterr().out
+    assert state(run, "adam")["step"] == 2
+
+
+@pytest.mark.usefixtures("_no_figure")
+def test_a_network_made_once_starts_every_training_alike(tmp_path):
+    path, run = tmp_path / "net.py", tmp_path / "run"
+    path.write_text(
+        "from torch import nn\nONE = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))\n"
+        "def net():\n    return ONE\n"
+    )
+    options = ["--network", f"{path}:net", "--optimizers", "adam", "sgd", "--steps", "2"]
+    assert program(*options, "--threads", "1", "--run-folder", str(run)) == 0
+    assert column(run, "adam", "loss")[0] == column(run, "sgd", "loss")[0]
+
+
+def test_a_network_of_a_wrong_width_is_refused(own, capsys):
+    (own / "net.py").write_text("from torch import nn\ndef net():\n    return nn.Linear(2, 3)\n")
+    assert program(*FILES[:2], "--network", "net.py:net", "--run-folder", "run") == 2
+    assert "the network must return [N, 1], got [1000, 3]" in capsys.readouterr().err
 
 
 def test_a_network_that_every_training_would_share_is_refused(tmp_path, capsys):

@@ -13,7 +13,15 @@ import pytest
 
 from experiments import folder
 from experiments.objects import UserError
-from experiments.training import CURRENT, METRICS, PREVIOUS, MetricsFile, read_checkpoint
+from experiments.training import (
+    CURRENT,
+    METRICS,
+    PREVIOUS,
+    MetricsFile,
+    Trainer,
+    read_checkpoint,
+)
+from pinncurv.optim import StepRecord
 from tests.experiments.runs import (
     ALL,
     BOUNDARY,
@@ -38,8 +46,9 @@ pytestmark = pytest.mark.usefixtures("_no_figure")
     [
         (ALL, [*EVERY, "--resample-every", "2"]),
         (["kfac_star", "adam"], ["--optimizers", "kfac_star", "adam"]),
+        (["nadam"], ["--optimizers", "nadam"]),
     ],
-    ids=["every", "fixed-batch"],
+    ids=["every", "fixed-batch", "scalars-of-another-dtype"],
 )
 def test_every_preset_resumes_bit_for_bit(
     names: list[str], options: list[str], tmp_path: Path
@@ -90,6 +99,34 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert start(whole, "--steps", steps, *options) == 0
     assert same(state(whole, "kfac_star"), state(killed, "kfac_star"))
     assert rows(whole, "kfac_star") == rows(killed, "kfac_star")
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    advance = Trainer.advance
+
+    def die(trainer: Trainer) -> StepRecord:
+        if trainer.step == 2:
+            raise KeyboardInterrupt
+        return advance(trainer)
+
+    monkeypatch.setattr(Trainer, "advance", die)
+    assert start(run, "--steps", "4", "--optimizers", "adam") == 130
+    monkeypatch.undo()
+    assert resume(run) == 0
+    start(whole, "--steps", "4", "--optimizers", "adam")
+    assert same(state(whole, "adam"), state(run, "adam"))
+
+
+def test_a_damaged_checkpoint_of_a_later_seed_does_not_stop_the_others(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    start(run, "--steps", "2", "--optimizers", "adam", "sgd", "--seeds", "1", "2")
+    for name in (CURRENT, PREVIOUS):
+        _damage(part(run, "adam", 2) / name, "flip")
+    assert resume(run, "--steps", "3") == 1
+    assert (state(run, "adam", 1)["step"], state(run, "sgd", 2)["step"]) == (3, 3)
 
 
 def test_elapsed_time_is_counted_on(tmp_path: Path) -> None:

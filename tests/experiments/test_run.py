@@ -13,9 +13,9 @@ import pandas as pd
 import pytest
 import torch
 
-from experiments import results, tracking
-from experiments.command import run_program
-from experiments.folder import RunFolder
+from experiments import figures, results, tracking
+from experiments.command import Interruption, run_program
+from experiments.folder import RunFolder, describe_environment
 from experiments.training import Trainer, is_recorded
 from tests.experiments.runs import (
     ALL,
@@ -138,6 +138,36 @@ def test_the_index_draws_medians_and_published_curves(tmp_path, monkeypatch):
     assert len(pd.read_csv(tmp_path / "all.csv")) == 26
 
 
+def test_two_runs_are_two_curves_and_half_a_number_is_none(tmp_path, monkeypatch):
+    for name, lr in (("a", "1e-3"), ("b", "1e-2")):
+        run = tmp_path / name
+        start(run, "--steps", "3", "--optimizers", "adam", "--set", f"adam.lr={lr}")
+    with (tmp_path / "a/adam/seed1/metrics.csv").open("a") as file:
+        file.write("4,0.1,2")  # of 2e-5, say, when the disk was full
+    (tmp_path / "again").symlink_to(tmp_path)
+    junk = {**json.loads((run / "config.json").read_text()), "settings": {"adam.steps": "KFAC("}}
+    (tmp_path / "b/config.json").write_text(json.dumps(junk))
+    table = results.gather([tmp_path, tmp_path / "a"])
+    assert table.groupby("run")["step"].max().tolist() == [3, 3]
+    assert len(table) == 8
+    curves, draw = [], figures._draw_bundle
+
+    def drawn(axis, bundle, *rest):
+        curves.append(len(bundle))
+        draw(axis, bundle, *rest)
+
+    monkeypatch.setattr(figures, "_draw_bundle", drawn)
+    arguments = [str(tmp_path), "--csv", str(tmp_path / "x"), "--figure", str(tmp_path / "f.png")]
+    assert run_program(lambda: results.main(arguments)) == 0
+    assert curves == [1, 1, 1, 1]  # of other settings, so no median
+
+
+def test_a_password_on_the_command_line_is_not_stored(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sweep.py", "--storage", "postgresql://me:secret@host/db"])
+    command = describe_environment(torch.device("cpu"))["command"]
+    assert command[2] == "postgresql://me:***@host/db"
+
+
 def test_nothing_in_a_results_folder_is_run(tmp_path, capsys):
     trap, run = tmp_path / "trap.py", tmp_path / "run"
     trap.write_text(f"open({str(tmp_path / 'sprung')!r}, 'w')\n")
@@ -205,6 +235,7 @@ def script(*arguments, **options):
         *map(str, arguments),
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), **options.pop("env", {})}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup would have the script ignore
     return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **options)
 
 
@@ -225,6 +256,33 @@ def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path):
     process.stderr.close()
     assert process.wait() == 0
     assert (state(run, "adam")["step"], state(run, "sgd")["step"]) == (30, 30)
+
+
+@pytest.mark.parametrize("closed", [{0, 1, 2}, {2}])
+def test_closed_streams_do_not_reach_the_files(closed, tmp_path):
+    run = tmp_path / "run"
+    redirections = " ".join(f"{stream}>&-" for stream in closed)
+    command = [sys.executable, "experiments/train.py", *TINY, "--run-folder", str(run)]
+    command += ["--steps", "2", "--optimizers", "adam"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(
+        ["sh", "-c", f'"$@" {redirections}', "sh", *command],
+        cwd=ROOT,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0
+    assert column(run, "adam", "step") == [0, 1, 2]
+
+
+def test_nohup_keeps_its_promise():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            signal.raise_signal(signal.SIGHUP)
+            assert not interruption.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_lost_terminal_ends_with_a_checkpoint(tmp_path):

@@ -131,6 +131,7 @@ def test_every_declared_space_can_be_built(name):
         (["--set", "adam.lr=1", "--space", "adam.lr=1:2"], "fixed by --set and varied by --space"),
         (["--set", "adam.lr=1"], "leaves nothing to vary: it fixes adam.lr"),
         (["--optimizers", "adam", "sgd"], "name the one to sweep, got adam, sgd"),
+        (["--device", "x"], "--device x cannot be used here"),
         (["--pruner", "medan"], "--pruner must be one of median, hyperband, none, got medan"),
         (["--trials", "0"], "--trials must be positive, got 0"),
         (["--storage", "postgres"], "--storage: "),

@@ -129,6 +129,16 @@ class FirstOrder:
             )
         check_numbers(state_dict)
         self.optimizer.load_state_dict(state_dict)
+        indices = [i for group in state_dict["param_groups"] for i in group["params"]]
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for i, parameter in zip(indices, parameters, strict=True):
+            for name, saved in state_dict["state"].get(i, {}).items():
+                # torch rounds to the parameters' dtype what has its own, as NAdam's mu_product
+                if isinstance(saved, torch.Tensor) and (
+                    name == "mu_product" or saved.dim() < parameter.dim()
+                ):
+                    loaded = self.optimizer.state[parameter][name]
+                    self.optimizer.state[parameter][name] = saved.to(loaded.device, copy=True)
         self._names, self._loaded = state_dict["names"], True
 
     def zero_grad(self) -> None:
