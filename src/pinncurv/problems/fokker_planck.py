@@ -221,4 +221,5 @@ def _problem(
         d_in=1 + process.dim,
         evaluation=domain.interior(10 * n_interior),
         solution=solution,
+        coordinates=("$t$", "$x$"),
     )

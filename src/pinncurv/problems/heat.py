@@ -49,6 +49,7 @@ def heat(
         d_in=domain.dim,
         evaluation=domain.interior(10 * n_interior),
         solution=solution,
+        coordinates=("$t$", "$x$"),
     )
 
 

@@ -43,7 +43,7 @@ class Problem:
         evaluation: Where errors are measured.
         d_out: Number of components of the unknown u.
         solution: The known solution u*, [N, d_in] -> [N, d_out], if there is one.
-        coordinates: What figures call the coordinates.
+        coordinates: What figures call the coordinates, the first of them at least.
 
     Raises:
         ValueError: If there is no term, two share a name, or dimensions disagree.
