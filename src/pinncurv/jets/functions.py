@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, count, cycle
@@ -444,12 +445,24 @@ def leaky_relu(x: Tensor, negative_slope: float = 0.01) -> Iterator[Tensor]:
     yield from _piecewise_constant(torch.where(x > 0, torch.ones_like(x), negative_slope))
 
 
+@functools.cache
+def _slope_at_bounds() -> float:
+    """Return torch's slope of clamp at its bounds: 1 up to torch 2.13, 0 from 2.14 on."""
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        zero = torch.zeros((), requires_grad=True)
+        return float(torch.autograd.grad(zero.clamp(0, 1), zero)[0])
+
+
 @register_elementwise(torch.clamp, torch.clip, piecewise_linear=True)
 def clamp(x: Tensor, min: float | None = None, max: float | None = None) -> Iterator[Tensor]:
     """Cut off outside [min, max]."""
     f = torch.clamp(x, min, max)
     yield f
-    yield from _piecewise_constant((f == x).to(x.dtype))
+    slope = (f == x).to(x.dtype)
+    for bound in (min, max):
+        if bound is not None:
+            slope = slope.where(x != bound, _slope_at_bounds())
+    yield from _piecewise_constant(slope)
 
 
 @register_elementwise(functional.hardtanh, piecewise_linear=True)
