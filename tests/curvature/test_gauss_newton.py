@@ -13,7 +13,6 @@ from pinncurv.curvature import (
     JacobianLinearOperator,
     MatrixFreeGaussNewton,
     ParameterSpace,
-    gauss_newton,
     gauss_newton_diagonal,
 )
 from pinncurv.diffops import Laplacian, SecondOrder
@@ -166,7 +165,7 @@ def test_chunks_change_nothing(chunk_size, triple):
 def test_rows_are_summed_over_blocks_of_points(monkeypatch, triple):
     """The same with the smallest blocks of points and channels that memory could force."""
     linearized, expected = triple
-    monkeypatch.setattr(gauss_newton, "_ROW_ELEMENTS", 1)
+    monkeypatch.setattr(blocks_of_jacobian, "_GRAM_ELEMENTS", 1)
     monkeypatch.setattr(blocks_of_jacobian, "_CACHE_ELEMENTS", 1)
     operator = MatrixFreeGaussNewton()(linearized)
     oracles.assert_close(operator.to_dense(), expected)

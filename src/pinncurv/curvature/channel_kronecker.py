@@ -192,12 +192,13 @@ class _Moments:
     """Sums of x_ns x_nqᵀ over the rows n, for all channels q >= s, without ``pairs`` for q = s."""
 
     def __init__(self, width: int, space: ParameterSpace, pairs: bool) -> None:
-        self.width, self.pairs = width, pairs
+        self.width, self.pairs, self.rows = width, pairs, 0
         self.total = torch.zeros(0, width, dtype=space.dtype, device=space.device)
 
     def add(self, X: Float[Tensor, "n S d"]) -> None:
         """Add the rows."""
         columns, d = X.flatten(1), self.width
+        self.rows += len(X)
         n = columns.shape[1]
         if not len(self.total):
             self.total = X.new_zeros(n, n if self.pairs else d)
@@ -251,22 +252,16 @@ class ChannelKronecker:
             for block in space.blocks
         ]
 
-        points = [[0 for _ in linearizations] for _ in space.blocks]
-
         def visit(t: int, i: int, block: JacobianBlock) -> None:
             rows = BlockRows.of(block, space.dtype)
             A, B = moments[i][t]
-            points[i][t] += len(rows.Z)
             A.add(rows.Z)
             B.add(rows.G.flatten(0, 1))
 
         visit_blocks(linearizations, space, visit, self.fisher)
         factors = [
-            [
-                ChannelFactors(A.result().div_(max(N, 1)), B.result())
-                for (A, B), N in zip(layer, numbers, strict=True)
-            ]
-            for layer, numbers in zip(moments, points, strict=True)
+            [ChannelFactors(A.result().div_(max(A.rows, 1)), B.result()) for A, B in layer]
+            for layer in moments
         ]
         names = [linearization.term.name for linearization in linearizations]
         return ChannelKroneckerLinearOperator(factors, space.blocks, space.shapes, names)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,6 +14,7 @@ from pinncurv.curvature.kernel import KernelLinearOperator
 from pinncurv.curvature.parameters import ParameterSpace, visit_blocks
 from pinncurv.curvature.woodbury import KernelInverseLinearOperator
 from pinncurv.linearization import Chunk, JacobianBlock, Linearization, run
+from pinncurv.linearization.blocks import row_ranges
 from pinncurv.linops import (
     CGInverseLinearOperator,
     DenseBlockDiagonalLinearOperator,
@@ -25,9 +26,6 @@ from pinncurv.linops import (
     policy,
     term_position,
 )
-
-# Largest number of Jacobian entries that are held at a time while a dense matrix is summed up.
-_ROW_ELEMENTS = 1 << 22
 
 
 class GaussNewtonLinearOperator(SymmetricLinearOperator):
@@ -81,7 +79,7 @@ class GaussNewtonLinearOperator(SymmetricLinearOperator):
                 matrix.diagonal().add_(alone.diagonal())
                 return
             n, V = chunk.residual.shape
-            for points in _point_ranges(n, V * D):
+            for points in row_ranges(n, V * D):
                 rows = chunk_rows(J.space, J.linearizations[t], chunk, points)
                 matrix.addmm_(rows.t(), rows)
 
@@ -115,13 +113,6 @@ class GaussNewtonLinearOperator(SymmetricLinearOperator):
         return CGInverseLinearOperator(
             self, damping=damping, preconditioner=diagonal.inverse(damping)
         )
-
-
-def _point_ranges(n: int, row_elements: int) -> Iterator[slice]:
-    """Cut n points such that the rows of a block stay small."""
-    step = max(1, _ROW_ELEMENTS // max(1, row_elements))
-    for start in range(0, n, step):
-        yield slice(start, min(n, start + step))
 
 
 def gauss_newton_diagonal(
@@ -185,7 +176,7 @@ class BlockDiagonalGaussNewton:
         matrices = [space.zeros(block.numel, block.numel) for block in space.blocks]
 
         def visit(t: int, i: int, block: JacobianBlock) -> None:
-            matrices[i].add_(block.gram())
+            block.add_gram_(matrices[i])
 
         visit_blocks(linearizations, space, visit)
         return DenseBlockDiagonalLinearOperator(matrices, space.blocks, space.shapes)

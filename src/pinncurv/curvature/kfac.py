@@ -138,7 +138,11 @@ class KFAC:
         moments: list[list[_Moments | None]] = [[None for _ in T] for _ in space.blocks]
 
         def visit(t: int, i: int, block: JacobianBlock) -> None:
-            new = self._moments(block, space.blocks[i].kronecker)
+            if space.blocks[i].kronecker:
+                new = self._moments(block)
+            else:
+                A = block.add_gram_(space.zeros(*2 * (space.blocks[i].numel,)))
+                new = _Moments(A, A.new_zeros(()), 1)
             known = moments[i][t]
             moments[i][t] = new if known is None else known.add_(new)
 
@@ -152,11 +156,8 @@ class KFAC:
             factors, names = [[merge(layer)] for layer in factors], ["+".join(names)]
         return KFACLinearOperator(factors, space.blocks, space.shapes, names)
 
-    def _moments(self, block: JacobianBlock, kronecker: bool) -> _Moments:
-        """Return the sums over points of one block; no B without output gradients."""
-        if not kronecker:
-            A = block.gram()
-            return _Moments(A, A.new_zeros(()), 1)
+    def _moments(self, block: JacobianBlock) -> _Moments:
+        """Return the sums over points of one layer; no B without output gradients."""
         layer = block.as_layer()
         A = self.sharing.input_moment(layer)
         B = A.new_zeros(()) if layer.G is None else self.sharing.gradient_moment(layer)

@@ -274,6 +274,10 @@ class Objective:
     @property
     def space(self) -> ParameterSpace:
         """The trained tensors and the blocks they belong to."""
+        return self._follow()
+
+    def _follow(self) -> ParameterSpace:
+        """Find out and check what has changed, and return the space."""
         network = network_state(self.model)  # one look for all terms
         for bound in self._bound:
             bound.follow(network)
@@ -284,7 +288,7 @@ class Objective:
 
     def term_losses(self) -> dict[str, Tensor]:
         """Return L_t by the name of the term, with a graph unless torch.no_grad is on."""
-        self.space  # noqa: B018 - follows what has changed
+        self._follow()
         return {bound.term.name: _sum(bound.losses()) for bound in self._bound}
 
     def loss(self) -> Tensor:

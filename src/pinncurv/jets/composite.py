@@ -55,10 +55,8 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Value:
-    """Normalize over the last axes, also of tensors."""
-    dims = tuple(range(-len(normalized_shape), 0))
-    if isinstance(input, Jet):
-        _axes(input, dims, "nn.functional.layer_norm")
+    """Normalize over the last axes."""
+    dims = _axes(input, range(-len(normalized_shape), 0), "nn.functional.layer_norm")
     centred = input - input.mean(dims, keepdim=True)
     result = centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
     result = result if weight is None else result * weight

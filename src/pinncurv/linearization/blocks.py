@@ -52,15 +52,12 @@ class JacobianBlock(ABC):
     def joint_rows(self, points: slice) -> Float[Tensor, "Vn _"]:
         """Return the rows of some points on the joint matrix [W, b] of a layer, flattened."""
 
-    def gram(self) -> Float[Tensor, "n n"]:
-        """Return J_lᵀJ_l on the joint matrix, flattened."""
+    def add_gram_(self, total: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+        """Add J_lᵀJ_l on the joint matrix, flattened, and return the sum."""
         V, N = self.num_rows
-        total = None
-        step = max(1, _GRAM_ELEMENTS // (V * sum(shape.numel() for shape in self.shapes)))
-        for start in range(0, N, step):
-            rows = self.joint_rows(slice(start, start + step))
-            total = rows.mT @ rows if total is None else total.addmm_(rows.mT, rows)
-        assert total is not None
+        for points in row_ranges(N, V * len(total)):
+            rows = self.joint_rows(points)
+            total.addmm_(rows.mT, rows)
         return total
 
     def squared_rows(self) -> Float[Tensor, "d_out d_joint"]:
@@ -306,6 +303,13 @@ class DenseRows(JacobianBlock):
     @staticmethod
     def join(parts: Sequence[DenseRows]) -> DenseRows:  # type: ignore[override]  # same class
         return replace(parts[0], matrix=torch.cat([part.matrix for part in parts], 1))
+
+
+def row_ranges(n: int, row_elements: int) -> Iterator[slice]:
+    """Cut n points such that their rows, to be multiplied with each other, stay small."""
+    step = max(1, _GRAM_ELEMENTS // max(1, row_elements))
+    for start in range(0, n, step):
+        yield slice(start, min(n, start + step))
 
 
 def squared_products(

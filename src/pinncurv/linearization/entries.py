@@ -99,8 +99,9 @@ class EntryRows(JacobianBlock):
     def squared_rows(self) -> Float[Tensor, "d_out d_joint"]:
         return self._counts * self.scale**2
 
-    def gram(self) -> Float[Tensor, "n n"]:
-        return self.squared_rows().flatten().diag()
+    def add_gram_(self, total: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+        total.diagonal().add_(self.squared_rows().flatten())
+        return total
 
     def as_layer(self) -> LinearLayer:
         """Return a layer with the same rows but for their order and zeros.
@@ -152,8 +153,7 @@ class BoundL2(BoundTerm):
         self.term.check_points(self.x)
         own = trained_tensors(self.model)
         named = trained_tensors(self.model, *self._terms)
-        others = {name: p for name, p in named.items() if name not in own}
-        chosen = self.term.chosen(own, others)
+        chosen = self.term.chosen(named, own)
         self.parameters = {name: p for name, p in named.items() if name in {**own, **chosen}}
         numbers = torch.arange(sum(p.numel() for p in chosen.values()), dtype=torch.float64)
         x = numbers[:, None].to(self.x.device)

@@ -1,7 +1,7 @@
 """The L2 term: a multiple of the squared norm of the parameters, as one more term of the loss."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,20 +67,22 @@ class L2(LossTerm):
         """Check the weight."""
         object.__setattr__(self, "weight", checked_number(self.name, self.weight))
 
-    def chosen(
-        self, network: Mapping[str, Tensor], others: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Return the parameters that decay, from the trained ones of network and terms.
+    def chosen(self, trained: Mapping[str, Tensor], network: Container[str]) -> dict[str, Tensor]:
+        """Return the parameters that decay.
+
+        Args:
+            trained: Those of network and terms that require a gradient.
+            network: Which names are of the network.
 
         Raises:
             ValueError: If there is none.
         """
-        named = {**network, **others} if self.of is not None else dict(network)
-        found = {name: p for name, p in named.items() if self.of is None or self.of(name)}
+        decays = network.__contains__ if self.of is None else self.of
+        found = {name: p for name, p in trained.items() if decays(name)}
         if not found:
             raise ValueError(
                 f"Term '{self.name}' must have a parameter, but of= chose none of "
-                f"{', '.join([*network, *others]) or 'no trained parameters'}. Return True for "
+                f"{', '.join(trained) or 'no trained parameters'}. Return True for "
                 "those that shall decay."
             )
         return found
@@ -88,7 +90,7 @@ class L2(LossTerm):
     def evaluate(self, model: Callable[[Tensor], Tensor], x: Tensor) -> Float[Tensor, "D 1"]:
         named = dict(model.named_parameters()) if isinstance(model, Module) else {}
         trained = {name: p for name, p in named.items() if p.requires_grad}
-        return torch.cat([p.flatten() for p in self.chosen(trained, {}).values()])[:, None]
+        return torch.cat([p.flatten() for p in self.chosen(trained, trained).values()])[:, None]
 
     def scale(self, x: Tensor) -> float:
         return math.sqrt(self.weight)

@@ -253,10 +253,7 @@ def scaled_residual(
     if isinstance(term, L2):
         values = trainable(model, term) if parameters is None else parameters
         own = {n for n, _ in model.named_parameters()} if isinstance(model, Module) else set()
-        network = {n: p for n, p in values.items() if n in own}
-        others = {n: p for n, p in values.items() if n not in own}
-        chosen = term.chosen(network, others)
-        return math.sqrt(term.weight) * _flatten(chosen)[:, None]
+        return math.sqrt(term.weight) * _flatten(term.chosen(values, own))[:, None]
     u, N = at_point(model, parameters), len(x)
     term = term if parameters is None else substituted(term, parameters)
     rows = [
