@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from enum import IntEnum
+from itertools import chain
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TextIO
@@ -177,24 +178,30 @@ def _setting(text: str) -> tuple[str, str]:
     return key, value
 
 
-def own_names(experiment: Experiment) -> dict[str, str]:
+def own_names(experiment: Experiment) -> dict[str, list[str]]:
     """Return the options of an experiment that name files of the user's own, as they are given."""
     given = {n: getattr(experiment, n) for n in ("problem", "network", "optimizers")}
-    words = {n: (v,) if isinstance(v, str) else v for n, v in given.items()}
-    return {n: f"--{n} {' '.join(v)}" for n, v in words.items() if any(map(is_own, v))}
+    words = {n: [v] if isinstance(v, str) else v for n, v in given.items()}
+    return {n: [f"--{n}", *v] for n, v in words.items() if any(map(is_own, v))}
 
 
 def again(option: str, path: Path, experiment: Experiment) -> str:
     """Return the options that go on with what is in a folder or file."""
-    return " ".join([f"--{option} {path}", *own_names(experiment).values()])
+    return " ".join([f"--{option} {path}", *chain(*own_names(experiment).values())])
 
 
 def _check_own_code(stored: Experiment, given: Mapping[str, Any]) -> None:
     """Refuse to run a file only because a folder with results names it."""
-    if missing := [words for name, words in own_names(stored).items() if name not in given]:
+    missing = chain(*[words for name, words in own_names(stored).items() if name not in given])
+    refuse_own_code(list(missing))
+
+
+def refuse_own_code(options: Sequence[str]) -> None:
+    """Raise an error with the options to give again, if there are any."""
+    if options:
         raise UserError(
             "No code is run because a run folder names it. If you trust these files, give "
-            f"{' '.join(missing)} again."
+            f"{' '.join(options)} again."
         )
 
 

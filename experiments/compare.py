@@ -6,8 +6,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 if __name__ == "__main__":  # `experiments` is not installed: the script sees the repository instead
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -19,7 +17,7 @@ from experiments.comparing.operators import OPERATORS, recipes
 from experiments.comparing.tables import PRINTED, Tables, shown
 from experiments.folder import RunFolder
 from experiments.objects import first_line
-from experiments.training import Lines
+from experiments.training import progress
 
 _DESCRIPTION = (
     "Compare curvature operators with each other and with the exact Gauss-Newton matrix along a "
@@ -64,13 +62,8 @@ def run(job: Comparison, trainings: Sequence[Training], path: Path | None) -> Ex
     first, tables = trainings[0].trainer, Tables()
     title = f"{first.describe()}, {first.label}"
     folder = RunFolder.create(path, f"compare-{first.problem.name}")
-    operators, terminal = recipes(job.operators), sys.stderr.isatty()
-    bar = tqdm(
-        total=len(operators) * sum(len(training.states) for training in trainings),
-        file=sys.stderr if terminal else Lines(sys.stderr),
-        mininterval=0.2 if terminal else 5,
-        dynamic_ncols=terminal,
-    )
+    operators = recipes(job.operators)
+    bar = progress(total=len(operators) * sum(len(training.states) for training in trainings))
     try:
         folder.begin(job, first.device)
         print(f"{title}\nrun folder: {folder.path}", flush=True)

@@ -208,14 +208,14 @@ class Experiment:
     def build_problem(self) -> Problem:
         """Build the problem anew, so that what its terms train is trained by one optimizer only."""
         found = resolve(self.problem, catalog.PROBLEMS, "problem")
-        if isinstance(found, Problem):
-            if self.of("problem"):
-                raise UserError(
-                    f"{self.problem} is a Problem, which has no arguments to set; name a function "
-                    "that returns one."
-                )
-            return copy.deepcopy(found)
-        problem = _call(found, bind(found, self.of("problem"), short(self.problem)), self.problem)
+        problem, settings = found, self.of("problem")
+        if not isinstance(found, Problem):
+            problem = _call(found, bind(found, settings, short(self.problem)), self.problem)
+        elif settings:
+            raise UserError(
+                f"{self.problem} is a Problem, which has no arguments to set; name a function that "
+                "returns one."
+            )
         if not isinstance(problem, Problem):
             raise UserError(
                 f"{self.problem} must be or return a pinncurv.Problem, got "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,7 +21,7 @@ from experiments.command import ExitCode, main_of
 from experiments.experiment import from_json
 from experiments.folder import CONFIG, ENVIRONMENT, read_json
 from experiments.objects import UserError, short
-from experiments.training import METRICS
+from experiments.training import METRICS, whole_lines
 
 # Where published curves are found, if the reader has them; they are not part of the project.
 PUBLISHED = Path(__file__).resolve().parents[2] / "shared/reference/kfac_pinns_2024_curves.csv.gz"
@@ -105,9 +104,7 @@ def gather(paths: Iterable[Path]) -> pd.DataFrame:
 def _metrics(path: Path) -> pd.DataFrame | None:
     """Return the rows that were written to the end; None if it is no file of metrics."""
     try:
-        text = path.read_text(errors="replace")
-        rows = io.StringIO(text[: text.rfind("\n") + 1])  # half a number is another number
-        table = pd.read_csv(rows, on_bad_lines="skip")
+        table = pd.read_csv(whole_lines(path), on_bad_lines="skip")
         numbers = table[list(_NUMBERS)].apply(pd.to_numeric, errors="coerce")
     except (OSError, ValueError, KeyError):
         return None
@@ -131,8 +128,8 @@ def last_rows(table: pd.DataFrame) -> pd.DataFrame:
     return table.groupby(["run", "optimizer", "seed"], sort=False, as_index=False).tail(1)
 
 
-def published_curves(problem: str, parameters: int | None = None) -> pd.DataFrame | None:
-    """Return published curves of a problem, where the reference data is present."""
+def published_curves(problem: str, network: str) -> pd.DataFrame | None:
+    """Return published curves of a problem and network, where the reference data is present."""
     if not PUBLISHED.is_file():
         return None
     curves = pd.read_csv(PUBLISHED)
@@ -140,7 +137,7 @@ def published_curves(problem: str, parameters: int | None = None) -> pd.DataFram
     chosen = curves.assign(
         problem=parts[0], network=parts[1], optimizer=parts[2].map(_NAMES).fillna(parts[2])
     )
-    chosen = chosen[chosen["problem"] == problem].rename(
+    chosen = chosen[(chosen["problem"] == problem) & (chosen["network"] == network)].rename(
         columns={"time": "seconds", "l2_error": "rmse"}
     )
     return chosen if len(chosen) else None
@@ -181,9 +178,7 @@ def _show(options: argparse.Namespace) -> ExitCode:
             raise UserError(
                 f"--figure shows one problem, and there are {', '.join(problems)}. Name fewer runs."
             )
-        curves = published_curves(problems[0]) if options.network else None
-        if curves is not None:
-            curves = curves[curves["network"] == options.network]
+        curves = published_curves(problems[0], options.network) if options.network else None
         with mpl.rc_context(figures.STYLE):
             figure = Figure(figsize=(9.5, 4.2), layout="constrained")
             figures.draw_curves(figure, curves_of(table), curves)

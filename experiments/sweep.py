@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,12 @@ from experiments.command import (
     experiment_of,
     list_names,
     main_of,
+    own_names,
     set_up_device,
 )
 from experiments.experiment import Experiment, from_json
 from experiments.folder import BusyError, RunFolder, read_config, write_atomically, write_json
-from experiments.objects import UserError, evaluate, first_line, is_own, near_misses, short
+from experiments.objects import UserError, evaluate, first_line, near_misses, short
 from experiments.spaces import SPACES, Space, parse, space_of
 from experiments.training import (
     FINISHED,
@@ -511,11 +513,7 @@ def _employ(study: Study, options: argparse.Namespace) -> bool | None:
     experiment, total = study.sweep.experiment, study.sweep.trials
     command = [sys.executable, str(Path(__file__).resolve()), "--as-worker"]
     command += ["--resume", str(study.folder.resolve())]
-    for name in ("problem", "network", "optimizers"):
-        value = getattr(experiment, name)
-        words = [value] if isinstance(value, str) else list(value)
-        if any(map(is_own, words)):
-            command += [f"--{name}", *words]
+    command += chain(*own_names(experiment).values())
     if options.threads or not options.submitit:  # jobs count the cores that they are given
         command += ["--threads", str(experiment.threads)]
     os.environ[STORAGE] = study.sweep.storage

@@ -38,6 +38,9 @@ _EVALUATION, _HELD_OUT = (1 << 40) + 1, (1 << 40) + 2
 # The hexadecimal SHA-256 of all that stands before it, and a newline. torch.load ignores it.
 _CHECKSUM_BYTES = 65
 
+# Of an optimizer that says nothing about its steps, and before the first step.
+_NO_RECORD = StepRecord(math.nan, {}, momentum=math.nan)
+
 Value = float | int | bool | str
 Row = dict[str, Value]
 
@@ -106,11 +109,7 @@ class Trainer:
         self._synchronize()
         self.seconds += time.perf_counter() - start
         self.step += 1
-        record = (
-            record
-            if isinstance(record, StepRecord)
-            else StepRecord(math.nan, {}, momentum=math.nan)
-        )
+        record = record if isinstance(record, StepRecord) else _NO_RECORD
         self.rejected += not record.accepted
         return record
 
@@ -124,7 +123,7 @@ class Trainer:
             if known
             else Errors(math.nan, math.nan)
         )
-        record = record or StepRecord(math.nan, {}, momentum=math.nan)
+        record = record or _NO_RECORD
         return {
             "step": self.step,
             "seconds": self.seconds,
@@ -357,16 +356,17 @@ class MetricsFile:
         self._file.close()
 
 
+def whole_lines(path: Path) -> io.StringIO:
+    """Return what was written to the end of a line: half a number is another number."""
+    text = path.read_text(errors="replace")
+    return io.StringIO(text[: text.rfind("\n") + 1], newline="")
+
+
 def _complete_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     """Return the rows that were written to the end."""
-    if not path.is_file():
-        return []
-    text = path.read_text(errors="replace")
-    with io.StringIO(text[: text.rfind("\n") + 1], newline="") as lines:
-        rows = list(csv.DictReader(lines))
     return [
         row
-        for row in rows
+        for row in (csv.DictReader(whole_lines(path)) if path.is_file() else ())
         if list(row) == list(columns) and None not in row.values() and row["step"].isdigit()
     ]
 
@@ -374,8 +374,7 @@ def _complete_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
 def last_row(folder: Path) -> dict[str, float]:
     """Return the numbers of the last row of the metrics; nothing without a file."""
     try:
-        with (folder / METRICS).open(newline="", errors="replace") as file:
-            rows = list(csv.DictReader(file))
+        rows = list(csv.DictReader(whole_lines(folder / METRICS)))
     except OSError:
         return {}
     numbers: dict[str, float] = {}
@@ -481,7 +480,7 @@ def spent(trainer: Trainer) -> float:
     return max([*parts, trainer.step / steps] if steps else parts)
 
 
-class Lines:
+class _Lines:
     """A stream that is no terminal: it gets lines, not one that is overwritten."""
 
     def __init__(self, stream: Any) -> None:
@@ -497,20 +496,26 @@ class Lines:
         self._stream.flush()
 
 
+def progress(**options: Any) -> tqdm:
+    """Return a bar of progress: a live line in a terminal, now and then a line elsewhere."""
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        file=sys.stderr if terminal else _Lines(sys.stderr),
+        mininterval=0.2 if terminal else 5,
+        dynamic_ncols=terminal,
+        **options,
+    )
+
+
 class _Bar:
     """How far a training has come, how long it takes yet, and where it is."""
 
     def __init__(self, trainer: Trainer, position: str) -> None:
-        terminal = sys.stderr.isatty()
-        self._trainer = trainer
-        self._bar = tqdm(
+        self._bar = progress(
             total=1.0,
             initial=min(1.0, spent(trainer)),
             desc=f"{position} {trainer.label} seed {trainer.seed}".strip(),
-            file=sys.stderr if terminal else Lines(sys.stderr),
-            mininterval=0.2 if terminal else 5,
             bar_format="{desc} {percentage:3.0f}% {elapsed}<{remaining} {postfix}",
-            dynamic_ncols=terminal,
         )
 
     def measured(self, row: Mapping[str, Value]) -> None:

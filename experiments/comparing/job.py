@@ -12,7 +12,13 @@ from typing import Any, get_type_hints
 
 import typeguard
 
-from experiments.command import Interruption, Parser, experiment_of, set_up_device
+from experiments.command import (
+    Interruption,
+    Parser,
+    experiment_of,
+    refuse_own_code,
+    set_up_device,
+)
 from experiments.comparing.operators import recipes
 from experiments.experiment import Experiment, from_json
 from experiments.folder import CONFIG, read_config
@@ -144,10 +150,7 @@ def job_of(parser: Parser, options: argparse.Namespace) -> tuple[Comparison, lis
             named = tree.get("operators")
             named = [n for n in named if isinstance(n, str)] if isinstance(named, list) else []
             if options.operators is None and any(map(is_own, named)):
-                raise UserError(
-                    "No code is run because a run folder names it. If you trust the files of its "
-                    f"operators, give them again: --operators {' '.join(named)}."
-                )
+                refuse_own_code(["--operators", *named])
     values |= {n: v for n in names if (v := getattr(options, n, None)) is not None}
     values = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
     if unknown := set(values) - set(names):
