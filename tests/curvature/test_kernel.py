@@ -281,7 +281,7 @@ def test_other_operators_have_no_kernel(recipe, triple):
 
 def test_kernels_that_are_not_finite_are_refused(triple):
     operator = MatrixFreeGaussNewton()(triple[0])
-    operator.kernel._matrix[0, 0] = float("nan")
+    operator.kernel.matrix[0, 0] = float("nan")
     with pytest.raises(FactorizationError, match="kernel of the residuals must be finite"):
         operator.inverse(1e-3)
 

@@ -352,7 +352,7 @@ def test_state_is_data():
     optimizer = OPTIMIZERS["kfac_intervals"](model.parameters())
     optimizer.step(poisson(model))
     shared = optimizer.state_dict()["state"]["curvature"]
-    mine = {"step", "damping", "average", "inverted", "halvings", "names", "method"}
+    mine = {"step", "damping", "average", "inverted", "halvings", "rows", "names", "method"}
     assert set(shared) == mine
     assert (shared["step"], shared["damping"]) == (1, 1e-3)
     assert shared["names"] == ["0.weight", "0.bias", "2.weight", "2.bias"]

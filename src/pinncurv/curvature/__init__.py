@@ -1,6 +1,7 @@
 """Curvature operators of a PINN loss, built from the linearizations of its terms.
 
-Exact: ``jacobian.py``, ``gauss_newton.py`` (inverted by ``woodbury.py`` or ``iterative.py``),
+Exact: ``jacobian.py``, ``gauss_newton.py`` (inverted by
+``exact_inverse.py``, ``woodbury.py`` or ``iterative.py``),
 ``kernel.py``, ``hessian.py``. Approximations: ``kfac.py``, ``channel_kronecker.py``, ``ekfac.py``,
 ``optimal_kronecker.py``, ``subspace.py``, ``nystroem.py``. Each file has its operator and the
 recipe that an optimizer takes;
@@ -23,6 +24,10 @@ from pinncurv.curvature.ekfac import (
     EKFACLinearOperator as EKFACLinearOperator,
     KFACFactors as KFACFactors,
     PartialTraces as PartialTraces,
+)
+from pinncurv.curvature.exact_inverse import (
+    CheaperSide as CheaperSide,
+    ParameterInverseLinearOperator as ParameterInverseLinearOperator,
 )
 from pinncurv.curvature.gauss_newton import (
     BlockDiagonalGaussNewton as BlockDiagonalGaussNewton,

@@ -90,6 +90,11 @@ class GaussNewtonLinearOperator(SymmetricLinearOperator):
         return gauss_newton_diagonal(self.jacobian.linearizations, self.jacobian.space).diagonal()
 
     @cached_property
+    def dense(self) -> Float[Tensor, "D D"]:
+        """The matrix, which is computed once; not to be written to."""
+        return self.to_dense()
+
+    @cached_property
     def kernel(self) -> KernelLinearOperator:
         """The kernel JJᵀ, whose matrix is computed once."""
         return KernelLinearOperator(self.jacobian)

@@ -62,10 +62,11 @@ class KernelLinearOperator(SymmetricLinearOperator):
         return self.jacobian._matmat(self.jacobian.adjoint()._matmat(X))
 
     def to_dense(self) -> Float[Tensor, "R R"]:
-        return self._matrix.clone()
+        return self.matrix.clone()
 
     @cached_property
-    def _matrix(self) -> Float[Tensor, "R R"]:
+    def matrix(self) -> Float[Tensor, "R R"]:
+        """The matrix, which is computed once; not to be written to."""
         matrix = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
         for i, side in enumerate(self._sides()):
             for other in chain(islice(self._sides(), i), [side]):
@@ -92,7 +93,7 @@ class KernelLinearOperator(SymmetricLinearOperator):
                 is with more residuals than parameters.
         """
         damping, name = check_damping(damping), "the kernel of the residuals"
-        matrix = symmetrize(self._matrix, name)
+        matrix = symmetrize(self.matrix, name)
         matrix.diagonal().add_(damping)
         return factorize(matrix, name, damping)
 

@@ -17,10 +17,12 @@ from pinncurv.curvature.finiteness import raise_for_gradient
 from pinncurv.curvature.jacobian import JacobianLinearOperator
 from pinncurv.curvature.parameters import ParameterSpace
 from pinncurv.linearization import (
+    BoundTerm,
     Chunk,
     Linearization,
     Visitor,
     bind,
+    linearize_some,
     network_state,
     plain_network,
     visit_all,
@@ -40,10 +42,18 @@ class LinearizedObjective(Sequence[Linearization]):
     Args:
         linearizations: One per term.
         space: The parameters.
+        losses: The losses L_t of all points, where the linearizations are of some.
     """
 
-    def __init__(self, linearizations: Sequence[Linearization], space: ParameterSpace) -> None:
+    def __init__(
+        self,
+        linearizations: Sequence[Linearization],
+        space: ParameterSpace,
+        losses: dict[str, float] | None = None,
+    ) -> None:
         self.space = space
+        self.of_some = losses is not None
+        self._losses = losses
         self._terms = tuple(linearizations)
         self._residuals: list[list[Tensor]] = [[] for _ in linearizations]
         self._gradient: list[Tensor] | None = None
@@ -136,9 +146,15 @@ class LinearizedObjective(Sequence[Linearization]):
             self.run()
         return [torch.cat(parts) for parts in self._residuals]
 
+    def residual_now(self) -> list[Float[Tensor, "N V"]]:
+        """Evaluate r̃ at the same points and the parameters of now, without a graph."""
+        return [linearization.residual_now() for linearization in self._terms]
+
     @cached_property
     def term_losses(self) -> dict[str, float]:
-        """The losses L_t by the name of the term."""
+        """The losses L_t by the name of the term, of all points."""
+        if self._losses is not None:
+            return self._losses
         losses = torch.stack([0.5 * residual.square().sum() for residual in self.residual])
         names = [linearization.term.name for linearization in self._terms]
         return dict(zip(names, losses.tolist(), strict=True))
@@ -326,6 +342,37 @@ class Objective:
         """Linearize all terms at the current parameters."""
         space = self.space  # follows what has changed
         return LinearizedObjective([Linearization(bound) for bound in self._bound], space)
+
+    @property
+    def rows(self) -> int:
+        """R, the number of residuals that come from points."""
+        return sum(len(b.x) * b.structure.components for b in self._of_points())
+
+    def _of_points(self) -> list[BoundTerm]:
+        return [bound for bound in self._bound if not bound.structure.entrywise]
+
+    def linearize_some(self, rows: int, generator: torch.Generator) -> LinearizedObjective:
+        """Linearize at random points of each term, about as many residuals as asked for.
+
+        J and r̃ are those of the objective at these points alone, losses those of all points. A term
+        without points (``L2``) is linearized as a whole.
+
+        Args:
+            rows: How many residuals, fewer than ``rows`` of the objective.
+            generator: Draws the points, on the CPU.
+        """
+        space = self.space  # follows what has changed
+        share, chosen = min(1.0, rows / self.rows), []
+        for bound in self._bound:
+            if bound.structure.entrywise:
+                chosen.append(Linearization(bound))
+                continue
+            N = len(bound.x)
+            points = torch.randperm(N, generator=generator)[: max(1, round(share * N))].sort()
+            chosen.append(linearize_some(bound, points.values.to(bound.x.device)))
+        with torch.no_grad():
+            losses = {name: float(loss) for name, loss in self.term_losses().items()}
+        return LinearizedObjective(chosen, space, losses)
 
     def evaluate(self) -> Evaluation:
         """Evaluate L together with what the next linearization at these parameters needs.

@@ -31,6 +31,7 @@ from pinncurv.linearization.linearization import (
     Visitor as Visitor,
     bind as bind,
     linearize as linearize,
+    linearize_some as linearize_some,
     run as run,
     visit_all as visit_all,
 )

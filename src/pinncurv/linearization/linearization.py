@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
@@ -136,17 +138,39 @@ class Linearization:
     def _current_versions(self) -> tuple[int, ...]:
         return tuple(parameter._version for parameter in self.parameters.values())
 
+    @torch.no_grad()
+    def residual_now(self) -> Float[Tensor, "N V"]:
+        """Evaluate r̃ at the same points and the parameters of now, without a graph."""
+        parts = self.bound.parts if self._whole is self.bound.whole else [self._whole]
+        return torch.cat([part.residual(self.model) for part in parts])
+
     def at(self, points: Int[Tensor, " m"]) -> Linearization:
         """Linearize anew at some of the points, as parts of all: with the same scale w_n / N.
 
         Args:
             points: Which points.
         """
-        whole = self._whole.at(points)
-        chunk = self.bound.linearize(whole).with_fisher(self.fisher)
-        result = Linearization(self.bound, self.fisher, [chunk])
-        result._whole = whole
-        return result
+        return _of_part(self.bound, self._whole.at(points), self.fisher)
+
+
+def linearize_some(bound: BoundTerm, points: Int[Tensor, " m"]) -> Linearization:
+    """Linearize a term at some of its points as if there were no others.
+
+    r̃_n = sqrt(w_n / m) r_n
+
+    Args:
+        bound: The term with network and all N points.
+        points: Which m of them.
+    """
+    part = bound.whole.at(points)
+    scale = part.scale * math.sqrt(len(bound.x) / len(part.x))
+    return _of_part(bound, replace(part, scale=scale), Type2())
+
+
+def _of_part(bound: BoundTerm, part: TermPart, fisher: Fisher) -> Linearization:
+    result = Linearization(bound, fisher, [bound.linearize(part).with_fisher(fisher)])
+    result._whole = part
+    return result
 
 
 def bind(

@@ -92,6 +92,7 @@ from pinncurv.linops.psd import (
     all_finite as all_finite,
     eigh as eigh,
     factorize as factorize,
+    factorize_from as factorize_from,
     symmetrize as symmetrize,
 )
 from pinncurv.linops.resolution import (

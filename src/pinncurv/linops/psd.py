@@ -228,6 +228,42 @@ def cholesky(
     return CholeskyFactorization(L, FactorizationReport(name, "cholesky", floor))
 
 
+def factorize_from(
+    matrix: Float[Tensor, "n n"], name: str, damping: float
+) -> tuple[CholeskyFactorization, float]:
+    """Factorize M + λI with the smallest of λ, 10λ, 100λ, ... for which Cholesky does not fail.
+
+    M + λI = L Lᵀ
+
+    Where λ is near the rounding of M, pivots are no better than that: who solves with this
+    factorization refines.
+
+    Args:
+        matrix: Symmetric, finite, positive semidefinite matrix, as ``symmetrize`` returns it.
+        name: What the matrix is, for error messages and the report.
+        damping: λ > 0.
+
+    Returns:
+        The factorization, and the damping that was taken.
+
+    Raises:
+        FactorizationError: If no damping up to the size of the matrix is enough.
+    """
+    size = float(torch.linalg.matrix_norm(matrix))
+    first = damping
+    while damping <= max(first, 10 * size):
+        damped = matrix.clone()
+        damped.diagonal().add_(damping)
+        L, info = torch.linalg.cholesky_ex(damped)
+        if info.item() == 0:
+            return CholeskyFactorization(L, FactorizationReport(name, "cholesky", damping)), damping
+        damping *= 10
+    raise FactorizationError(
+        f"{name} must be positive semidefinite, got one that is not with a damping of {first:.1e} "
+        f"to {damping:.1e}. Look for a diverged loss."
+    )
+
+
 def is_singular(eigenvalues: Tensor) -> bool:
     """Whether eigenvalues of any shape belong to a numerically singular matrix.
 

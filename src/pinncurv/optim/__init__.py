@@ -8,6 +8,7 @@ momentum (``momentum.py``), a step size (``step_sizes.py``) and a damping that m
 same way.
 """
 
+from pinncurv.optim.batch import GrowingBatch as GrowingBatch
 from pinncurv.optim.damping import (
     ConstantDamping as ConstantDamping,
     DampingRule as DampingRule,
@@ -42,6 +43,7 @@ from pinncurv.optim.protocols import (
 from pinncurv.optim.step_sizes import (
     CGBacktracking as CGBacktracking,
     FixedStep as FixedStep,
+    GeodesicFlow as GeodesicFlow,
     GridLineSearch as GridLineSearch,
     NormConstrained as NormConstrained,
     Proposal as Proposal,

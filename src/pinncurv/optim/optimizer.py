@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import is_dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pinncurv.linops import check_damping
+from pinncurv.optim.batch import GrowingBatch
 from pinncurv.optim.damping import ConstantDamping, DampingRule
 from pinncurv.optim.identity import (
     check_group,
@@ -36,8 +38,16 @@ from pinncurv.optim.protocols import (
     check_part,
     finite_gradient,
     finite_loss,
+    offers,
 )
-from pinncurv.optim.step_sizes import QuadraticModel, Situation, StepSize, dot
+from pinncurv.optim.step_sizes import (
+    Proposal,
+    QuadraticModel,
+    Situation,
+    StepSize,
+    damping_of,
+    dot,
+)
 from pinncurv.optim.trial import Trial
 
 # The key of the state that belongs to no single parameter.
@@ -69,6 +79,8 @@ class CurvatureOptimizer(Optimizer):
         damping_rule: How λ changes from step to step; it starts at the inverse's own and is
             constant by default.
         intervals: How often curvature and inverse are refreshed.
+        batch: Which of the residuals a step linearizes; all of them by default. Losses are those of
+            all points in any case.
         max_halvings: How often an update that raises the loss is halved before it is rejected; 30
             by default. A rule that retries with more damping does not halve.
         lr: Default for the groups' ``lr``.
@@ -90,6 +102,7 @@ class CurvatureOptimizer(Optimizer):
         intervals: Intervals | None = None,
         max_halvings: int | None = None,
         lr: float = 1.0,
+        batch: GrowingBatch | None = None,
     ) -> None:
         if hasattr(params, "parameters"):
             raise TypeError(
@@ -103,6 +116,7 @@ class CurvatureOptimizer(Optimizer):
         check_part(
             "damping_rule", damping_rule, "optim.LevenbergMarquardt()", "accepted", "rejected"
         )
+        check_part("batch", batch, "optim.GrowingBatch()", "linearize", "grown")
         if max_halvings is not None and max_halvings < 0:
             raise ValueError(f"max_halvings must be at least 0, got {max_halvings}.")
         if max_halvings is not None and damping_rule is not None and damping_rule.retries:
@@ -124,6 +138,9 @@ class CurvatureOptimizer(Optimizer):
         self.step_size = QuadraticModel() if step_size is None else step_size
         self.momentum = momentum
         self.damping_rule = ConstantDamping() if damping_rule is None else damping_rule
+        self.batch = batch
+        if batch is not None:
+            self.preconditioner.state["rows"] = batch.rows
         self.max_halvings = 30 if max_halvings is None else max_halvings
         self._last: Trial | None = None
         self._loaded = False
@@ -157,14 +174,17 @@ class CurvatureOptimizer(Optimizer):
             check_group(group, zero_rate=True)
             check_no_stray_gradients(group["params"])
         linearized = self._linearize(objective)
-        trial, before = Trial(objective, linearized.parameters), dict(self.preconditioner.state)
+        of_some = getattr(linearized, "of_some", False)
+        sample = linearized if of_some else None
+        trial = Trial(objective, linearized.parameters, keeps=not of_some)
+        before = dict(self.preconditioner.state)
         try:
             self.preconditioner.refresh(linearized)
             gradient = linearized.gradient()
             finite_loss(linearized.term_losses)
             finite_gradient(gradient)
             for left in reversed(range(self.damping_rule.retries + 1)):
-                record, direction, update = self._propose(linearized, gradient, trial)
+                record, proposal, direction, update = self._propose(linearized, gradient, trial)
                 outlives = left and _is_kept(linearized) and self.preconditioner.is_kept
                 if not outlives:
                     del linearized  # frees Z and G before the loss is evaluated
@@ -176,10 +196,12 @@ class CurvatureOptimizer(Optimizer):
                 damping = self.damping_rule.rejected(record.damping)
                 self.preconditioner.state["damping"] = damping
                 if left and not outlives:
-                    linearized = _linearize(objective)
+                    linearized = sample or _linearize(objective)
                     self.preconditioner.relinearize(linearized)
             self.preconditioner.release()
-            self._settle(trial, record, direction, update)
+            if self.batch is not None and sample is not None:
+                self._grow(self.batch, sample, record, proposal.overfits)
+            self._settle(trial, record, proposal, direction, update)
         except BaseException:  # also an interrupt leaves parameters and curvature as they were
             trial.restore()
             self.preconditioner.restore(before)
@@ -190,8 +212,14 @@ class CurvatureOptimizer(Optimizer):
         """Linearize, from the evaluation that ended the last step if it was the same point."""
         trained = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         last, self._last = self._last, None
-        reused = last is not None and last.ended_at(objective, trained)
-        linearized = _linearize(last.evaluation if last is not None and reused else objective)
+        some = None
+        if self.batch is not None:
+            so_far = self.preconditioner.state
+            with torch.enable_grad():
+                some = self.batch.linearize(objective, so_far["rows"], so_far["step"])
+        reused = some is None and last is not None and last.ended_at(objective, trained)
+        source = last.evaluation if last is not None and reused else objective
+        linearized = _linearize(source) if some is None else some
         mine, theirs = ({id(p) for p in ps} for ps in (trained, linearized.parameters))
         if mine != theirs:
             raise ValueError(
@@ -210,17 +238,24 @@ class CurvatureOptimizer(Optimizer):
 
     def _propose(
         self, linearized: LinearizedLoss, gradient: list[Tensor], trial: Trial
-    ) -> tuple[StepRecord, list[Tensor], list[Tensor]]:
+    ) -> tuple[StepRecord, Proposal, list[Tensor], list[Tensor]]:
         """Find a direction Δ and how far to go along it.
 
         Returns:
-            The record of the step if it is taken as proposed, with L after it if that is known; Δ;
-            and the update lr (α Δ + μ δ).
+            The record of the step if it is taken as proposed, with L after it if that is known; the
+            proposal; Δ; and the update lr (α Δ + μ δ).
         """
         inverse, parameters = self.preconditioner.invert(), trial.parameters
         previous = self._remembered(parameters, "previous_update")
-        damping, losses = self.preconditioner.state["damping"], dict(linearized.term_losses)
-        at = Situation(linearized, gradient, inverse, damping, previous, (), trial.loss_at)
+        damping = damping_of(inverse, self.preconditioner.state["damping"])
+        losses, start = dict(linearized.term_losses), 0.5 ** self.preconditioner.state["halvings"]
+        at = Situation(
+            linearized, gradient, inverse, damping, previous, (), trial.loss_at, start=start
+        )
+        if _is_kept(linearized):  # what is recomputed can't be once the parameters were moved
+            residual_at = partial(trial.residual_at, linearized)
+            now = residual_at if offers(linearized, "residual_now") else None
+            at = replace(at, residual_at=now, invert=self.preconditioner.invert)
         if self.momentum is None:
             direction = at.step()
         else:
@@ -229,6 +264,7 @@ class CurvatureOptimizer(Optimizer):
         at = replace(at, direction=direction)
         proposal = self.step_size.propose(at)
         chosen = direction if proposal.direction is None else proposal.direction
+        damping = damping if proposal.damping is None else proposal.damping
         update = [proposal.step_size * part for part in chosen]
         if previous is not None and proposal.momentum:
             for part, old in zip(update, previous, strict=True):
@@ -244,7 +280,9 @@ class CurvatureOptimizer(Optimizer):
         if wanted and not (full and math.isfinite(promised)):
             searched = math.isfinite(proposal.new_loss)  # which has moved the parameters
             stale = searched and not _is_kept(linearized)
-            promised = at.promise(update, _linearize(trial.objective) if stale else linearized)
+            promised = replace(at, damping=damping).promise(
+                update, _linearize(trial.objective) if stale else linearized
+            )
         names = ("reports", "last_records")
         record = StepRecord(
             sum(losses.values()),
@@ -254,9 +292,10 @@ class CurvatureOptimizer(Optimizer):
             proposal.momentum,
             damping,
             promised,
+            scale=proposal.scale,
             solver={name: getattr(inverse, name) for name in names if hasattr(inverse, name)},
         )
-        return record, direction, update
+        return record, proposal, direction, update
 
     def _take(
         self, trial: Trial, proposed: StepRecord, update: list[Tensor], gradient: list[Tensor]
@@ -285,7 +324,7 @@ class CurvatureOptimizer(Optimizer):
                 step_size=scale * proposed.step_size,
                 momentum=scale * proposed.momentum,
                 predicted_decrease=promised,
-                scale=scale,
+                scale=scale * proposed.scale,
                 reason=f"shortened to {scale:g} of its length (more raised the loss)"
                 if scale < 1
                 else "",
@@ -306,10 +345,32 @@ class CurvatureOptimizer(Optimizer):
             reason=f"rejected: {why}",
         )
 
+    def _grow(self, batch: GrowingBatch, sample: Any, record: StepRecord, overfits: bool) -> None:
+        """Find out whether the points that were linearized stand for all of them."""
+        before = sum(float(part.square().sum()) for part in sample.residual)
+        after = sum(float(part.square().sum()) for part in sample.residual_now())
+        state, decrease = self.preconditioner.state, 1 - record.new_loss / record.loss
+        its = math.inf if overfits else 1 - after / before if before else 0.0
+        state["rows"] = batch.grown(state["rows"], decrease, its)
+
     def _settle(
-        self, trial: Trial, record: StepRecord, direction: list[Tensor], update: list[Tensor]
+        self,
+        trial: Trial,
+        record: StepRecord,
+        proposal: Proposal,
+        direction: list[Tensor],
+        update: list[Tensor],
     ) -> None:
-        """Remember what the next step needs."""
+        """Remember what the next step needs.
+
+        Args:
+            trial: The trial that has ended.
+            record: What happened.
+            proposal: What was proposed.
+            direction: Δ.
+            update: The update that was proposed.
+        """
+        taken = record.scale / proposal.scale
         self._last, self._loaded, state = trial, False, self.preconditioner.state
         for i, parameter in enumerate(trial.parameters):
             mine = self.state[parameter]
@@ -317,17 +378,19 @@ class CurvatureOptimizer(Optimizer):
                 mine.pop("previous_update", None)
                 mine.pop("momentum_buffer", None)
                 continue
-            mine["previous_update"] = update[i] if record.scale == 1 else record.scale * update[i]
+            mine["previous_update"] = update[i] if taken == 1 else taken * update[i]
             if self.momentum is not None:
                 mine["momentum_buffer"] = direction[i]
-        taken = 0
+        halvings = 0
         if record.accepted:
             predicted = record.predicted_decrease
             ratio = (record.loss - record.new_loss) / predicted if predicted else math.nan
             state["damping"] = self.damping_rule.accepted(record.damping, ratio, record.scale)
-            taken = round(-math.log2(record.scale))
+            if proposal.next_damping is not None:
+                state["damping"] = proposal.next_damping
+            halvings = round(-math.log2(record.scale))
         # the next step starts longer by a factor of two, or four if this one was not shortened more
-        state["halvings"] = max(0, taken - (2 if taken == state["halvings"] else 1))
+        state["halvings"] = max(0, halvings - (2 if halvings <= state["halvings"] else 1))
         state["step"] += 1
 
     def _remembered(self, parameters: Sequence[Tensor], key: str) -> list[Tensor] | None:
@@ -406,7 +469,7 @@ class CurvatureOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy needs: torch's attributes and those of this class."""
-        names = ("preconditioner", "step_size", "momentum", "damping_rule", "max_halvings")
+        names = ("preconditioner", "step_size", "momentum", "damping_rule", "max_halvings", "batch")
         mine = {name: getattr(self, name) for name in names}
         return {**super().__getstate__(), **mine, "_last": None, "_loaded": self._loaded}
 

@@ -163,6 +163,7 @@ class Preconditioner:
             "average": None,
             "inverted": None,
             "halvings": 0,
+            "rows": 0,
             "names": None,
         }
         self.forget()
@@ -240,9 +241,10 @@ class Preconditioner:
         if self.intervals == _EVERY_STEP:
             self.forget()
 
-    def invert(self) -> Any:
-        """Return the inverse with the current damping, computed when either has changed."""
-        damping, recipe = self.state["damping"], self.inverse
+    def invert(self, damping: float | None = None) -> Any:
+        """Return the inverse with a damping, by default λ, computed when either has changed."""
+        damping = self.state["damping"] if damping is None else damping
+        recipe = self.inverse
         if self._inverse is None or self._inverse[0] != damping:
             if recipe.damping != damping:
                 recipe = replace(recipe, damping=damping)  # type: ignore[type-var]

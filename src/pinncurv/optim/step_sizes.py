@@ -6,13 +6,18 @@ import math
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pinncurv.linops import all_finite
 from pinncurv.optim.protocols import LinearizedLoss, offers
+
+# How far along the velocity of a path its residual is looked at.
+_PROBE = 0.1
+_TINY = 1e-300
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +32,9 @@ class Situation:
         previous: δ, the previous update, or None.
         direction: Δ, one tensor per parameter; empty while it is looked for.
         try_update: Evaluates L on the same batch with a multiple of an update added, and restores.
+        residual_at: Evaluates r̃ there in the same way; None if the loss does not offer that.
+        invert: Returns the inverse with another damping.
+        start: The part of its proposal that the last step took, or somewhat more.
     """
 
     linearized: LinearizedLoss
@@ -36,6 +44,9 @@ class Situation:
     previous: Sequence[Tensor] | None = None
     direction: Sequence[Tensor] = ()
     try_update: Callable[[Sequence[Tensor], float], float] = lambda update, scale: math.nan
+    residual_at: Callable[[Sequence[Tensor], float], Sequence[Tensor]] | None = None
+    invert: Callable[[float], Any] | None = None
+    start: float = 1.0
 
     @property
     def loss(self) -> float:
@@ -53,15 +64,48 @@ class Situation:
         Args:
             offset: v, one tensor per parameter.
         """
+        if offset is None:
+            return self._solve(self.linearized.residual, self.gradient)
+        images = self.linearized.jacobian @ list(offset)
+        return self._solve(_sum(self.linearized.residual, images), None)
+
+    def acceleration(self, v: Sequence[Tensor], image: Sequence[Tensor]) -> list[Tensor] | None:
+        """Return the second derivative of the path along which r̃ would fall in a straight line.
+
+        a = -(C + λI)⁻¹ Jᵀ r̃_vv,  r̃_vv = 2/h ((r̃(θ + hv) - r̃(θ)) / h - J v)
+
+        Args:
+            v: The velocity of the path at θ.
+            image: J v.
+
+        Returns:
+            a, None where the residual can't be evaluated or is not finite.
+
+        Source: Transtrum and Sethna 2012 (geodesic acceleration), with h = 0.1 as there.
+        """
+        if self.residual_at is None:
+            return None
+        there, h = self.residual_at(v, _PROBE), _PROBE
+        curve = [
+            2 / h * ((new - old) / h - slope)
+            for new, old, slope in zip(there, self.linearized.residual, image, strict=True)
+        ]
+        return self._solve(curve, None) if all_finite(curve) else None
+
+    def damped(self, damping: float) -> Situation:
+        """Return the situation with another damping, or more than that if it is not resolved."""
+        assert self.invert is not None
+        inverse = self.invert(damping)
+        return replace(self, inverse=inverse, damping=damping_of(inverse, damping), direction=())
+
+    def _solve(self, u: Sequence[Tensor], gradient: Sequence[Tensor] | None) -> list[Tensor]:
+        """Return -(C + λI)⁻¹ Jᵀu, given Jᵀu if it is known."""
         solve: Any = getattr(self.inverse, "solve_residual", None)
-        exact = solve is not None and self._knows(getattr(self.inverse, "linearizations", ()))
-        target = list(self.linearized.residual if exact else self.gradient)
-        if offset is not None:
-            J = self.linearized.jacobian
-            images = J @ list(offset)
-            change = images if exact else J.adjoint() @ images
-            target = [part + more for part, more in zip(target, change, strict=True)]
-        return [-part for part in (solve(target) if exact else self.inverse @ target)]
+        if solve is not None and self._knows(getattr(self.inverse, "linearizations", ())):
+            return [-part for part in solve(list(u))]
+        if gradient is None:
+            gradient = self.linearized.jacobian.adjoint() @ list(u)
+        return [-part for part in self.inverse @ list(gradient)]
 
     def _knows(self, linearizations: Sequence[Any]) -> bool:
         """Whether an inverse was built from these of this step, all and in order."""
@@ -86,6 +130,16 @@ def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     return float(torch.stack([(a * b).sum() for a, b in zip(left, right, strict=True)]).sum())
 
 
+def damping_of(inverse: Any, damping: float) -> float:
+    """Return the damping that an inverse was built with, if it took more than was asked for."""
+    taken = getattr(inverse, "damping", damping)
+    return max(damping, taken) if isinstance(taken, float) else damping
+
+
+def _sum(left: Sequence[Tensor], right: Sequence[Tensor]) -> list[Tensor]:
+    return [a + b for a, b in zip(left, right, strict=True)]
+
+
 @dataclass(frozen=True)
 class Proposal:
     """An update α Δ + μ δ.
@@ -96,6 +150,11 @@ class Proposal:
         predicted_decrease: What a model promises; NaN without one.
         new_loss: L after the update if it was evaluated; NaN otherwise.
         direction: What to take in place of Δ, if not None.
+        damping: λ of that direction, if it is another one.
+        next_damping: λ of the next step if this one is taken; None leaves that to the damping rule.
+        scale: Which part this is of the longest update that was thought of.
+        overfits: Whether the update is short since it lowers the loss at the points that were
+            linearized, and not at the others.
     """
 
     step_size: float
@@ -103,6 +162,10 @@ class Proposal:
     predicted_decrease: float = math.nan
     new_loss: float = math.nan
     direction: Sequence[Tensor] | None = None
+    damping: float | None = None
+    next_damping: float | None = None
+    scale: float = 1.0
+    overfits: bool = False
 
 
 class StepSize(ABC):
@@ -191,6 +254,108 @@ class GridLineSearch(StepSize):
             return Proposal(2.0**self.first, new_loss=math.nan)
         best = min(finite, key=finite.__getitem__)
         return Proposal(best, new_loss=finite[best])
+
+
+@dataclass(frozen=True)
+class GeodesicFlow(StepSize):
+    """A step along the curve on which all of the residual falls alike, as far as the loss does.
+
+    θ(τ) = θ + τ v + ½ τ² a,  v = -(C + λI)⁻¹∇L,  a = -(C + λI)⁻¹ Jᵀ r̃_vv
+
+    With the exact matrix and a small λ, r̃(θ(τ)) ≈ (1 - τ) r̃ in all directions that λ leaves, large
+    and small: a method that takes the greatest decrease in every step reduces the large ones first
+    and then crawls. The curve bends with the residual, so that it may be followed several times as
+    far as its tangent. τ is looked for downwards from two to four times that of the last step. If
+    even the shortest one does not decrease the loss as it should, the damping is raised in the same
+    step. It is lowered for the next one if τ was long, or the curve nearly straight, ‖a‖ < calm
+    ‖v‖: then what makes steps short is no lack of damping.
+
+    Costs a solve and a residual more than a step along v, and one loss per τ.
+
+    Args:
+        shortest: τ below which the damping is raised, half of that after it was.
+        longest: τ from which on it is lowered.
+        calm: ‖a‖ / ‖v‖ below which it is lowered, too.
+        factor: By which it is raised and lowered.
+        sufficient: Which part of the decrease that is predicted is one.
+        tries: How many dampings are tried.
+        accelerate: Whether to follow the curve, not its tangent.
+
+    Source: Transtrum and Sethna 2012 (geodesic acceleration) on the flow of Newton's method,
+    Deuflhard 2011, section 3.
+    """
+
+    shortest: float = 2.0**-4
+    longest: float = 2.0**-2
+    calm: float = 0.25
+    factor: float = 10.0
+    sufficient: float = 0.1
+    tries: int = 12
+    accelerate: bool = True
+
+    def __post_init__(self) -> None:
+        if not (0 < self.shortest <= 1 and self.factor > 1 and self.tries >= 1):
+            raise ValueError(
+                "Must hold: 0 < shortest <= 1, factor > 1 and tries >= 1, got "
+                f"{self.shortest}, {self.factor}, {self.tries}."
+            )
+
+    def propose(self, situation: Situation) -> Proposal:
+        at, best, bent = situation, Proposal(0.0), math.inf
+        for attempt in range(self.tries):
+            velocity = list(at.direction) or at.step()
+            image = at.linearized.jacobian @ velocity
+            bend = at.acceleration(velocity, image) if self.accelerate else None
+            best = self._search(at, velocity, bend, image)
+            if bend is not None:
+                bent = math.sqrt(dot(bend, bend) / max(dot(velocity, velocity), _TINY))
+            enough = at.loss - best.new_loss > self.sufficient * best.predicted_decrease > 0
+            if enough and best.scale >= self.shortest / (2 if attempt else 1):
+                break
+            if self._goes_on(at, best):  # more damping would not mend that
+                best = replace(best, overfits=True)
+                break
+            if at.invert is None or attempt == self.tries - 1:
+                break
+            at = replace(at.damped(at.damping * self.factor), start=1.0)
+        lower = best.scale >= self.longest or (bent < self.calm and attempt == 0)
+        return replace(best, next_damping=at.damping / self.factor if lower else at.damping)
+
+    def _search(
+        self,
+        at: Situation,
+        velocity: list[Tensor],
+        bend: list[Tensor] | None,
+        image: Sequence[Tensor],
+    ) -> Proposal:
+        """Return the first τ, downwards, after which the loss rises again."""
+        r = at.linearized.residual
+        slope, curvature, batch = dot(r, image), dot(image, image), 0.5 * dot(r, r)
+        share = at.loss / batch if batch else math.nan  # the model may be of some points only
+        best, tau = Proposal(0.0, new_loss=math.inf), at.start
+        while tau >= self.shortest / 4:
+            chosen = velocity
+            if bend is not None:
+                chosen = [v.add(a, alpha=0.5 * tau) for v, a in zip(velocity, bend, strict=True)]
+            loss = at.try_update(chosen, tau)
+            if loss < best.new_loss or best.direction is None:
+                predicted = -share * (tau * slope + 0.5 * tau**2 * curvature)
+                loss = loss if math.isfinite(loss) else math.inf
+                best = Proposal(tau, 0.0, predicted, loss, chosen, at.damping, scale=tau)
+            elif best.new_loss < at.loss:
+                break
+            tau /= 2
+        return best
+
+    def _goes_on(self, at: Situation, best: Proposal) -> bool:
+        """Whether some points that were linearized would like to go on where all do not."""
+        some = getattr(at.linearized, "of_some", False)
+        if not some or at.residual_at is None or best.new_loss >= at.loss:
+            return False
+        assert best.direction is not None
+        parts = [at.residual_at(best.direction, factor * best.scale) for factor in (1, 2)]
+        here, there = (dot(part, part) for part in parts)
+        return there < here
 
 
 @dataclass(frozen=True)

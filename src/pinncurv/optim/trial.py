@@ -18,9 +18,13 @@ class Trial:
     Args:
         objective: The loss on one batch.
         parameters: The parameters.
+        keeps: Whether to keep what the next linearization of the whole objective needs.
     """
 
-    def __init__(self, objective: LeastSquares, parameters: Sequence[Tensor]) -> None:
+    def __init__(
+        self, objective: LeastSquares, parameters: Sequence[Tensor], keeps: bool = True
+    ) -> None:
+        self._keeps = keeps
         self.objective = objective
         self.parameters = parameters
         self.evaluation: Any = None  # of where the parameters are, if that may be gone on with
@@ -31,6 +35,17 @@ class Trial:
         try:
             self._place(update, scale)
             return float(self.objective.loss())
+        finally:
+            self.restore()
+
+    def residual_at(
+        self, linearized: Any, update: Sequence[Tensor], scale: float
+    ) -> Sequence[Tensor]:
+        """Return r̃ of a linearization's points at θ + scale · update; the parameters stay at θ."""
+        try:
+            self._place(update, scale)
+            residual: Sequence[Tensor] = linearized.residual_now()
+            return residual
         finally:
             self.restore()
 
@@ -49,7 +64,7 @@ class Trial:
         self._place(update, scale)
         if not math.isfinite(self._now.sum()):
             return math.nan  # a saturated network would hide it from the loss
-        evaluate = getattr(self.objective, "evaluate", None)
+        evaluate = getattr(self.objective, "evaluate", None) if self._keeps else None
         if evaluate is None or limit is not None:
             loss = float(self.objective.loss())
             if evaluate is None or limit is None or not loss <= limit:

@@ -1,5 +1,6 @@
 """The known methods: a few lines each, as a user would compose them."""
 
+from pinncurv.presets.automatic import auto as auto
 from pinncurv.presets.exact import (
     engd as engd,
     engd_diagonal as engd_diagonal,
