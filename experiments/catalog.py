@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pinncurv import presets, problems
-from pinncurv.optim import CurvatureOptimizer, FirstOrder
+from pinncurv.optim import SSBFGS, CurvatureOptimizer, FirstOrder, SSBroyden
 
 
 class Sine(nn.Module):
@@ -77,6 +77,8 @@ OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "adamw": torch.optim.AdamW,
     "sgd": torch.optim.SGD,
     "lbfgs": torch.optim.LBFGS,
+    "ssbfgs": SSBFGS,
+    "ssbroyden": SSBroyden,
     "nadam": torch.optim.NAdam,
 }
 
