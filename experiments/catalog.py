@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from experiments import baselines
 from pinncurv import presets, problems
 from pinncurv.optim import SSBFGS, CurvatureOptimizer, FirstOrder, SSBroyden
 
@@ -80,6 +81,8 @@ OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "ssbfgs": SSBFGS,
     "ssbroyden": SSBroyden,
     "nadam": torch.optim.NAdam,
+    "muon": baselines.Muon,
+    "soap": baselines.soap,
 }
 
 
