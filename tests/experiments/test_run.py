@@ -458,3 +458,20 @@ def test_settings_of_the_quick_start_are_for_it_alone(tmp_path):
     assert start(tmp_path / "run", "--optimizers", "kfac_star", "--steps", "1") == 0
     settings = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
     assert not any(key.startswith("kfac_star.") for key in settings)
+
+
+@pytest.mark.usefixtures("_no_figure")
+def test_points_that_are_exhausted_are_told_while_training_and_after(tmp_path, capsys):
+    run = tmp_path / "run"
+    few = ["problem.n_interior=3", "problem.n_boundary=2", "network.widths=(12,)"]
+    start(run, "--steps", "60", "--optimizers", "gauss_newton", "--set", *few)
+    out, err = capsys.readouterr()
+    assert err.count("the network fits its points") == 1
+    assert "gauss_newton seed 1, step" in err
+    assert "warning: run/gauss_newton/seed1: The loss on points" in out
+    (last,) = pd.read_csv(run / "summary.csv").itertuples()
+    assert last.held_out_ratio == pytest.approx(last.held_out_loss / last.loss)
+    assert last.held_out_ratio > 100
+    arguments = [str(run), "--csv", str(tmp_path / "all.csv")]
+    assert run_program(lambda: results.main(arguments)) == 0
+    assert "more than 100 times" in capsys.readouterr().out
