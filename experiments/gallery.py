@@ -249,7 +249,11 @@ def overview(results: Sequence[Result]) -> list[str]:
 
 
 def _short(number: float) -> str:
-    return f"{number:.1e}" if number == number else "-"
+    """Return 1.2e-3, a dash for NaN."""
+    if number != number:
+        return "-"
+    digits, _, exponent = f"{number:.1e}".partition("e")
+    return f"{digits}e{int(exponent)}"
 
 
 # --- pictures -------------------------------------------------------------------------------------

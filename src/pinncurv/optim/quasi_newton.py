@@ -207,7 +207,7 @@ def update_inverse(
     v = s / curvature - moved / along
     columns = torch.stack([moved, v, s], dim=1)
     factors = columns.new_tensor([-1 / (along * tau), phi * along / tau, 1 / curvature])
-    torch.addmm(inverse, columns * factors, columns.T, beta=1 / tau, out=inverse)
+    inverse.addmm_(columns * factors, columns.T, beta=1 / tau)
 
 
 class _Line:
