@@ -49,8 +49,23 @@ def test_errors_of_a_vector(generator: torch.Generator) -> None:
     shift = torch.tensor([0.3, 0.4], dtype=torch.float64)
     errors = problem.errors(lambda x: problem.solution(x) + shift, x)
     assert errors.rmse == pytest.approx(0.5, rel=1e-12)
-    norm = (5 * x**2).mean().sqrt().item()
-    assert errors.relative == pytest.approx(0.5 / norm, rel=1e-12)
+    norm = (x**2).mean().sqrt().item()
+    assert errors.relative == pytest.approx(0.5 / (5**0.5 * norm), rel=1e-12)
+    assert errors.components == pytest.approx((0.3 / norm, 0.2 / norm), rel=1e-12)
+    assert errors.mean == pytest.approx(0.25 / norm, rel=1e-12)
+
+
+def test_a_free_constant_is_no_error(generator: torch.Generator) -> None:
+    """Means of that component do not count, neither in the error nor in the norm."""
+    problem = replace(_vector_problem(), free_constants=(1,))
+    x = problem.evaluation.sample(generator, torch.float64, "cpu")
+    errors = problem.errors(lambda x: 1.1 * problem.solution(x) + 7 * x.new_tensor([0, 1]), x)
+    assert errors.components == pytest.approx((0.1, 0.1), rel=1e-12)
+    spread = x.var(correction=0)
+    assert errors.rmse == pytest.approx(0.1 * (x.square().mean() + 4 * spread).sqrt().item())
+    assert errors.relative == pytest.approx(0.1, rel=1e-12)
+    with pytest.raises(ValueError, match=r"components of the unknown, from 0 to 1, got \(2,\)"):
+        replace(problem, free_constants=(2,))
 
 
 def test_errors_need_no_gradient(generator: torch.Generator) -> None:
