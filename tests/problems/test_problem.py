@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pinncurv.diffops import Value
 from pinncurv.problems import Box, LossTerm, Problem, dirichlet, heat1d, poisson, poisson2d
-from tests.problems.shipped import SHIPPED
+from tests.problems.shipped import GALLERY, SHIPPED
 
 
 def _vector_problem() -> Problem:
@@ -124,12 +124,12 @@ def test_parts_must_fit() -> None:
         replace(problem, evaluation=Box.unit(3).interior(2))
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", [*SHIPPED, *GALLERY])
 def test_pickle(name: str, generator: torch.Generator) -> None:
     """A problem that went through a file draws the same points and has the same residuals."""
-    problem = SHIPPED[name]()
+    problem = (SHIPPED | GALLERY)[name]()
     copied = pickle.loads(pickle.dumps(problem))
-    layers = [torch.nn.Linear(problem.d_in, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1)]
+    layers = [torch.nn.Linear(problem.d_in, 3), torch.nn.Tanh(), torch.nn.Linear(3, problem.d_out)]
     network = torch.nn.Sequential(*layers).double()
     for term, twin in zip(problem.terms, copied.terms, strict=True):
         x, y = (
