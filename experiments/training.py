@@ -123,7 +123,7 @@ class Trainer:
         errors = (
             self.problem.errors(self.model, self._evaluation_points)
             if known
-            else Errors(math.nan, math.nan)
+            else Errors(math.nan, math.nan, (math.nan,))
         )
         record, total = record or _NO_RECORD, sum(terms.values())
         held_out, words = self._held_out.measure(total)
@@ -137,6 +137,7 @@ class Trainer:
             "held_out_loss": held_out,
             "rmse": errors.rmse,
             "relative_error": errors.relative,
+            **({"mean_error": errors.mean} if self.problem.d_out > 1 else {}),
             "step_size": record.step_size,
             "momentum": record.momentum,
             "damping": record.damping,

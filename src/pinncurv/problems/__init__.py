@@ -1,6 +1,12 @@
 """PDEs as data: domains and samplers, loss terms, and the equations with known solutions."""
 
-from pinncurv.problems.conditions import dirichlet as dirichlet
+from pinncurv.problems.conditions import (
+    dirichlet as dirichlet,
+    neumann as neumann,
+    periodic as periodic,
+    point as point,
+    robin as robin,
+)
 from pinncurv.problems.diffusion_process import (
     DiffusionProcess as DiffusionProcess,
     FullDiffusion as FullDiffusion,
@@ -31,6 +37,11 @@ from pinncurv.problems.gaussian import (
 from pinncurv.problems.heat import heat as heat, heat1d as heat1d, heat4d as heat4d
 from pinncurv.problems.l2 import L2 as L2
 from pinncurv.problems.loss_term import LossTerm as LossTerm
+from pinncurv.problems.navier_stokes import (
+    beltrami as beltrami,
+    kovasznay as kovasznay,
+    navier_stokes as navier_stokes,
+)
 from pinncurv.problems.poisson import (
     poisson as poisson,
     poisson2d as poisson2d,
