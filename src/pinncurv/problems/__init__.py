@@ -1,5 +1,6 @@
 """PDEs as data: domains and samplers, loss terms, and the equations with known solutions."""
 
+from pinncurv.problems.burgers import burgers as burgers
 from pinncurv.problems.conditions import dirichlet as dirichlet
 from pinncurv.problems.diffusion_process import (
     DiffusionProcess as DiffusionProcess,
