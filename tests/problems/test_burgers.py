@@ -21,7 +21,7 @@ def _by_adaptive_quadrature(viscosity: float, t: float, x: float) -> float:
     def exponent(eta):
         return -np.cos(np.pi * (x - eta)) / (2 * np.pi * viscosity) - eta**2 / (4 * viscosity * t)
 
-    reach = 3.0
+    reach = 6.0
     grid = np.linspace(-reach, reach, 20001)
     largest, where = exponent(grid).max(), grid[exponent(grid).argmax()]
     integrals = [
@@ -98,7 +98,5 @@ def test_float32(generator: torch.Generator) -> None:
 
 
 def test_viscosity_is_positive() -> None:
-    with pytest.raises(
-        ValueError, match=r"must be positive, got 0\.0. Without one there is a shock"
-    ):
+    with pytest.raises(ValueError, match=r"must be positive, got 0\.0. Without"):
         burgers(0.0)
