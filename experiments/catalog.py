@@ -63,7 +63,7 @@ PROBLEMS = _functions(
         *("poisson2d", "poisson5d", "poisson10d", "poisson100d", "heat1d", "heat4d"),
         *("fokker_planck", "log_fokker_planck", "log_fokker_planck9d"),
         *("anisotropic_fokker_planck", "anisotropic_log_fokker_planck"),
-        "burgers",
+        *("burgers", "allen_cahn", "kdv", "kuramoto_sivashinsky"),
     ),
 )
 

@@ -32,6 +32,11 @@ from pinncurv.problems.gaussian import (
 from pinncurv.problems.heat import heat as heat, heat1d as heat1d, heat4d as heat4d
 from pinncurv.problems.l2 import L2 as L2
 from pinncurv.problems.loss_term import LossTerm as LossTerm
+from pinncurv.problems.periodic_problems import (
+    allen_cahn as allen_cahn,
+    kdv as kdv,
+    kuramoto_sivashinsky as kuramoto_sivashinsky,
+)
 from pinncurv.problems.poisson import (
     poisson as poisson,
     poisson2d as poisson2d,
