@@ -65,6 +65,7 @@ PROBLEMS = _functions(
         *("fokker_planck", "log_fokker_planck", "log_fokker_planck9d"),
         *("anisotropic_fokker_planck", "anisotropic_log_fokker_planck"),
         *("kovasznay", "beltrami"),
+        *("burgers", "allen_cahn", "kdv", "kuramoto_sivashinsky"),
     ),
 )
 

@@ -1,5 +1,6 @@
 """PDEs as data: domains and samplers, loss terms, and the equations with known solutions."""
 
+from pinncurv.problems.burgers import burgers as burgers
 from pinncurv.problems.conditions import (
     dirichlet as dirichlet,
     neumann as neumann,
@@ -41,6 +42,11 @@ from pinncurv.problems.navier_stokes import (
     beltrami as beltrami,
     kovasznay as kovasznay,
     navier_stokes as navier_stokes,
+)
+from pinncurv.problems.periodic_problems import (
+    allen_cahn as allen_cahn,
+    kdv as kdv,
+    kuramoto_sivashinsky as kuramoto_sivashinsky,
 )
 from pinncurv.problems.poisson import (
     poisson as poisson,
