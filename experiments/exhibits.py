@@ -58,7 +58,7 @@ def _of_paper(name: str, published: Published, note: str = "") -> Exhibit:
     )
 
 
-_KFAC, _SPRING = "arXiv 2405.15603", "arXiv 2505.12149"
+_KFAC, _SPRING, _VRBA = "arXiv 2405.15603", "arXiv 2505.12149", "arXiv 2509.14198"
 
 EXHIBITS: dict[str, Exhibit] = {
     "poisson2d": _of_paper(
@@ -78,5 +78,19 @@ EXHIBITS: dict[str, Exhibit] = {
         "heat4d_10065",
         Published(9.3e-6, "5-64-64-48-48-1 (10,065)", "3000 s, RTX 6000, best of a sweep", _KFAC),
         "Published with new points in every step; here the points are fixed.",
+    ),
+    "kovasznay": Exhibit(
+        Experiment("kovasznay", settings={"network.widths": "(50, 50, 50, 50)"}),
+        error="mean_error",
+        published=Published(
+            1.37e-6, "2-50-50-50-50-3 (7,953)", "720 s, RTX 4090", "Gauss-Newton with coarse CG"
+        ),
+        note="The mean of the relative errors of u, v and p, the pressures without their means.",
+    ),
+    "burgers": Exhibit(
+        Experiment("burgers", settings={"network.widths": "(30, 30, 30)"}, resample_every=1),
+        published=Published(8.3e-9, "3-30-30-30-1, periodic (2,011)", "not stated", _VRBA),
+        note="Here the conditions at the ends of the interval are terms, and the network not "
+        "periodic: 1,981 parameters.",
     ),
 }

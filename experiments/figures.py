@@ -14,6 +14,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import NullFormatter
 from torch import nn
 
 from experiments.folder import write_atomically
@@ -122,6 +123,7 @@ def draw_optimizers(axis: Axes, table: pd.DataFrame, x: str, quantity: str) -> N
         curves = [c[[x, quantity]].dropna() for _, c in trainings]
         _draw_bundle(axis, [c for c in curves if len(c)], str(name), style_of(i))
     axis.set(xscale="log", yscale="log")
+    axis.xaxis.set_minor_formatter(NullFormatter())  # labels of less than a decade overlap
 
 
 def _draw_bundle(

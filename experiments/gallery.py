@@ -42,7 +42,11 @@ SECONDS = 60.0
 MOST_BYTES = 60_000
 _SIZES = ((120, 256), (110, 128), (90, 96), (70, 64), (50, 32))
 
-_LABELS = {"rmse": "RMSE of u", "relative_error": "relative L2 error of u"}
+_LABELS = {
+    "rmse": "RMSE of u",
+    "relative_error": "relative L2 error of u",
+    "mean_error": "mean of the relative L2 errors",
+}
 
 
 def main(arguments: Sequence[str]) -> ExitCode:
