@@ -12,6 +12,7 @@ from pinncurv.problems.diffusion_process import (
     FullDiffusion as FullDiffusion,
     IsotropicDiffusion as IsotropicDiffusion,
 )
+from pinncurv.problems.disk import Disk as Disk
 from pinncurv.problems.domains import (
     Box as Box,
     Faces as Faces,
@@ -49,8 +50,10 @@ from pinncurv.problems.poisson import (
     poisson10d as poisson10d,
     poisson100d as poisson100d,
 )
+from pinncurv.problems.polygon import Polygon as Polygon
 from pinncurv.problems.problem import Errors as Errors, Problem as Problem
 from pinncurv.problems.samplers import (
+    Drawn as Drawn,
     Fixed as Fixed,
     Product as Product,
     Sampler as Sampler,
