@@ -64,6 +64,7 @@ PROBLEMS = _functions(
         *("fokker_planck", "log_fokker_planck", "log_fokker_planck9d"),
         *("anisotropic_fokker_planck", "anisotropic_log_fokker_planck"),
         *("burgers", "allen_cahn", "kdv", "kuramoto_sivashinsky"),
+        *("kovasznay", "beltrami", "cavity"),
     ),
 )
 

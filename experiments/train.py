@@ -173,23 +173,15 @@ def _close(
             outcomes.get(f"{r.optimizer}/seed{r.seed}", "not started") for r in rows.itertuples()
         ]
         rows = rows.assign(outcome=ended)
-        shown = rows[
-            [
-                "optimizer",
-                "seed",
-                "step",
-                "seconds",
-                "loss",
-                "held_out_loss",
-                "rmse",
-                "relative_error",
-            ]
-        ]
+        columns = ["optimizer", "seed", "step", "seconds", "loss", "held_out_loss"]
+        columns += ["rmse", "relative_error", "mean_error"]
+        shown = rows[[column for column in columns if column in rows]]
         shown = shown.rename(columns={"step": "steps", "seconds": "time [s]", "rmse": "RMSE"})
         print(f"\n{title}\n{shown.to_string(index=False, float_format='{:.3g}'.format)}")
         print(
             "time: of the steps alone. RMSE: root mean square of u - u* on fresh points; "
-            "relative error: divided by that of u*. held_out_loss: on points not trained on."
+            "relative error: divided by that of u*; mean error: of the relative errors of its "
+            "components. held_out_loss: on points not trained on."
         )
         write_atomically(
             path / "summary.csv", rows.to_csv(index=False).encode(errors="backslashreplace")

@@ -121,7 +121,7 @@ class Trainer:
         errors = (
             self.problem.errors(self.model, self._evaluation_points)
             if known
-            else Errors(math.nan, math.nan)
+            else Errors(math.nan, math.nan, (math.nan,))
         )
         record = record or _NO_RECORD
         return {
@@ -132,6 +132,7 @@ class Trainer:
             "held_out_loss": float(self._held_out.loss()),
             "rmse": errors.rmse,
             "relative_error": errors.relative,
+            **({"mean_error": errors.mean} if self.problem.d_out > 1 else {}),
             "step_size": record.step_size,
             "momentum": record.momentum,
             "damping": record.damping,

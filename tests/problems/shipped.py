@@ -6,9 +6,11 @@ from pinncurv.problems import (
     Problem,
     anisotropic_fokker_planck,
     anisotropic_log_fokker_planck,
+    beltrami,
     fokker_planck,
     heat1d,
     heat4d,
+    kovasznay,
     log_fokker_planck,
     log_fokker_planck9d,
     poisson2d,
@@ -32,4 +34,10 @@ SHIPPED: dict[str, Callable[[], Problem]] = {
     "anisotropic_log_fokker_planck2d": anisotropic_log_fokker_planck,
     "anisotropic_fokker_planck3d": lambda: anisotropic_fokker_planck(3),
     "anisotropic_log_fokker_planck3d": lambda: anisotropic_log_fokker_planck(3),
+}
+
+# What the field measures itself on, beyond the paper's.
+GALLERY: dict[str, Callable[[], Problem]] = {
+    "kovasznay": kovasznay,
+    "beltrami": beltrami,
 }

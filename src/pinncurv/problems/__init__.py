@@ -1,12 +1,20 @@
 """PDEs as data: domains and samplers, loss terms, and the equations with known solutions."""
 
 from pinncurv.problems.burgers import burgers as burgers
-from pinncurv.problems.conditions import dirichlet as dirichlet
+from pinncurv.problems.cavity import cavity as cavity
+from pinncurv.problems.conditions import (
+    dirichlet as dirichlet,
+    neumann as neumann,
+    periodic as periodic,
+    point as point,
+    robin as robin,
+)
 from pinncurv.problems.diffusion_process import (
     DiffusionProcess as DiffusionProcess,
     FullDiffusion as FullDiffusion,
     IsotropicDiffusion as IsotropicDiffusion,
 )
+from pinncurv.problems.disk import Disk as Disk
 from pinncurv.problems.domains import (
     Box as Box,
     Faces as Faces,
@@ -32,6 +40,11 @@ from pinncurv.problems.gaussian import (
 from pinncurv.problems.heat import heat as heat, heat1d as heat1d, heat4d as heat4d
 from pinncurv.problems.l2 import L2 as L2
 from pinncurv.problems.loss_term import LossTerm as LossTerm
+from pinncurv.problems.navier_stokes import (
+    beltrami as beltrami,
+    kovasznay as kovasznay,
+    navier_stokes as navier_stokes,
+)
 from pinncurv.problems.periodic_problems import (
     allen_cahn as allen_cahn,
     kdv as kdv,
@@ -44,8 +57,10 @@ from pinncurv.problems.poisson import (
     poisson10d as poisson10d,
     poisson100d as poisson100d,
 )
+from pinncurv.problems.polygon import Polygon as Polygon
 from pinncurv.problems.problem import Errors as Errors, Problem as Problem
 from pinncurv.problems.samplers import (
+    Drawn as Drawn,
     Fixed as Fixed,
     Product as Product,
     Sampler as Sampler,

@@ -50,7 +50,6 @@ class CavityReference:
         gradient = evaluate({"gradient": Gradient()}, _corners, points)["gradient"][:, 0]
         u = gradient[:, 1] + torch.einsum("ni,ij,nj->n", values[:, 0], flow, slopes[:, 1])
         v = -gradient[:, 0] - torch.einsum("ni,ij,nj->n", slopes[:, 0], flow, values[:, 1])
-        values = values[:, :, : len(head)]
         smooth = torch.einsum("ni,ij,nj->n", values[:, 0], head, values[:, 1])
         p = smooth + _logarithms(points)[:, 0] / self.reynolds - (u**2 + v**2) / 2
         return torch.stack([u, v, p], 1).to(x)
@@ -60,7 +59,8 @@ def _corners(x: TensorOrJet) -> TensorOrJet:
     """Return a function with the conditions of ψ on all walls, and its limits in the corners.
 
     ψ = 4 w(x) w(z) S(x, z) + its mirror image in x = 1/2 - 16 x² (1 - x)² y² (y - 1),
-    S = (z² (π/2 - θ) - x² θ - x z) / 2,    θ = arctan(z / x),    z = 1 - y,    w(x) = (1 - x)² (1 + 2x)
+    S = (z² (π/2 - θ) - x² θ - x z) / 2,    θ = arctan(z / x),    z = 1 - y,
+    w(x) = (1 - x)² (1 + 2x)
 
     S is the biharmonic function with S = S_x = 0 on x = 0 and S = 0, S_z = -x on z = 0. The
     factors make the opposite walls stand still, and change S in the corner only by terms that are
@@ -206,7 +206,10 @@ def _stream_function(
             change = step.reshape(shape)
             d_u, d_minus_v = grid.partial(change, 0, 1), grid.partial(change, 1, 0)
             d_total = grid.partial(change, 2, 0) + grid.partial(change, 0, 2)
-            transport_x, transport_y = d_total * u + total * d_u, d_total * minus_v + total * d_minus_v
+            transport_x, transport_y = (
+                d_total * u + total * d_u,
+                d_total * minus_v + total * d_minus_v,
+            )
             return scipy.linalg.cho_solve(factor, tested(transport_x, -transport_y, d_total))
 
         residual = scipy.linalg.cho_solve(factor, tested(total * u, -total * minus_v, total))
