@@ -1,6 +1,7 @@
 """PDEs as data: domains and samplers, loss terms, and the equations with known solutions."""
 
 from pinncurv.problems.burgers import burgers as burgers
+from pinncurv.problems.causal import CausalWeights as CausalWeights
 from pinncurv.problems.cavity import cavity as cavity
 from pinncurv.problems.conditions import (
     dirichlet as dirichlet,
@@ -59,6 +60,7 @@ from pinncurv.problems.poisson import (
 )
 from pinncurv.problems.polygon import Polygon as Polygon
 from pinncurv.problems.problem import Errors as Errors, Problem as Problem
+from pinncurv.problems.resampling import ResidualBased as ResidualBased
 from pinncurv.problems.samplers import (
     Drawn as Drawn,
     Fixed as Fixed,
@@ -66,3 +68,4 @@ from pinncurv.problems.samplers import (
     Sampler as Sampler,
     Union as Union,
 )
+from pinncurv.problems.windows import Windows as Windows
