@@ -64,8 +64,8 @@ PROBLEMS = _functions(
         *("poisson2d", "poisson5d", "poisson10d", "poisson100d", "heat1d", "heat4d"),
         *("fokker_planck", "log_fokker_planck", "log_fokker_planck9d"),
         *("anisotropic_fokker_planck", "anisotropic_log_fokker_planck"),
-        *("kovasznay", "beltrami"),
         *("burgers", "allen_cahn", "kdv", "kuramoto_sivashinsky"),
+        *("kovasznay", "beltrami", "cavity"),
     ),
 )
 

@@ -1,6 +1,8 @@
 """PDEs as data: domains and samplers, loss terms, and the equations with known solutions."""
 
 from pinncurv.problems.burgers import burgers as burgers
+from pinncurv.problems.causal import CausalWeights as CausalWeights
+from pinncurv.problems.cavity import cavity as cavity
 from pinncurv.problems.conditions import (
     dirichlet as dirichlet,
     neumann as neumann,
@@ -13,6 +15,7 @@ from pinncurv.problems.diffusion_process import (
     FullDiffusion as FullDiffusion,
     IsotropicDiffusion as IsotropicDiffusion,
 )
+from pinncurv.problems.disk import Disk as Disk
 from pinncurv.problems.domains import (
     Box as Box,
     Faces as Faces,
@@ -55,10 +58,14 @@ from pinncurv.problems.poisson import (
     poisson10d as poisson10d,
     poisson100d as poisson100d,
 )
+from pinncurv.problems.polygon import Polygon as Polygon
 from pinncurv.problems.problem import Errors as Errors, Problem as Problem
+from pinncurv.problems.resampling import ResidualBased as ResidualBased
 from pinncurv.problems.samplers import (
+    Drawn as Drawn,
     Fixed as Fixed,
     Product as Product,
     Sampler as Sampler,
     Union as Union,
 )
+from pinncurv.problems.windows import Windows as Windows
