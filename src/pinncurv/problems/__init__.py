@@ -1,5 +1,6 @@
 """PDEs as data: domains and samplers, loss terms, and the equations with known solutions."""
 
+from pinncurv.problems.ansatz import Ansatz as Ansatz
 from pinncurv.problems.conditions import (
     dirichlet as dirichlet,
     neumann as neumann,
@@ -43,6 +44,7 @@ from pinncurv.problems.navier_stokes import (
     kovasznay as kovasznay,
     navier_stokes as navier_stokes,
 )
+from pinncurv.problems.periodic_embedding import PeriodicEmbedding as PeriodicEmbedding
 from pinncurv.problems.poisson import (
     poisson as poisson,
     poisson2d as poisson2d,
