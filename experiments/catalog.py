@@ -87,7 +87,9 @@ PROBLEMS = _functions(
         *("poisson2d", "poisson5d", "poisson10d", "poisson100d", "heat1d", "heat4d"),
         *("fokker_planck", "log_fokker_planck", "log_fokker_planck9d"),
         *("anisotropic_fokker_planck", "anisotropic_log_fokker_planck"),
-        *("kovasznay", "beltrami"),
+        *("kovasznay", "beltrami", "helmholtz", "wave1d", "biharmonic_plate"),
+        *("poisson2d_multiscale", "convection", "reaction", "kdv_two_solitons", "nls"),
+        *("black_scholes", "poisson_disk", "poisson_l_shape"),
     ),
 )
 
