@@ -65,6 +65,7 @@ PROBLEMS = _functions(
         *("anisotropic_fokker_planck", "anisotropic_log_fokker_planck"),
         *("burgers", "allen_cahn", "kdv", "kuramoto_sivashinsky"),
         *("kovasznay", "beltrami", "cavity"),
+        *("heat_coefficient", "poisson_coefficient", "poisson_source"),
     ),
 )
 
