@@ -137,7 +137,7 @@ def test_training_finds_a_coefficient(generator: torch.Generator) -> None:
     problem, model = poisson_coefficient(200, 60, 200, noise=0.001), _network(2, 2)
     x = problem.evaluation.sample(generator, torch.float64, "cpu")
     before = problem.errors(model, x).components[1]
-    _train(problem, model, generator, 40)
+    _train(problem, model, generator, 100)
     after = problem.errors(model, x).components
     assert before > 0.3
     assert after[0] < 0.01
