@@ -14,6 +14,7 @@ from torch.func import functional_call, hessian, jacfwd, vmap
 from tests.problems.shipped import GALLERY
 from tests.problems.test_solutions import Known
 
+PI = torch.pi
 Unknown = Callable[[Tensor], Tensor]
 Equation = Callable[[Unknown, Tensor], Tensor]
 
@@ -37,9 +38,88 @@ def _navier_stokes(viscosity: float, time: int) -> Equation:
     return equation
 
 
+def _helmholtz(a: tuple[float, ...], k: float) -> Equation:
+    def equation(u: Unknown, x: Tensor) -> Tensor:
+        waves = torch.stack([torch.sin(f * PI * x[i]) for i, f in enumerate(a)]).prod()
+        source = -(k**2 - PI**2 * sum(f * f for f in a)) * waves
+        return torch.stack([hessian(u)(x)[0].trace(), k**2 * u(x)[0], source])[None]
+
+    return equation
+
+
+def _wave(u: Unknown, x: Tensor) -> Tensor:
+    second = hessian(u)(x)[0]
+    return torch.stack([second[0, 0], -4 * second[1, 1]])[None]
+
+
+def _plate(u: Unknown, x: Tensor) -> Tensor:
+    fourth = hessian(hessian(u))(x)[0]
+    terms = [fourth[0, 0, 0, 0], fourth[1, 1, 1, 1], 2 * fourth[0, 0, 1, 1]]
+    # the source by differentiation of the solution, a product of functions of one coordinate
+    s, p = torch.sin(PI * x) ** 2, torch.cos(2 * PI * x)
+    terms += [8 * PI**4 * p[0] * s[1], 8 * PI**4 * s[0] * p[1], -8 * PI**4 * p[0] * p[1]]
+    return torch.stack(terms)[None]
+
+
+def _multiscale(u: Unknown, x: Tensor) -> Tensor:
+    source = [w**2 * PI**2 / 2 * torch.sin(w * PI * x).prod() for w in (4, 8, 12, 16)]
+    return torch.stack([-hessian(u)(x)[0].trace(), *(-f for f in source)])[None]
+
+
+def _convection(u: Unknown, x: Tensor) -> Tensor:
+    first = jacfwd(u)(x)[0]
+    return torch.stack([first[0], 30 * first[1]])[None]
+
+
+def _reaction(u: Unknown, x: Tensor) -> Tensor:
+    return torch.stack([jacfwd(u)(x)[0, 0], -5 * u(x)[0], 5 * u(x)[0] ** 2])[None]
+
+
+def _kdv(u: Unknown, x: Tensor) -> Tensor:
+    first, third = jacfwd(u)(x)[0], jacfwd(hessian(u))(x)[0, 1, 1, 1]
+    return torch.stack([first[0], 6 * u(x)[0] * first[1], third])[None]
+
+
+def _nls(h: Unknown, x: Tensor) -> Tensor:
+    """Real and imaginary part of i h_t + ½ h_xx + |h|² h."""
+    (u, v), first, second = h(x), jacfwd(h)(x), hessian(h)(x)
+    size = u**2 + v**2
+    real = torch.stack([-first[1, 0], second[0, 1, 1] / 2, size * u])
+    return torch.stack([real, torch.stack([first[0, 0], second[1, 1, 1] / 2, size * v])])
+
+
+def _black_scholes(v: Unknown, x: Tensor) -> Tensor:
+    first, second, price = jacfwd(v)(x)[0], hessian(v)(x)[0], x[1]
+    diffusion = -(0.2**2) / 2 * price**2 * second[1, 1]
+    return torch.stack([first[0], diffusion, -0.05 * price * first[1], 0.05 * v(x)[0]])[None]
+
+
+def _disk(u: Unknown, x: Tensor) -> Tensor:
+    source = 13 * torch.sin(3 * x[0]) * torch.cos(2 * x[1])
+    second = hessian(u)(x)[0]
+    return torch.stack([-second[0, 0], -second[1, 1], -source])[None]
+
+
+def _minus_laplacian(u: Unknown, x: Tensor) -> Tensor:
+    second = hessian(u)(x)[0]
+    return torch.stack([-second[0, 0], -second[1, 1]])[None]
+
+
 EQUATIONS: dict[str, Equation] = {
     "kovasznay": _navier_stokes(1 / 40, 0),
     "beltrami": _navier_stokes(1.0, 1),
+    "helmholtz": _helmholtz((1, 4), 1),
+    "helmholtz_periodic3d": _helmholtz((1, 4, 3), 10),
+    "wave1d": _wave,
+    "biharmonic_plate": _plate,
+    "poisson2d_multiscale": _multiscale,
+    "convection": _convection,
+    "reaction": _reaction,
+    "kdv_two_solitons": _kdv,
+    "nls": _nls,
+    "black_scholes": _black_scholes,
+    "poisson_disk": _disk,
+    "poisson_l_shape": _minus_laplacian,
 }
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pinncurv.diffops import Directional, Partial, Value
 from pinncurv.jets import derivative
+from pinncurv.problems.domains import SpaceTimeBox
 from pinncurv.problems.loss_term import LossTerm, Weight
 from pinncurv.problems.problem import TensorOrJet
 from pinncurv.problems.samplers import Fixed, Sampler
@@ -40,6 +41,24 @@ def dirichlet(
         weight=weight,
         name=name,
     )
+
+
+def initial_and_lateral(
+    values: Field, domain: SpaceTimeBox, n_initial: int, n_boundary: int
+) -> tuple[LossTerm, ...]:
+    """Prescribe the values of u at the start of a box in space and time, and on its spatial faces.
+
+    u = g
+
+    Args:
+        values: The function g, [N, 1 + d] -> [N, d_out].
+        domain: The box.
+        n_initial: Number of points at the start.
+        n_boundary: Number of points on the spatial faces; 0 leaves that condition out, for networks
+            that are periodic by themselves.
+    """
+    start = dirichlet(values, domain.initial(n_initial), name="initial")
+    return (start, dirichlet(values, domain.lateral(n_boundary))) if n_boundary else (start,)
 
 
 def neumann(
