@@ -15,7 +15,7 @@ from experiments.objects import UserError
 class Muon(Optimizer):
     """Muon for the matrices, AdamW for all else, at one learning rate.
 
-    Muon's steps are scaled to the size of AdamW's (``match_rms_adamw``), so that one rate does.
+    Muon's steps are scaled to 0.2 of the rate (``match_rms_adamw``), as AdamW's are in practice.
 
     Args:
         params: The parameters.
@@ -30,7 +30,7 @@ class Muon(Optimizer):
     def __init__(
         self,
         params: Iterable[Tensor],
-        lr: float = 1e-3,
+        lr: float = 5e-3,
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,

@@ -44,6 +44,12 @@ from pinncurv.problems.gaussian import (
 )
 from pinncurv.problems.heat import heat as heat, heat1d as heat1d, heat4d as heat4d
 from pinncurv.problems.helmholtz import helmholtz as helmholtz
+from pinncurv.problems.inverse import (
+    UnknownSource as UnknownSource,
+    heat_coefficient as heat_coefficient,
+    poisson_coefficient as poisson_coefficient,
+    poisson_source as poisson_source,
+)
 from pinncurv.problems.l2 import L2 as L2
 from pinncurv.problems.loss_term import LossTerm as LossTerm
 from pinncurv.problems.multiscale import poisson2d_multiscale as poisson2d_multiscale
