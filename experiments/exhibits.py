@@ -82,6 +82,8 @@ _KFAC, _SPRING, _VRBA, _DSGNAR = (
 )
 _GAUSS_NEWTON = "Revisiting Gauss-Newton natural gradient, 2026"
 _MEAN = "The error is the mean of the relative errors of"
+_PICTURE = "The pictures are of a."
+_THIRD = "quoted by a third party"
 _TURN = 2 * math.pi
 
 EXHIBITS: dict[str, Exhibit] = {
@@ -124,9 +126,7 @@ EXHIBITS: dict[str, Exhibit] = {
     ),
     "helmholtz": Exhibit(
         _tanh("helmholtz", 30, 4, (2.0, 2.0), n_boundary="0"),
-        published=Published(
-            2.0e-9, "4-30-30-30-30-1, periodic (2,971)", "540 s", "quoted by a third party"
-        ),
+        published=Published(2.0e-9, "4-30-30-30-30-1, periodic (2,971)", "540 s", _THIRD),
     ),
     "wave1d": Exhibit(
         _tanh("wave1d", 40, 3),
@@ -173,4 +173,21 @@ EXHIBITS: dict[str, Exhibit] = {
     "biharmonic_plate": Exhibit(_tanh("biharmonic_plate", 30, 3)),
     "poisson_disk": Exhibit(_tanh("poisson_disk", 30, 3)),
     "poisson_l_shape": Exhibit(_tanh("poisson_l_shape", 30, 3)),
+    "heat_coefficient": Exhibit(
+        _tanh("heat_coefficient", 30, 3),
+        error="mean_error",
+        published=Published(5.26e-2, "PINNacle's", "not stated", _THIRD),
+        note=f"{_MEAN} u and a; the published one is of a field that is not stated. {_PICTURE}",
+        axes=(1, 2),
+        component=1,
+    ),
+    "poisson_coefficient": Exhibit(
+        _tanh("poisson_coefficient", 30, 3),
+        error="mean_error",
+        published=Published(2.45e-2, "PINNacle's", "not stated", _THIRD),
+        note=f"{_MEAN} u and a; the published one is of a field that is not stated, and of a "
+        f"source that does not fit. {_PICTURE}",
+        component=1,
+    ),
+    "poisson_source": Exhibit(_tanh("poisson_source", 30, 3)),
 }
