@@ -142,7 +142,7 @@ def test_ten_times_below_lbfgs_after_as_many_evaluations():
 
     def train(optimizer_of):
         model = network(2, 64, 1)
-        optimizer, objective = FirstOrder(optimizer_of(model)), poisson(model, n=150)
+        optimizer, objective = FirstOrder(optimizer_of(model)), poisson(model, n=80)
         spent, steps = 0, 0
         while spent < evaluations:
             spent += optimizer.step(objective).solver["evaluations"]
