@@ -148,14 +148,7 @@ class SSBroyden(_SelfScaled):
         min(min(1, 1 / b) σ^(-1 / (n - 1)), σ) otherwise,
     θ⁻ = (ρ - 1) / a,    θ⁺ = 1 / ρ,    ρ = min(1, h (1 - √(a / (1 + a))))
 
-    Args:
-        params: The parameters, or groups of them; frozen ones are left alone.
-        lr: The length that the line search tries first, one but for experiments.
-        max_iter: Steps on one batch, as in ``torch.optim.LBFGS``; the first of them evaluates the
-            loss once more.
-
-    Raises:
-        ValueError: If a number is out of range, or the matrix of all pairs of parameters too large.
+    Arguments and errors are those of ``SSBFGS``.
 
     Source: Al-Baali, Numerical experience with a class of self-scaling quasi-Newton algorithms,
         1998; Urbán, Stefanou and Pons, arXiv 2405.04230 (the equations of its section 3); Kiyani,
