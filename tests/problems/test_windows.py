@@ -13,6 +13,7 @@ from pinncurv import presets
 from pinncurv.curvature import Objective
 from pinncurv.diffops import Partial, Value
 from pinncurv.problems import (
+    Ansatz,
     Box,
     CausalWeights,
     Fixed,
@@ -44,17 +45,6 @@ def _network() -> nn.Sequential:
     return nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)).double()
 
 
-class _Hard(nn.Module):
-    """The last state as initial values by construction."""
-
-    def __init__(self, network: nn.Module, state: nn.Module) -> None:
-        super().__init__()
-        self.network, self.state = network, state
-
-    def forward(self, x):
-        return self.state(x) + (x[:, :1] - self.state.time) * self.network(x)
-
-
 @pytest.mark.parametrize("hard", [False, True])
 def test_windows_are_trained_one_after_the_other(hard: bool, generator: torch.Generator) -> None:
     windows = Windows((0.0, 0.5, 1.0, 2.0))
@@ -62,7 +52,7 @@ def test_windows_are_trained_one_after_the_other(hard: bool, generator: torch.Ge
         problem = windows.problem(_decay)
         model: nn.Module = _network()
         if hard and windows.state is not None:
-            model = _Hard(model, windows.state)
+            model = Ansatz(model, windows.state.elapsed, windows.state)
         objective = Objective.sample(model, problem, generator)
         optimizer = presets.levenberg_marquardt(objective.parameters())
         for _ in range(25):

@@ -14,8 +14,8 @@ class State(nn.Module):
 
     g(t, x) = u(time, x)
 
-    As it does not depend on t, it serves as values of an initial term and as offset of an ansatz
-    u = g + (t - time) N, which needs no such term.
+    As it does not depend on t, it serves as values of an initial term and as offset of an ansatz,
+    ``Ansatz(network, state.elapsed, state)``, which needs no such term.
 
     Args:
         network: The network u.
@@ -29,6 +29,10 @@ class State(nn.Module):
     def forward(self, x: TensorOrJet) -> TensorOrJet:
         """Evaluate the state at points (t, x)."""
         return self.network(torch.cat([torch.full_like(x[:, :1], self.time), x[:, 1:]], 1))
+
+    def elapsed(self, x: TensorOrJet) -> TensorOrJet:
+        """Return t - time at points (t, x)."""
+        return x[:, :1] - self.time
 
 
 class Windows(nn.Module):
