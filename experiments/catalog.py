@@ -11,8 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from experiments import baselines
 from pinncurv import presets, problems
-from pinncurv.optim import CurvatureOptimizer, FirstOrder
+from pinncurv.optim import SSBFGS, CurvatureOptimizer, FirstOrder, SSBroyden
 
 
 class Sine(nn.Module):
@@ -53,6 +54,30 @@ def mlp(
     return nn.Sequential(*layers[:-1])
 
 
+def periodic_mlp(
+    d_in: int,
+    d_out: int,
+    periods: Sequence[float | None],
+    modes: int = 1,
+    widths: Sequence[int] = (64,),
+    activation: Activation = "tanh",
+) -> nn.Sequential:
+    """Return a multilayer perceptron of sines and cosines of the periodic coordinates.
+
+    Args:
+        d_in: Dimension of a point.
+        d_out: Number of components of the unknown.
+        periods: The period of each coordinate, None for those that are not periodic.
+        modes: The number of multiples of the lowest frequency.
+        widths: Widths of the hidden layers.
+        activation: After every layer but the last.
+    """
+    if len(periods) != d_in:
+        raise ValueError(f"periods must have {d_in} entries, one per coordinate, got {periods}.")
+    embedding = problems.PeriodicEmbedding(periods, modes)
+    return nn.Sequential(embedding, *mlp(embedding.d_out, d_out, widths, activation))
+
+
 def _functions(module: ModuleType, names: Iterable[str]) -> dict[str, Callable[..., Any]]:
     return {name: getattr(module, name) for name in names}
 
@@ -63,10 +88,15 @@ PROBLEMS = _functions(
         *("poisson2d", "poisson5d", "poisson10d", "poisson100d", "heat1d", "heat4d"),
         *("fokker_planck", "log_fokker_planck", "log_fokker_planck9d"),
         *("anisotropic_fokker_planck", "anisotropic_log_fokker_planck"),
+        *("burgers", "allen_cahn", "kdv", "kuramoto_sivashinsky", "cavity"),
+        *("heat_coefficient", "poisson_coefficient", "poisson_source"),
+        *("kovasznay", "beltrami", "helmholtz", "wave1d", "biharmonic_plate"),
+        *("poisson2d_multiscale", "convection", "reaction", "kdv_two_solitons", "nls"),
+        *("black_scholes", "poisson_disk", "poisson_l_shape"),
     ),
 )
 
-NETWORKS: dict[str, Callable[..., Any]] = {"mlp": mlp}
+NETWORKS: dict[str, Callable[..., Any]] = {"mlp": mlp, "periodic_mlp": periodic_mlp}
 
 OPTIMIZERS: dict[str, Callable[..., Any]] = {
     **_functions(
@@ -77,7 +107,11 @@ OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "adamw": torch.optim.AdamW,
     "sgd": torch.optim.SGD,
     "lbfgs": torch.optim.LBFGS,
+    "ssbfgs": SSBFGS,
+    "ssbroyden": SSBroyden,
     "nadam": torch.optim.NAdam,
+    "muon": baselines.Muon,
+    "soap": baselines.soap,
 }
 
 

@@ -14,6 +14,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import NullFormatter
 from torch import nn
 
 from experiments.folder import write_atomically
@@ -33,7 +34,7 @@ _FEW = 10  # curves of fewer points show them
 _RESOLUTION = 200  # points of the maps along each axis
 
 # The colours of the errors reach from the largest error of all networks down to this part of the
-# smallest network's root mean square: below it, errors change their sign.
+# smallest network's root mean square, over two decades at least: below, errors change their sign.
 _SMALLEST_SHOWN = 0.1
 
 
@@ -95,13 +96,8 @@ def draw_curves(
     by_time, by_step = figure.subplots(1, 2, sharey=True)
     known = bool(table["rmse"].notna().any())
     quantity = "rmse" if known else "held_out_loss"
-    groups = list(table.groupby("optimizer", sort=False))
     for axis, x in ((by_time, "seconds"), (by_step, "step")):
-        for i, (name, rows) in enumerate(groups):
-            # the start, at no time and no steps, has no place on a logarithmic axis
-            trainings = rows[rows["step"] > 0].groupby(["run", "seed"])
-            curves = [c[[x, quantity]].dropna() for _, c in trainings]
-            _draw_bundle(axis, [c for c in curves if len(c)], str(name), style_of(i))
+        draw_optimizers(axis, table, x, quantity)
         if published is not None:
             later = published[published["step"] > 0]
             for i, (name, rows) in enumerate(later.groupby("optimizer", sort=False)):
@@ -113,11 +109,21 @@ def draw_curves(
                     linewidth=1,
                     label=f"published: {name}",
                 )
-        axis.set(xscale="log", yscale="log")
     by_time.set(xlabel="time of the optimizer's steps [s]")
     by_time.set(ylabel="RMSE of u on fresh points" if known else "loss on held-out points")
     by_step.set(xlabel="steps")
     by_time.legend(loc="best", fontsize=8, framealpha=0.6)
+
+
+def draw_optimizers(axis: Axes, table: pd.DataFrame, x: str, quantity: str) -> None:
+    """Draw one column of the metrics against another, a curve or bundle for each optimizer."""
+    for i, (name, rows) in enumerate(table.groupby("optimizer", sort=False)):
+        # the start, at no time and no steps, has no place on a logarithmic axis
+        trainings = rows[rows["step"] > 0].groupby(["run", "seed"])
+        curves = [c[[x, quantity]].dropna() for _, c in trainings]
+        _draw_bundle(axis, [c for c in curves if len(c)], str(name), style_of(i))
+    axis.set(xscale="log", yscale="log")
+    axis.xaxis.set_minor_formatter(NullFormatter())  # labels of less than a decade overlap
 
 
 def _draw_bundle(
@@ -150,10 +156,29 @@ def _grid_of(problem: Problem, model: nn.Module) -> tuple[tuple[float, ...], tor
     sampler = problem.evaluation
     if problem.solution is None or not (isinstance(sampler, Interior) and sampler.dim == 2):
         return None
-    like = next(model.parameters())
-    (left, bottom), (right, top) = sampler.box.lower, sampler.box.upper
-    axes = [torch.linspace(low, high, _RESOLUTION) for low, high in ((left, right), (bottom, top))]
-    return (left, right, bottom, top), torch.cartesian_prod(*axes).to(like)
+    return grid_of(sampler.box.lower, sampler.box.upper, next(model.parameters()))
+
+
+def grid_of(
+    lower: Sequence[float],
+    upper: Sequence[float],
+    like: torch.Tensor,
+    axes: tuple[int, int] = (0, 1),
+) -> tuple[tuple[float, ...], torch.Tensor]:
+    """Return extent and points of a grid over two coordinates of a box.
+
+    Args:
+        lower: The lower bounds of the box.
+        upper: Its upper bounds.
+        like: A tensor of the type and on the device that the points shall be of.
+        axes: The two coordinates; the others are at the middle of their range.
+    """
+    low, high = (torch.tensor(bound, dtype=torch.float64) for bound in (lower, upper))
+    plane = [torch.linspace(low[i], high[i], _RESOLUTION, dtype=low.dtype) for i in axes]
+    points = (low + high).div(2).repeat(_RESOLUTION**2, 1)
+    points[:, list(axes)] = torch.cartesian_prod(*plane)
+    extent = [float(bound[i]) for i in axes for bound in (low, high)]
+    return tuple(extent), points.to(like)
 
 
 @torch.no_grad()
@@ -166,11 +191,11 @@ def _draw_maps(
     axes = figure.subplots(1, len(models) + 1, squeeze=False)[0]
     solution = problem.solution(points)[:, :1]
     images = [model(points)[:, :1].sub(solution).abs() for model in models.values()]
-    image = _draw_image(axes[0], extent, solution, "viridis", None)
+    image = draw_image(axes[0], extent, solution, "viridis", None)
     figure.colorbar(image, ax=axes[0], location="bottom", label="solution u*")
-    norm = _common_scale(images)
+    norm = common_scale(images)
     for axis, name, error in zip(axes[1:], models, images, strict=True):
-        image = _draw_image(axis, extent, error, "magma", norm)
+        image = draw_image(axis, extent, error, "magma", norm)
         axis.set_title(name)
     figure.colorbar(image, ax=list(axes[1:]), location="bottom", aspect=60, label="error |u − u*|")
     first, second = (
@@ -181,19 +206,21 @@ def _draw_maps(
     axes[0].set_ylabel(second)
 
 
-def _common_scale(errors: Sequence[torch.Tensor]) -> LogNorm:
+def common_scale(errors: Sequence[torch.Tensor]) -> LogNorm:
     """Return one logarithmic scale for the errors of all networks, so that colours compare."""
     finite = [error[error.isfinite()] for error in errors]
     shown = [(error, float(error.max())) for error in finite if error.any()]
     # divided by the largest one, as the squares of a diverged network's errors overflow
     sizes = [float((error / top).square().mean().sqrt()) * top for error, top in shown]
     largest = max((top for _, top in shown), default=1.0)
-    return LogNorm(_SMALLEST_SHOWN * min(sizes, default=1.0), largest, clip=True)
+    smallest = min(_SMALLEST_SHOWN * min(sizes, default=1.0), largest / 100)
+    return LogNorm(smallest, largest, clip=True)
 
 
-def _draw_image(
+def draw_image(
     axis: Axes, extent: Any, values: torch.Tensor, colours: str, norm: LogNorm | None
 ) -> Any:
+    """Draw the values at the points of ``grid_of``; what is NaN stays white."""
     axis.grid(False)
     axis.set_box_aspect(1)
     image = values.reshape(_RESOLUTION, _RESOLUTION).T.cpu().numpy()

@@ -22,6 +22,7 @@ from experiments.experiment import from_json
 from experiments.folder import CONFIG, ENVIRONMENT, read_json
 from experiments.objects import UserError, short
 from experiments.training import METRICS, whole_lines
+from pinncurv.optim import exhausted
 
 # Where published curves are found, if the reader has them; they are not part of the project.
 PUBLISHED = Path(__file__).resolve().parents[2] / "shared/reference/kfac_pinns_2024_curves.csv.gz"
@@ -128,6 +129,21 @@ def last_rows(table: pd.DataFrame) -> pd.DataFrame:
     return table.groupby(["run", "optimizer", "seed"], sort=False, as_index=False).tail(1)
 
 
+def with_ratio(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return rows with the held-out loss as a multiple of the loss, after it."""
+    place = list(rows.columns).index("held_out_loss") + 1
+    rows = rows.copy()
+    rows.insert(place, "held_out_ratio", rows["held_out_loss"] / rows["loss"])
+    return rows
+
+
+def held_out_warnings(table: pd.DataFrame) -> Iterator[str]:
+    """Yield a line for every training that ended with its points exhausted."""
+    for (run, name, seed), rows in table.groupby(["run", "optimizer", "seed"], sort=False):
+        if words := exhausted(list(zip(rows["loss"], rows["held_out_loss"], strict=True))):
+            yield f"warning: {Path(run).name}/{name}/seed{seed}: {words}"
+
+
 def published_curves(problem: str, network: str) -> pd.DataFrame | None:
     """Return published curves of a problem and network, where the reference data is present."""
     if not PUBLISHED.is_file():
@@ -168,9 +184,16 @@ def _show(options: argparse.Namespace) -> ExitCode:
     if table.empty:
         raise UserError(f"No run folder below {', '.join(map(str, options.runs))} has metrics.")
     table.to_csv(options.csv, index=False, errors="backslashreplace")
-    columns = ["problem", "optimizer", "seed", "step", "seconds", "loss", "held_out_loss", "rmse"]
-    last = last_rows(table).assign(run=lambda rows: rows["run"].map(lambda run: Path(run).name))
+    columns = [
+        *("problem", "optimizer", "seed", "step", "seconds"),
+        *("loss", "held_out_loss", "held_out_ratio", "rmse"),
+    ]
+    last = with_ratio(last_rows(table)).assign(
+        run=lambda rows: rows["run"].map(lambda run: Path(run).name)
+    )
     print(last[["run", *columns]].to_string(index=False, float_format="{:.3g}".format))
+    for line in held_out_warnings(table):
+        print(line)
     print(f"table: {options.csv}")
     if options.figure is not None:
         problems = table["problem"].unique()

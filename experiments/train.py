@@ -25,7 +25,7 @@ from experiments.command import (
 from experiments.experiment import Experiment
 from experiments.folder import RunFolder, write_atomically
 from experiments.objects import UserError, arguments, evaluate, resolve, told
-from experiments.results import gather, last_rows
+from experiments.results import gather, held_out_warnings, last_rows, with_ratio
 from experiments.tracking import TRACKERS, Trackers, check_trackers
 from experiments.training import FINISHED, INTERRUPTED, Trainer, Watch, restore, train
 
@@ -168,29 +168,23 @@ def _close(
         table = gather([path])
         if table.empty:
             return
-        rows = last_rows(table)
+        rows = with_ratio(last_rows(table))
         ended = [
             outcomes.get(f"{r.optimizer}/seed{r.seed}", "not started") for r in rows.itertuples()
         ]
         rows = rows.assign(outcome=ended)
-        shown = rows[
-            [
-                "optimizer",
-                "seed",
-                "step",
-                "seconds",
-                "loss",
-                "held_out_loss",
-                "rmse",
-                "relative_error",
-            ]
-        ]
+        columns = ["optimizer", "seed", "step", "seconds", "loss", "held_out_loss"]
+        columns += ["held_out_ratio", "rmse", "relative_error", "mean_error"]
+        shown = rows[[column for column in columns if column in rows]]
         shown = shown.rename(columns={"step": "steps", "seconds": "time [s]", "rmse": "RMSE"})
         print(f"\n{title}\n{shown.to_string(index=False, float_format='{:.3g}'.format)}")
         print(
             "time: of the steps alone. RMSE: root mean square of u - u* on fresh points; "
-            "relative error: divided by that of u*. held_out_loss: on points not trained on."
+            "relative error: divided by that of u*; mean error: of the relative errors of its "
+            "components. held_out_loss: on points not trained on, and as a multiple of the loss."
         )
+        for line in held_out_warnings(table):
+            print(line)
         write_atomically(
             path / "summary.csv", rows.to_csv(index=False).encode(errors="backslashreplace")
         )

@@ -25,7 +25,7 @@ from experiments.folder import write_atomically
 from experiments.objects import UserError, first_line, short, told
 from pinncurv.curvature import GaussNewton, Objective
 from pinncurv.linops import FactorizationError
-from pinncurv.optim import CurvatureOptimizer, StepRecord
+from pinncurv.optim import CurvatureOptimizer, HeldOut, StepRecord
 from pinncurv.problems import Errors
 
 METRICS = "metrics.csv"
@@ -69,8 +69,10 @@ class Trainer:
         try:
             self._draw()
             points = self._sample(_HELD_OUT)
-            self._held_out = Objective(
-                self.model, self.problem.terms, points, experiment.chunk_size, check=False
+            self._held_out = HeldOut(
+                Objective(
+                    self.model, self.problem.terms, points, experiment.chunk_size, check=False
+                )
             )
             parameters = self.objective.parameters()
             evaluation = torch.Generator().manual_seed(_EVALUATION)
@@ -121,17 +123,21 @@ class Trainer:
         errors = (
             self.problem.errors(self.model, self._evaluation_points)
             if known
-            else Errors(math.nan, math.nan)
+            else Errors(math.nan, math.nan, (math.nan,))
         )
-        record = record or _NO_RECORD
+        record, total = record or _NO_RECORD, sum(terms.values())
+        held_out, words = self._held_out.measure(total)
+        if words:
+            tqdm.write(f"{self.label} seed {self.seed}, step {self.step}: {words}", sys.stderr)
         return {
             "step": self.step,
             "seconds": self.seconds,
-            "loss": sum(terms.values()),
+            "loss": total,
             **{f"loss_{name}": loss for name, loss in terms.items()},
-            "held_out_loss": float(self._held_out.loss()),
+            "held_out_loss": held_out,
             "rmse": errors.rmse,
             "relative_error": errors.relative,
+            **({"mean_error": errors.mean} if self.problem.d_out > 1 else {}),
             "step_size": record.step_size,
             "momentum": record.momentum,
             "damping": record.damping,

@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time see __getattr__
     from pinncurv.optim import (
         CurvatureOptimizer as CurvatureOptimizer,
         FirstOrder as FirstOrder,
+        HeldOut as HeldOut,
         QuadraticModel as QuadraticModel,
     )
     from pinncurv.problems import (
@@ -58,7 +59,7 @@ _HOMES = {
     "jets": "derivative",
     "linearization": "linearize",
     "linops": "Damped FactorDamping",
-    "optim": "CurvatureOptimizer FirstOrder QuadraticModel",
+    "optim": "CurvatureOptimizer FirstOrder HeldOut QuadraticModel",
     "problems": "Box Fixed L2 LossTerm Problem SpaceTimeBox",
     "verification": "verify",
 }

@@ -22,7 +22,7 @@ from pinncurv.problems import Fixed, LossTerm
 from tests import oracles
 from tests.conformance import check_operator
 from tests.networks import KINDS, TwoParts, build, points
-from tests.problems.shipped import SHIPPED
+from tests.problems.shipped import GALLERY, SHIPPED
 from tests.terms import PARTS, TERMS
 
 PAIR = [TERMS["allen_cahn"], TERMS["value"]]
@@ -81,9 +81,9 @@ def _layer(name: str) -> int:
     return hash(name.rpartition(".")[0])
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", [*SHIPPED, *GALLERY])
 def test_every_shipped_problem(name):
-    problem = SHIPPED[name]()
+    problem = (SHIPPED | GALLERY)[name]()
     model = build("tanh", problem.d_in, problem.d_out)
     if problem.d_in > 20:
         model = nn.Sequential(nn.Linear(problem.d_in, 2), nn.Tanh(), nn.Linear(2, 1)).double()

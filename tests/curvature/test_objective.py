@@ -14,7 +14,7 @@ from pinncurv.linearization import linearize
 from pinncurv.problems import Fixed, LossTerm
 from tests import oracles
 from tests.networks import KINDS, build, points
-from tests.problems.shipped import SHIPPED
+from tests.problems.shipped import GALLERY, SHIPPED
 from tests.terms import TERMS
 
 TERMS3 = [TERMS["log_fokker_planck"], TERMS["anisotropic"], TERMS["vector"]]
@@ -47,9 +47,9 @@ def test_loss_and_gradient(kind, chunk_size):
             oracles.assert_close(tensor, wanted)
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", [*SHIPPED, *GALLERY])
 def test_gradient_of_shipped_problems(name):
-    problem = SHIPPED[name]()
+    problem = (SHIPPED | GALLERY)[name]()
     model = build("tanh", problem.d_in, problem.d_out)
     sample = problem.sample(torch.Generator().manual_seed(0), torch.float64, "cpu")
     batch = [x[:2] for x in sample]

@@ -82,6 +82,18 @@ def test_other_problems_and_networks_run(arguments, tmp_path):
 
 
 @pytest.mark.usefixtures("_no_figure")
+def test_a_system_has_the_mean_of_its_errors(tmp_path, capsys):
+    run, network = tmp_path / "run", ["--network", "periodic_mlp", "--set", "network.modes=2"]
+    periods = ["--problem", "nls", *network, "network.periods=(None, 30)"]
+    assert start(run, "--steps", "1", "--optimizers", "kfac_star", *periods) == 0
+    assert "mean_error" in capsys.readouterr().out
+    single, mean = (column(run, "kfac_star", f"{kind}_error") for kind in ("relative", "mean"))
+    assert all(map(math.isfinite, mean))
+    assert mean != single
+    assert start(tmp_path / "other", *periods[:-1], "network.periods=(30,)") == 2
+    assert "periods must have 2 entries, one per coordinate, got (30,)" in capsys.readouterr().err
+
+
 def test_several_seeds_are_several_trainings_in_one_table(tmp_path):
     run = tmp_path / "run"
     assert (
@@ -458,3 +470,20 @@ def test_settings_of_the_quick_start_are_for_it_alone(tmp_path):
     assert start(tmp_path / "run", "--optimizers", "kfac_star", "--steps", "1") == 0
     settings = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
     assert not any(key.startswith("kfac_star.") for key in settings)
+
+
+@pytest.mark.usefixtures("_no_figure")
+def test_points_that_are_exhausted_are_told_while_training_and_after(tmp_path, capsys):
+    run = tmp_path / "run"
+    few = ["problem.n_interior=3", "problem.n_boundary=2", "network.widths=(12,)"]
+    start(run, "--steps", "60", "--optimizers", "gauss_newton", "--set", *few)
+    out, err = capsys.readouterr()
+    assert err.count("the network fits its points") == 1
+    assert "gauss_newton seed 1, step" in err
+    assert "warning: run/gauss_newton/seed1: The loss on points" in out
+    (last,) = pd.read_csv(run / "summary.csv").itertuples()
+    assert last.held_out_ratio == pytest.approx(last.held_out_loss / last.loss)
+    assert last.held_out_ratio > 100
+    arguments = [str(run), "--csv", str(tmp_path / "all.csv")]
+    assert run_program(lambda: results.main(arguments)) == 0
+    assert "more than 100 times" in capsys.readouterr().out

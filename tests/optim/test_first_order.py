@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from pinncurv.optim import FirstOrder, offers
+from pinncurv.optim import SSBFGS, FirstOrder, SSBroyden, offers
 from pinncurv.presets import kfac_star
 from tests.optim.cases import Calls, flat, network, poisson, same, set_flat, values
 
@@ -15,6 +15,8 @@ OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9, weight_decay=1e-3),
     "lbfgs": lambda p: torch.optim.LBFGS(p, max_iter=4),
     "lbfgs_wolfe": lambda p: torch.optim.LBFGS(p, max_iter=4, line_search_fn="strong_wolfe"),
+    "ssbfgs": lambda p: SSBFGS(p, max_iter=4),
+    "ssbroyden": lambda p: SSBroyden(p, max_iter=4),
 }
 
 

@@ -1,13 +1,23 @@
 """Samplers of boxes: where the points are, how often, and from which randomness."""
 
 import math
+import pickle
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Generator, Tensor
 
-from pinncurv.problems import Box, Fixed, Product, Sampler, SpaceTimeBox, Union
+from pinncurv.problems import (
+    Box,
+    Disk,
+    Fixed,
+    Polygon,
+    Product,
+    Sampler,
+    SpaceTimeBox,
+    Union,
+)
 
 BOX = Box((0.0, -1.0, 2.0), (1.0, 3.0, 2.5))
 TIME_BOX = SpaceTimeBox(Box((-1.0, 2.0), (1.0, 5.0)), start=0.5, end=2.0)
@@ -18,6 +28,10 @@ SAMPLERS: dict[str, Callable[[int], Sampler]] = {
     "lateral": TIME_BOX.lateral,
     "initial": TIME_BOX.initial,
     "lateral and initial": TIME_BOX.lateral_and_initial,
+    "disk": Disk((1.0, -2.0), 0.5).interior,
+    "circle": Disk((1.0, -2.0), 0.5).boundary,
+    "polygon": Polygon.l_shape().interior,
+    "edges": Polygon.l_shape().boundary,
     "fixed": lambda n: Fixed(torch.linspace(0, 1, 2 * n).reshape(n, 2)),
 }
 
@@ -39,6 +53,7 @@ def test_shape_and_seed(name: str) -> None:
     x = _draw(sampler)
     assert x.shape == (sampler.n, sampler.dim) == (7, sampler.dim)
     assert torch.equal(x, _draw(sampler))
+    assert torch.equal(x, _draw(pickle.loads(pickle.dumps(sampler))))
     single = sampler.sample(Generator().manual_seed(0), torch.float32, "cpu")
     assert torch.equal(single, x.float())
     if name != "fixed":
@@ -115,6 +130,23 @@ def test_space_time() -> None:
     assert initial[:, 1].std() > 0.4
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_normals_of_boxes_point_out_of_their_faces(dtype: torch.dtype) -> None:
+    """A small step along the normal leaves the box, one back does not; only one entry is not 0."""
+    for domain, sampler in ((BOX, BOX.faces(200)), (TIME_BOX, TIME_BOX.lateral(200))):
+        x = sampler.sample(Generator().manual_seed(0), dtype, "cpu")
+        normal = domain.normal(x)
+        assert normal.dtype == dtype
+        assert torch.equal(normal.abs().sort(1).values[:, :-1], torch.zeros_like(x[:, 1:]))
+        assert (normal.norm(dim=1) == 1).all()
+        box = BOX if domain is BOX else TIME_BOX.box
+        lower, upper = x.new_tensor(box.lower), x.new_tensor(box.upper)
+        outside, inside = x + 1e-3 * normal, x - 1e-3 * normal
+        assert ((outside < lower) | (outside > upper)).any(1).all()
+        assert ((inside >= lower) & (inside <= upper)).all()
+    assert (TIME_BOX.normal(x)[:, 0] == 0).all()
+
+
 @pytest.mark.parametrize(("n", "n_lateral"), [(2, 1), (120, 60), (7, 3)])
 def test_lateral_and_initial_share_the_points(n: int, n_lateral: int) -> None:
     """Half and half; an odd point is at the start."""
@@ -175,7 +207,9 @@ def test_bad_times(start: float, end: float) -> None:
 
 
 @pytest.mark.parametrize("n", [0, -3])
-@pytest.mark.parametrize("name", ["interior", "faces", "space-time interior", "lateral"])
+@pytest.mark.parametrize(
+    "name", ["interior", "faces", "space-time interior", "lateral", "disk", "edges"]
+)
 def test_bad_counts(name: str, n: int) -> None:
     """There must be a point."""
     with pytest.raises(ValueError, match=f"an int of at least 1, got n={n}. Raise n"):

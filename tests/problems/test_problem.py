@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pinncurv.diffops import Value
 from pinncurv.problems import Box, LossTerm, Problem, dirichlet, heat1d, poisson, poisson2d
-from tests.problems.shipped import SHIPPED
+from tests.problems.shipped import GALLERY, SHIPPED
 
 
 def _vector_problem() -> Problem:
@@ -49,8 +49,23 @@ def test_errors_of_a_vector(generator: torch.Generator) -> None:
     shift = torch.tensor([0.3, 0.4], dtype=torch.float64)
     errors = problem.errors(lambda x: problem.solution(x) + shift, x)
     assert errors.rmse == pytest.approx(0.5, rel=1e-12)
-    norm = (5 * x**2).mean().sqrt().item()
-    assert errors.relative == pytest.approx(0.5 / norm, rel=1e-12)
+    norm = (x**2).mean().sqrt().item()
+    assert errors.relative == pytest.approx(0.5 / (5**0.5 * norm), rel=1e-12)
+    assert errors.components == pytest.approx((0.3 / norm, 0.2 / norm), rel=1e-12)
+    assert errors.mean == pytest.approx(0.25 / norm, rel=1e-12)
+
+
+def test_a_free_constant_is_no_error(generator: torch.Generator) -> None:
+    """Means of that component do not count, neither in the error nor in the norm."""
+    problem = replace(_vector_problem(), free_constants=(1,))
+    x = problem.evaluation.sample(generator, torch.float64, "cpu")
+    errors = problem.errors(lambda x: 1.1 * problem.solution(x) + 7 * x.new_tensor([0, 1]), x)
+    assert errors.components == pytest.approx((0.1, 0.1), rel=1e-12)
+    spread = x.var(correction=0)
+    assert errors.rmse == pytest.approx(0.1 * (x.square().mean() + 4 * spread).sqrt().item())
+    assert errors.relative == pytest.approx(0.1, rel=1e-12)
+    with pytest.raises(ValueError, match=r"components of the unknown, from 0 to 1, got \(2,\)"):
+        replace(problem, free_constants=(2,))
 
 
 def test_errors_need_no_gradient(generator: torch.Generator) -> None:
@@ -109,12 +124,12 @@ def test_parts_must_fit() -> None:
         replace(problem, evaluation=Box.unit(3).interior(2))
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", [*SHIPPED, *GALLERY])
 def test_pickle(name: str, generator: torch.Generator) -> None:
     """A problem that went through a file draws the same points and has the same residuals."""
-    problem = SHIPPED[name]()
+    problem = (SHIPPED | GALLERY)[name]()
     copied = pickle.loads(pickle.dumps(problem))
-    layers = [torch.nn.Linear(problem.d_in, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1)]
+    layers = [torch.nn.Linear(problem.d_in, 3), torch.nn.Tanh(), torch.nn.Linear(3, problem.d_out)]
     network = torch.nn.Sequential(*layers).double()
     for term, twin in zip(problem.terms, copied.terms, strict=True):
         x, y = (

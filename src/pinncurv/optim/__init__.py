@@ -5,7 +5,8 @@ momentum (``momentum.py``), a step size (``step_sizes.py``) and a damping that m
 (``damping.py``); ``trial.py`` tries an update before it is taken.
 ``protocols.py`` says what is asked of each, so that none needs to come from this package.
 ``identity.py`` says what a saved state belongs to. ``first_order.py`` steps optimizers of torch the
-same way.
+same way, among them the self-scaled quasi-Newton methods of ``quasi_newton.py``. ``held_out.py``
+measures the loss on other points.
 """
 
 from pinncurv.optim.batch import GrowingBatch as GrowingBatch
@@ -16,6 +17,7 @@ from pinncurv.optim.damping import (
     ShortStepDamping as ShortStepDamping,
 )
 from pinncurv.optim.first_order import FirstOrder as FirstOrder
+from pinncurv.optim.held_out import HeldOut as HeldOut, exhausted as exhausted
 from pinncurv.optim.momentum import (
     HeavyBall as HeavyBall,
     Momentum as Momentum,
@@ -40,6 +42,7 @@ from pinncurv.optim.protocols import (
     StepRecord as StepRecord,
     offers as offers,
 )
+from pinncurv.optim.quasi_newton import SSBFGS as SSBFGS, SSBroyden as SSBroyden
 from pinncurv.optim.step_sizes import (
     CGBacktracking as CGBacktracking,
     FixedStep as FixedStep,

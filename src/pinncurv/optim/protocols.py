@@ -109,6 +109,8 @@ class StepRecord:
         scale: Which part of the proposed update was taken.
         reason: Why the step was shortened or rejected; empty if it was taken as proposed.
         solver: What the inverse reports, if anything.
+        held_out: L on points that are not trained on, after the step; NaN where ``HeldOut`` did not
+            measure it.
     """
 
     loss: float
@@ -123,6 +125,7 @@ class StepRecord:
     reason: str = ""
     scale: float = 1.0
     solver: Mapping[str, Any] = field(default_factory=dict)
+    held_out: float = math.nan
 
     def __str__(self) -> str:
         """Return what happened on one line; ``solver`` holds tensors and is left out."""
@@ -131,6 +134,7 @@ class StepRecord:
             "momentum": self.momentum or math.nan,
             "damping": self.damping,
             "predicted": self.predicted_decrease,
+            "held out": self.held_out,
         }
         shown = [f"{name} {value:.3g}" for name, value in numbers.items() if not math.isnan(value)]
         terms = ", ".join(f"{name} {loss:.3g}" for name, loss in self.term_losses.items())

@@ -1,39 +1,213 @@
-"""Conditions that prescribe the unknown itself: boundary, initial, data."""
+"""Conditions on the unknown at points of a boundary, a start or a measurement."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from pinncurv.diffops import Value
+from pinncurv.diffops import Directional, Partial, Value
+from pinncurv.jets import derivative
+from pinncurv.problems.domains import SpaceTimeBox
 from pinncurv.problems.loss_term import LossTerm, Weight
-from pinncurv.problems.samplers import Sampler
+from pinncurv.problems.problem import TensorOrJet
+from pinncurv.problems.samplers import Fixed, Sampler
+
+Field = Callable[[Tensor], Tensor]
 
 
 def dirichlet(
-    values: Callable[[Tensor], Tensor],
+    values: Field,
     points: Sampler,
     weight: Weight = 1.0,
     name: str = "boundary",
+    components: Sequence[int] | None = None,
 ) -> LossTerm:
     """Prescribe the values of u at points (of a boundary, a start, a measurement).
 
     u = g
 
     Args:
-        values: The function g, [N, d_in] -> [N, d_out].
+        values: The function g, [N, d_in] -> [N, d_out], one column per prescribed component.
         points: Where the condition holds.
         weight: The weight of the term.
         name: The name of the term.
+        components: Which components of u are prescribed; None for all.
     """
     return LossTerm(
         operators={"u": Value()},
-        residual=partial(_difference, values),
+        residual=partial(_difference, values, components),
         points=points,
         weight=weight,
         name=name,
     )
 
 
-def _difference(values: Callable[[Tensor], Tensor], x: Tensor, u: Tensor) -> Tensor:
-    return u - values(x)
+def initial_and_lateral(
+    values: Field, domain: SpaceTimeBox, n_initial: int, n_boundary: int
+) -> tuple[LossTerm, ...]:
+    """Prescribe the values of u at the start of a box in space and time, and on its spatial faces.
+
+    u = g
+
+    Args:
+        values: The function g, [N, 1 + d] -> [N, d_out].
+        domain: The box.
+        n_initial: Number of points at the start.
+        n_boundary: Number of points on the spatial faces; 0 leaves that condition out, for networks
+            that are periodic by themselves.
+    """
+    start = dirichlet(values, domain.initial(n_initial), name="initial")
+    return (start, dirichlet(values, domain.lateral(n_boundary))) if n_boundary else (start,)
+
+
+def neumann(
+    values: Field,
+    normal: Tensor | Field,
+    points: Sampler,
+    weight: Weight = 1.0,
+    name: str = "boundary",
+) -> LossTerm:
+    """Prescribe the derivative of u along the normal.
+
+    ∂u/∂n = g
+
+    Args:
+        values: The function g, [N, d_in] -> [N, d_out].
+        normal: n, [d_in], or a function [N, d_in] -> [N, d_in], such as `Box.normal`.
+        points: Where the condition holds.
+        weight: The weight of the term.
+        name: The name of the term.
+    """
+    return LossTerm(
+        operators={"u_n": Directional(normal)},
+        residual=partial(_flux_difference, values),
+        points=points,
+        weight=weight,
+        name=name,
+    )
+
+
+def robin(
+    values: Field,
+    coefficient: float,
+    normal: Tensor | Field,
+    points: Sampler,
+    weight: Weight = 1.0,
+    name: str = "boundary",
+) -> LossTerm:
+    """Prescribe a sum of u and its derivative along the normal.
+
+    ∂u/∂n + α u = g
+
+    Args:
+        values: The function g, [N, d_in] -> [N, d_out].
+        coefficient: The number α.
+        normal: n, [d_in], or a function [N, d_in] -> [N, d_in], such as `Disk.normal`.
+        points: Where the condition holds.
+        weight: The weight of the term.
+        name: The name of the term.
+    """
+    return LossTerm(
+        operators={"u": Value(), "u_n": Directional(normal)},
+        residual=partial(_robin_difference, values, coefficient),
+        points=points,
+        weight=weight,
+        name=name,
+    )
+
+
+def periodic(
+    network: nn.Module,
+    dim: int,
+    period: float,
+    points: Sampler,
+    weight: Weight = 1.0,
+    name: str = "periodic",
+) -> LossTerm:
+    """Let u and its derivative along a coordinate agree at pairs of points, a period apart.
+
+    u(x) = u(x + period e_i),    ∂_i u(x) = ∂_i u(x + period e_i)
+
+    The second point of a pair is out of reach of the operators, so that the term needs the network.
+    A network that starts with a `PeriodicEmbedding` has every derivative periodic, without a term.
+
+    Args:
+        network: The network that is trained.
+        dim: The coordinate i.
+        period: The period, negative if the points are at the upper end.
+        points: The first point of every pair.
+        weight: The weight of the term.
+        name: The name of the term.
+    """
+    return LossTerm(
+        operators={"u": Value(), "slope": Partial(dim)},
+        residual=_Periodic(network, dim, period),
+        points=points,
+        weight=weight,
+        name=name,
+    )
+
+
+def point(
+    values: Tensor,
+    x: Tensor,
+    weight: Weight = 1.0,
+    name: str = "point",
+    components: Sequence[int] | None = None,
+) -> LossTerm:
+    """Prescribe the values of u at single points, such as a pressure of 0 in a corner.
+
+    u(x_k) = y_k
+
+    Args:
+        values: The values y, [K, d_out], one column per prescribed component.
+        x: The points, [K, d_in].
+        weight: The weight of the term.
+        name: The name of the term.
+        components: Which components of u are prescribed; None for all.
+    """
+    return LossTerm(
+        operators={"u": Value()},
+        residual=partial(_data_difference, components),
+        points=Fixed(x),
+        weight=weight,
+        name=name,
+        data={"y": values},
+    )
+
+
+class _Periodic(nn.Module):
+    """The residual of a periodic condition, which owns the network."""
+
+    def __init__(self, network: nn.Module, dim: int, period: float) -> None:
+        super().__init__()
+        self.network, self.dim, self.period = network, dim, period
+
+    def forward(self, x: TensorOrJet, u: TensorOrJet, slope: TensorOrJet) -> TensorOrJet:
+        before, after = x[:, : self.dim], x[:, self.dim + 1 :]
+        partner = torch.cat([before, x[:, self.dim : self.dim + 1] + self.period, after], 1)
+        there = self.network(partner), derivative(self.network, partner, self.dim)
+        return torch.cat([u - there[0], slope - there[1]], 1)
+
+
+def _chosen(components: Sequence[int] | None, u: Tensor) -> Tensor:
+    return u if components is None else torch.stack([u[:, i] for i in components], 1)
+
+
+def _difference(values: Field, components: Sequence[int] | None, x: Tensor, u: Tensor) -> Tensor:
+    return _chosen(components, u) - values(x)
+
+
+def _data_difference(components: Sequence[int] | None, x: Tensor, u: Tensor, y: Tensor) -> Tensor:
+    return _chosen(components, u) - y
+
+
+def _flux_difference(values: Field, x: Tensor, u_n: Tensor) -> Tensor:
+    return u_n - values(x)
+
+
+def _robin_difference(
+    values: Field, coefficient: float, x: Tensor, u: Tensor, u_n: Tensor
+) -> Tensor:
+    return u_n + coefficient * u - values(x)

@@ -1,4 +1,4 @@
-"""Boxes, with and without time, and uniform points in them and on their faces."""
+"""Boxes, with and without time, uniform points in them and on their faces, and normals."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from pinncurv.problems.samplers import Fixed, Product, Union
+from pinncurv.problems.samplers import Fixed, Product, Union, check_count
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,13 @@ class Box:
         """Return a sampler of n points, uniform on the 2d faces."""
         return Faces(self, n)
 
+    def normal(self, x: Float[Tensor, "N d"]) -> Float[Tensor, "N d"]:
+        """Return the outward unit normals at points of the faces: those of the nearest face."""
+        lower, upper = x.new_tensor(self.lower), x.new_tensor(self.upper)
+        nearest = torch.cat([x - lower, upper - x], 1).abs().argmin(1)
+        identity = torch.eye(self.dim, dtype=x.dtype, device=x.device)
+        return torch.cat([-identity, identity])[nearest]
+
 
 @dataclass(frozen=True)
 class SpaceTimeBox:
@@ -131,6 +138,10 @@ class SpaceTimeBox:
         """Return a sampler of n points on the spatial faces, at uniform random times."""
         return Product((Box((self.start,), (self.end,)).interior(n), self.space.faces(n)))
 
+    def normal(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+        """Return the outward unit normals in space at points of `lateral`, with 0 for time."""
+        return torch.cat([torch.zeros_like(x[:, :1]), self.space.normal(x[:, 1:])], 1)
+
     def initial(self, n: int) -> "Product":
         """Return a sampler of n points, uniform in space, at the start."""
         space = self.space.interior(n)
@@ -155,10 +166,7 @@ class Interior:
 
     def __post_init__(self) -> None:
         """Check the number of points."""
-        if not isinstance(self.n, int) or isinstance(self.n, bool) or self.n < 1:
-            raise ValueError(
-                f"The number of points must be an int of at least 1, got n={self.n!r}. Raise n."
-            )
+        check_count(self.n)
 
     @property
     def dim(self) -> int:

@@ -21,13 +21,23 @@ class Errors:
 
     rmse = sqrt(1/N sum_n |u(x_n) - u*(x_n)|^2),    relative = rmse / sqrt(1/N sum_n |u*(x_n)|^2)
 
+    Components that are free up to a constant are compared after subtracting their means over the
+    points, from the network and from the solution.
+
     Args:
         rmse: The root mean square error, not divided by the norm of the solution.
         relative: The same, divided by the root mean square of the solution.
+        components: The relative error of each component of u alone.
     """
 
     rmse: float
     relative: float
+    components: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """The mean of the relative errors of the components."""
+        return sum(self.components) / len(self.components)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,9 +54,12 @@ class Problem:
         d_out: Number of components of the unknown u.
         solution: The known solution u*, [N, d_in] -> [N, d_out], if there is one.
         coordinates: What figures call the coordinates, the first of them at least.
+        free_constants: Components of u, from 0, that the terms determine up to a constant only,
+            such as a pressure.
 
     Raises:
-        ValueError: If there is no term, two share a name, or dimensions disagree.
+        ValueError: If there is no term, two share a name, dimensions disagree, or a component does
+            not exist.
     """
 
     name: str
@@ -56,6 +69,7 @@ class Problem:
     d_out: int = 1
     solution: Callable[[Tensor], Tensor] | None = None
     coordinates: tuple[str, ...] = ()
+    free_constants: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Check that the parts fit together."""
@@ -73,6 +87,11 @@ class Problem:
                     f"Problem '{self.name}': points of '{name}' must have dimension d_in = "
                     f"{self.d_in}, got {sampler.dim}. Use a domain of that dimension (time counts)."
                 )
+        if not set(self.free_constants) <= set(range(self.d_out)):
+            raise ValueError(
+                f"Problem '{self.name}': free_constants must name components of the unknown, from "
+                f"0 to {self.d_out - 1}, got {self.free_constants}. Pass their positions."
+            )
 
     def sample(
         self, generator: Generator, dtype: torch.dtype, device: torch.device | str
@@ -99,9 +118,10 @@ class Problem:
                 f"[{x.shape[0]}, {self.d_out}], got {list(u.shape)} from the network and "
                 f"{list(expected.shape)} from the solution. Return one column per component."
             )
-        rmse = _root_mean_square(u - expected)
-        return Errors(float(rmse), float(rmse / _root_mean_square(expected)))
-
-
-def _root_mean_square(u: Tensor) -> Tensor:
-    return u.square().sum(dim=1).mean().sqrt()
+        is_free = [i in self.free_constants for i in range(self.d_out)]
+        free = torch.tensor(is_free, device=x.device)
+        u, expected = (v - torch.where(free, v.mean(0), 0) for v in (u, expected))
+        squares, norms = (u - expected).square().mean(0), expected.square().mean(0)
+        rmse = squares.sum().sqrt()
+        components = tuple((squares / norms).sqrt().tolist())
+        return Errors(float(rmse), float(rmse / norms.sum().sqrt()), components)

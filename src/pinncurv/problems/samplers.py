@@ -1,5 +1,6 @@
 """What a sampler of points is, and samplers made from given points and from other samplers."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -36,6 +37,45 @@ def is_fixed(sampler: Sampler) -> bool:
             map(is_fixed, sampler.factors if isinstance(sampler, Product) else sampler.parts)
         )
     return isinstance(sampler, Fixed) or bool(getattr(sampler, "fixed", False))
+
+
+def check_count(n: int) -> None:
+    """Check a number of points.
+
+    Raises:
+        ValueError: If it is no positive integer.
+    """
+    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+        raise ValueError(
+            f"The number of points must be an int of at least 1, got n={n!r}. Raise n."
+        )
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Points that a function draws.
+
+    x = draw(n, generator)
+
+    Args:
+        draw: Returns points [n, dim] in float64 on the generator's device.
+        n: The number of points.
+        dim: Dimension of a point.
+    """
+
+    draw: Callable[[int, Generator], Tensor]
+    n: int
+    dim: int
+
+    def __post_init__(self) -> None:
+        """Check the number of points."""
+        check_count(self.n)
+
+    def sample(
+        self, generator: Generator, dtype: torch.dtype, device: torch.device | str
+    ) -> Float[Tensor, "{self.n} {self.dim}"]:
+        """Draw the points, then cast them."""
+        return self.draw(self.n, generator).to(dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,70 @@
+"""Causal weights: later times count once the earlier ones are solved."""
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from pinncurv.problems.loss_term import LossTerm
+
+
+@dataclass(frozen=True, eq=False)
+class CausalWeights:
+    """Weights that fall with the residuals at earlier times: a function of points (t, x).
+
+    w(t, x) = exp(-ε Σ_{k<i} L_k) for t in slab i,    L_k = mean of |r|² in slab k
+
+    They are the ``weight`` of a loss term, start at one, and change with `update_`, e.g. before
+    every step. Once the smallest is nearly one, ε may be raised, or the training is done.
+
+    Args:
+        start: The first time.
+        end: The last time.
+        slabs: Number of slabs of equal length.
+        tolerance: The number ε.
+
+    Raises:
+        ValueError: If the times do not increase, or there is no slab.
+
+    Source: Wang, Sankaran, Perdikaris 2022 (arXiv 2203.07404), algorithm 1.
+    """
+
+    start: float
+    end: float
+    slabs: int = 32
+    tolerance: float = 1.0
+    by_slab: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Begin with ones."""
+        if not (self.start < self.end and self.slabs > 0):
+            raise ValueError(
+                "Causal weights must have a start before their end and at least one slab, got "
+                f"start={self.start}, end={self.end}, slabs={self.slabs}. Pass those of the domain."
+            )
+        object.__setattr__(self, "by_slab", torch.ones(self.slabs, dtype=torch.float64))
+
+    def __call__(self, x: Float[Tensor, "N d"]) -> Float[Tensor, " N"]:
+        """Return the weights of points."""
+        return self.by_slab.to(x)[self._slab(x)]
+
+    def update_(self, term: LossTerm, model: nn.Module, x: Float[Tensor, "N d"]) -> None:
+        """Let the weights follow the residuals of a term at points, in every slab enough of them.
+
+        Args:
+            term: The term, whose own weights do not enter.
+            model: The network.
+            x: The points.
+        """
+        with torch.no_grad():
+            squares = term.evaluate(model, x).square().sum(1).to(self.by_slab)
+        slab = self._slab(x).to(self.by_slab.device)
+        counts = slab.bincount(minlength=self.slabs).clamp(min=1)
+        means = slab.bincount(squares, minlength=self.slabs) / counts
+        earlier = means.cumsum(0) - means
+        self.by_slab.copy_(torch.exp(-self.tolerance * earlier))
+
+    def _slab(self, x: Tensor) -> Tensor:
+        position = (x[:, 0] - self.start) * (self.slabs / (self.end - self.start))
+        return position.floor().long().clamp(0, self.slabs - 1)

@@ -1,0 +1,110 @@
+"""The Poisson equation on a disk and on an L-shape, with Robin and Neumann conditions."""
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from pinncurv.diffops import Laplacian
+from pinncurv.problems.conditions import dirichlet, neumann, robin
+from pinncurv.problems.disk import Disk
+from pinncurv.problems.loss_term import LossTerm
+from pinncurv.problems.polygon import Polygon
+from pinncurv.problems.problem import Problem, TensorOrJet
+from pinncurv.problems.samplers import Sampler
+
+
+def poisson_disk(n_interior: int = 900, n_boundary: int = 120) -> Problem:
+    """A product of waves on the unit disk, with a Robin condition.
+
+    -Δu = 13 u*,    ∂u/∂n + u = g on the circle,    u = u* = sin(3x₁) cos(2x₂)
+
+    Args:
+        n_interior: Number of points in the disk.
+        n_boundary: Number of points on the circle.
+    """
+    domain = Disk()
+    return Problem(
+        name="poisson_disk",
+        terms=(
+            _equation(domain.interior(n_interior), 13.0),
+            robin(_robin_values, 1.0, domain.normal, domain.boundary(n_boundary)),
+        ),
+        d_in=2,
+        evaluation=domain.interior(10_000),
+        solution=_waves,
+    )
+
+
+def poisson_l_shape(n_interior: int = 900, n_boundary: int = 60, n_neumann: int = 180) -> Problem:
+    """The singular harmonic function at the corner of an L-shape, with a Neumann condition.
+
+    Δu = 0,    u = r^(2/3) sin(2θ/3)
+
+    u = 0 holds on the two edges at the corner, θ = 0 and 3π/2, and ∂u/∂n is given on the others.
+    The solution is singular on purpose: a smooth one would not notice the corner, which is what
+    L-shapes are computed for. Its gradient is not bounded, so that an ordinary network, not its
+    optimizer, limits the error.
+
+    Args:
+        n_interior: Number of points in the domain.
+        n_boundary: Number of points on the two edges at the corner.
+        n_neumann: Number of points on the other edges.
+    """
+    domain = Polygon.l_shape()
+    outer = domain.boundary(n_neumann, edges=(2, 3, 4, 5))
+    return Problem(
+        name="poisson_l_shape",
+        terms=(
+            _equation(domain.interior(n_interior), 0.0),
+            dirichlet(_zero, domain.boundary(n_boundary, edges=(0, 1))),
+            neumann(partial(_singular_flux, domain), domain.normal, outer, name="neumann"),
+        ),
+        d_in=2,
+        evaluation=domain.interior(10_000),
+        solution=_singular,
+    )
+
+
+def _equation(points: Sampler, strength: float) -> LossTerm:
+    residual = partial(_residual, strength)
+    return LossTerm({"lap_u": Laplacian()}, residual, points, name="interior")
+
+
+def _residual(strength: float, x: Tensor, lap_u: Tensor) -> Tensor:
+    return -lap_u - strength * _waves(x)
+
+
+def _waves(x: TensorOrJet) -> TensorOrJet:
+    return torch.sin(3 * x[:, :1]) * torch.cos(2 * x[:, 1:])
+
+
+def _robin_values(x: Tensor) -> Tensor:
+    """Return ∂u/∂n + u on the unit circle, where n = x."""
+    (a, b), (u, v) = (3 * x[:, :1], 2 * x[:, 1:]), (x[:, :1], x[:, 1:])
+    slope = 3 * u * torch.cos(a) * torch.cos(b) - 2 * v * torch.sin(a) * torch.sin(b)
+    return slope + _waves(x)
+
+
+def _zero(x: Tensor) -> Tensor:
+    return torch.zeros_like(x[:, :1])
+
+
+def _polar(x: TensorOrJet) -> tuple[TensorOrJet, TensorOrJet]:
+    """Return r² and θ from 0 to 3π/2: the jump of atan2 is turned out of the domain."""
+    a, b = x[:, :1], x[:, 1:]
+    return a**2 + b**2, torch.atan2(-a - b, b - a) + 0.75 * math.pi
+
+
+def _singular(x: TensorOrJet) -> TensorOrJet:
+    squared, angle = _polar(x)
+    return squared ** (1 / 3) * torch.sin(2 / 3 * angle)
+
+
+def _singular_flux(domain: Polygon, x: Tensor) -> Tensor:
+    """Return n · ∇u, ∇u = 2/3 r^(-1/3) (-sin(θ/3), cos(θ/3))."""
+    squared, angle = _polar(x)
+    direction = torch.cat([-torch.sin(angle / 3), torch.cos(angle / 3)], 1)
+    gradient = 2 / 3 * squared ** (-1 / 6) * direction
+    return (gradient * domain.normal(x)).sum(1, keepdim=True)

@@ -1,0 +1,70 @@
+"""Points where the residual is large, as a sampler."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Generator, Tensor, nn
+
+from pinncurv.problems.loss_term import LossTerm
+
+
+@dataclass(frozen=True, eq=False)
+class ResidualBased:
+    """n of the points that a term draws, those with a large residual with higher probability.
+
+    P(x) ∝ |r(x)|^k / mean |r|^k + c
+
+    It chooses among what the sampler of a term draws, without replacement, by the residuals of the
+    network as it is at that moment. It is the sampler of a copy of the term, for example
+    ``dataclasses.replace(term, points=ResidualBased(term, model, n))``.
+
+    Args:
+        term: The term, whose sampler draws the candidates, and whose weights do not enter.
+        model: The network that is trained.
+        n: Number of points to choose.
+        power: The exponent k.
+        floor: The number c; the larger, the more uniform.
+
+    Raises:
+        ValueError: If there are fewer candidates than points to choose, or the floor is not
+            positive.
+
+    Source: Wu, Zhu, Tan, Kartha, Lu 2023 (arXiv 2207.10289), section 2.4: RAD.
+    """
+
+    term: LossTerm
+    model: nn.Module
+    n: int
+    power: float = 1.0
+    floor: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check that there is a choice."""
+        if not 0 < self.n <= self.term.points.n:
+            raise ValueError(
+                f"The points must be chosen among as many candidates or more, got n={self.n} of "
+                f"{self.term.points.n}. Give the term '{self.term.name}' more points."
+            )
+        if not self.floor > 0:
+            raise ValueError(
+                f"The floor must be positive, so that every point can be drawn, got {self.floor}."
+                " Pass a small number."
+            )
+
+    @property
+    def dim(self) -> int:
+        """Dimension of a point."""
+        return self.term.points.dim
+
+    def sample(
+        self, generator: Generator, dtype: torch.dtype, device: torch.device | str
+    ) -> Float[Tensor, "{self.n} {self.dim}"]:
+        """Draw candidates, and choose among them."""
+        candidates = self.term.points.sample(generator, dtype, device)
+        with torch.no_grad():
+            size = self.term.evaluate(self.model, candidates).norm(dim=1).double() ** self.power
+        mean = size.mean()
+        density = size / torch.where(mean > 0, mean, 1) + self.floor
+        chosen = torch.multinomial(density.to(generator.device), self.n, generator=generator)
+        return candidates[chosen.to(candidates.device)]

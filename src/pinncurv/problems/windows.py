@@ -1,0 +1,125 @@
+"""Time windows: networks for one slab of time after the other, each from the last state."""
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pinncurv.problems.problem import Problem, TensorOrJet
+
+
+class State(nn.Module):
+    """A trained network at a fixed time, as initial values: a function of points (t, x).
+
+    g(t, x) = u(time, x)
+
+    As it does not depend on t, it serves as values of an initial term and as offset of an ansatz,
+    ``Ansatz(network, state.elapsed, state)``, which needs no such term.
+
+    Args:
+        network: The network u.
+        time: The time.
+    """
+
+    def __init__(self, network: nn.Module, time: float) -> None:
+        super().__init__()
+        self.network, self.time = network, time
+
+    def forward(self, x: TensorOrJet) -> TensorOrJet:
+        """Evaluate the state at points (t, x)."""
+        return self.network(torch.cat([torch.full_like(x[:, :1], self.time), x[:, 1:]], 1))
+
+    def elapsed(self, x: TensorOrJet) -> TensorOrJet:
+        """Return t - time at points (t, x)."""
+        return x[:, :1] - self.time
+
+
+class Windows(nn.Module):
+    """The solution in slabs of time, a network for each that has been trained.
+
+    u(t, x) = u_k(t, x) for t in (edges_k, edges_k+1],    u_k(edges_k, x) ≈ u_k-1(edges_k, x)
+
+    Until all slabs are trained: build the `problem` of the next one, train a network on it, and
+    `append` the network.
+
+    Args:
+        edges: The times at which slabs begin and end, in order.
+
+    Raises:
+        ValueError: If there are not at least two edges that increase.
+    """
+
+    def __init__(self, edges: Sequence[float]) -> None:
+        super().__init__()
+        self.edges = tuple(float(edge) for edge in edges)
+        if len(self.edges) < 2 or not all(
+            a < b for a, b in zip(self.edges, self.edges[1:], strict=False)
+        ):
+            raise ValueError(
+                f"The edges of time windows must be two or more times that increase, got "
+                f"{self.edges}. Pass e.g. (0.0, 0.5, 1.0) for two windows."
+            )
+        self.networks = nn.ModuleList()
+
+    @property
+    def complete(self) -> bool:
+        """Whether every slab has its network."""
+        return len(self.networks) == len(self.edges) - 1
+
+    @property
+    def state(self) -> State | None:
+        """The values at the beginning of the next slab, or at the end; None before the first."""
+        done = len(self.networks)
+        return State(self.networks[-1], self.edges[done]) if done else None
+
+    def problem(self, build: Callable[..., Problem]) -> Problem:
+        """Return the problem on the next slab, whose initial values are the last state.
+
+        Args:
+            build: A function such as `kdv`, or a `functools.partial` of one: it is called with
+                start=, end= and initial=, the last state or, for the first slab, None.
+
+        Raises:
+            ValueError: If there is no next slab.
+        """
+        self._check_not_complete()
+        start, end = self.edges[len(self.networks) :][:2]
+        return build(start=start, end=end, initial=self.state)
+
+    def append(self, network: nn.Module) -> None:
+        """Add a frozen copy of the network of the next slab.
+
+        Raises:
+            ValueError: If there is no next slab.
+        """
+        self._check_not_complete()
+        self.networks.append(copy.deepcopy(network).requires_grad_(False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Evaluate the solution at points (t, x) in the slabs that have been trained.
+
+        Raises:
+            ValueError: If a time lies outside of them.
+        """
+        first, last = self.edges[0], self.edges[len(self.networks)]
+        times = x.detach()[:, 0]
+        if not ((times >= first) & (times <= last)).all():
+            raise ValueError(
+                f"Times must lie in the windows that are trained, [{first}, {last}], got "
+                f"{times.min()} to {times.max()}. Train the other windows first."
+            )
+        done = len(self.networks)
+        inner = times.new_tensor(self.edges[1:done])
+        slab = torch.bucketize(times.contiguous(), inner)
+        order = slab.argsort(stable=True)
+        parts = x[order].split(slab.bincount(minlength=done).tolist())
+        values = [net(part) for net, part in zip(self.networks, parts, strict=True)]
+        return torch.cat(values)[order.argsort()]
+
+    def _check_not_complete(self) -> None:
+        if self.complete:
+            raise ValueError(
+                f"There must be a window left to train, got all {len(self.networks)} of "
+                f"{self.edges}. Make new Windows with later edges."
+            )
