@@ -82,6 +82,18 @@ def test_other_problems_and_networks_run(arguments, tmp_path):
 
 
 @pytest.mark.usefixtures("_no_figure")
+def test_a_system_has_the_mean_of_its_errors(tmp_path, capsys):
+    run, network = tmp_path / "run", ["--network", "periodic_mlp", "--set", "network.modes=2"]
+    periods = ["--problem", "nls", *network, "network.periods=(None, 30)"]
+    assert start(run, "--steps", "1", "--optimizers", "kfac_star", *periods) == 0
+    assert "mean_error" in capsys.readouterr().out
+    single, mean = (column(run, "kfac_star", f"{kind}_error") for kind in ("relative", "mean"))
+    assert all(map(math.isfinite, mean))
+    assert mean != single
+    assert start(tmp_path / "other", *periods[:-1], "network.periods=(30,)") == 2
+    assert "periods must have 2 entries, one per coordinate, got (30,)" in capsys.readouterr().err
+
+
 def test_several_seeds_are_several_trainings_in_one_table(tmp_path):
     run = tmp_path / "run"
     assert (

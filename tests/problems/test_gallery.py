@@ -123,6 +123,28 @@ EQUATIONS: dict[str, Equation] = {
 }
 
 
+LAMBDA = -0.963740544195769  # of Kovasznay's flow at Re = 40
+
+# What is published about the solutions, other than that they solve their equations: values at the
+# start, or all of them.
+PUBLISHED: dict[str, Callable[[Tensor], list[Tensor]]] = {
+    "kovasznay": lambda x: [
+        1 - torch.exp(LAMBDA * x[:, 0]) * torch.cos(2 * PI * x[:, 1]),
+        LAMBDA / (2 * PI) * torch.exp(LAMBDA * x[:, 0]) * torch.sin(2 * PI * x[:, 1]),
+        0.5 - torch.exp(2 * LAMBDA * x[:, 0]) / 2,
+    ],
+    "wave1d": lambda x: [torch.sin(PI * x[:, 1]) + torch.sin(4 * PI * x[:, 1]) / 2],
+    "convection": lambda x: [torch.sin(x[:, 1])],
+    "reaction": lambda x: [torch.exp(-8 * ((x[:, 1] - PI) / PI) ** 2)],
+    "nls": lambda x: [2 / torch.cosh(x[:, 1]), 0 * x[:, 1]],
+    "black_scholes": lambda x: [torch.relu(x[:, 1] - 1)],
+    "poisson_l_shape": lambda x: [
+        # z^(2/3), with the cut of the power turned by 3π/4 out of the domain
+        ((torch.complex(x[:, 0], x[:, 1]) / 1j**1.5) ** (2 / 3) * 1j).imag
+    ],
+}
+
+
 def _points(name: str, generator: torch.Generator) -> tuple[Tensor, ...]:
     batches = GALLERY[name]().sample(generator, torch.float64, "cpu")
     return tuple(x[torch.randperm(len(x), generator=generator)[:8]] for x in batches)
@@ -182,3 +204,42 @@ def test_network_that_is_wrong_violates_the_conditions(
         nn.init.uniform_(parameter, 0.2, 0.7, generator=generator)
     for term, x in zip(problem.terms[1:], _points(name, generator)[1:], strict=True):
         assert (term.evaluate(model, x).abs().amax(0) > 1e-3).all(), term.name
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_solution_is_the_published_one(name: str, generator: torch.Generator) -> None:
+    """It agrees with what is known of it, written down a second time."""
+    problem = GALLERY[name]()
+    x = problem.evaluation.sample(generator, torch.float64, "cpu")[:50]
+    if problem.coordinates and problem.coordinates[0] != "$x$":
+        x[:, 0] = 0
+    expected = torch.stack(PUBLISHED[name](x), 1).to(x)
+    torch.testing.assert_close(problem.solution(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_solitons_pass_each_other(generator: torch.Generator) -> None:
+    """Alone, each has height c / 2 and the shape of a squared hyperbolic secant."""
+    solution = GALLERY["kdv_two_solitons"]().solution
+    shape = torch.linspace(-2, 2, 9).double()
+    for time, speed in ((2.5, 6.0), (5.0, 2.0)):
+        x = torch.stack([torch.full((4001,), time), torch.linspace(0, 20, 4001)], 1).double()
+        u = solution(x)[:, 0]
+        height, place = (u.max(), x[u.argmax(), 1])
+        assert height == pytest.approx(speed / 2, rel=1e-3)
+        nearby = torch.stack([torch.full_like(shape, time), place + shape], 1)
+        expected = speed / 2 / torch.cosh(speed**0.5 / 2 * shape) ** 2
+        torch.testing.assert_close(solution(nearby)[:, 0], expected, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("name", GALLERY)
+def test_float32(name: str, generator: torch.Generator) -> None:
+    """Residuals follow the dtype of the points."""
+    problem = GALLERY[name]()
+    layers = [nn.Linear(problem.d_in, 7), nn.Tanh(), nn.Linear(7, problem.d_out)]
+    model = nn.Sequential(*layers)
+    for term, x in zip(problem.terms, _points(name, generator), strict=True):
+        single = term.evaluate(model.float(), x.float())
+        assert single.dtype == torch.float32
+        double = term.evaluate(model.double(), x.float().double())
+        tolerance = 1e-3 * double.abs().max().item()
+        torch.testing.assert_close(single.double(), double, rtol=1e-3, atol=tolerance)

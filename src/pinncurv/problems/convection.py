@@ -28,7 +28,7 @@ def convection(
         n_initial: Number of points at the start.
 
     Source: A. S. Krishnapriyan et al., Characterizing possible failure modes in physics-informed
-    neural networks, NeurIPS 2021 (arXiv 2109.01050), section 3.1.
+    neural networks, NeurIPS 2021 (arXiv 2109.01050).
     """
     domain = SpaceTimeBox(Box((0.0,), (2 * math.pi,)))
     solution = partial(_moved_sine, speed)

@@ -32,7 +32,7 @@ def helmholtz(
             for networks that are periodic by themselves, with period 2 (and whole numbers a_i): the
             solution is unique there, too, unless k² / π² is a sum of d squares of whole numbers.
 
-    Source: S. Wang, Y. Teng, P. Perdikaris, arXiv 2001.04536, section 2.4, with (1, 4) and k = 1.
+    Source: S. Wang, Y. Teng, P. Perdikaris, arXiv 2001.04536, with (1, 4) and k = 1.
     """
     a = tuple(float(frequency) for frequency in frequencies)
     domain = Box.cube(len(a), -1.0, 1.0)

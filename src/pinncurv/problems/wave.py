@@ -24,7 +24,7 @@ def wave1d(n_interior: int = 2500, n_boundary: int = 200, n_initial: int = 200) 
         n_boundary: Number of points at both ends.
         n_initial: Number of points at the start.
 
-    Source: S. Wang, X. Yu, P. Perdikaris, arXiv 2007.14527, section 6.2.
+    Source: S. Wang, X. Yu, P. Perdikaris, arXiv 2007.14527.
     """
     domain = SpaceTimeBox.unit(1)
     interior = LossTerm(
