@@ -13,12 +13,6 @@ from pinncurv.problems import cavity
 from pinncurv.problems.cavity_reference import CavityReference
 
 
-@pytest.fixture(autouse=True)
-def _folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep references where other tests of this run find them, and nobody else."""
-    monkeypatch.setenv("PINNCURV_CACHE", str(tmp_path_factory.getbasetemp() / "references"))
-
-
 def _points(n: int, generator: torch.Generator) -> Tensor:
     return torch.rand(n, 2, generator=generator, dtype=torch.float64)
 
