@@ -13,12 +13,6 @@ from pinncurv.problems import cavity
 from pinncurv.problems.cavity_reference import CavityReference
 
 
-@pytest.fixture(autouse=True)
-def _folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep references where other tests of this run find them, and nobody else."""
-    monkeypatch.setenv("PINNCURV_CACHE", str(tmp_path_factory.getbasetemp() / "references"))
-
-
 def _points(n: int, generator: torch.Generator) -> Tensor:
     return torch.rand(n, 2, generator=generator, dtype=torch.float64)
 
@@ -131,3 +125,10 @@ def test_terms(generator: torch.Generator) -> None:
     torch.testing.assert_close(received, torch.tensor([[-0.01, -0.01, 0.0]]).expand(40, 3))
     assert problem.terms[0].evaluate(model, interior).shape == (40, 3)
     assert problem.errors(problem.solution, interior).relative == 0
+
+
+def test_reynolds_numbers_that_are_too_large_are_refused() -> None:
+    with pytest.raises(
+        RuntimeError, match=r"must converge from rest, .* Choose a smaller Reynolds"
+    ):
+        CavityReference(1e5, 8)(torch.zeros(1, 2, dtype=torch.float64))

@@ -20,12 +20,6 @@ PI = np.pi
 PROBLEMS = {"allen_cahn": allen_cahn, "kdv": kdv, "kuramoto_sivashinsky": kuramoto_sivashinsky}
 
 
-@pytest.fixture(autouse=True)
-def _folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep references where other tests of this run find them, and nobody else."""
-    monkeypatch.setenv("PINNCURV_CACHE", str(tmp_path_factory.getbasetemp() / "references"))
-
-
 def _allen_cahn(u: Callable, x: Tensor) -> Tensor:
     value = u(x)
     second = grad(lambda y: grad(u)(y)[1])(x)[1]

@@ -28,7 +28,7 @@ def allen_cahn(
 
     u_t = 1e-4 u_xx + 5u - 5u³ in [0, 1] x [-1, 1],    u = x² cos(πx) at t = 0,    periodic
 
-    The network has to be periodic in x, see `PeriodicEmbedding`: there is no term for it. The
+    The network has to be periodic in x, see `PeriodicEmbedding`, or get a term `periodic`. The
     initial values have slopes of ±2 at x = ±1, so that their periodic extension has a kink there,
     which a smooth periodic network can't match: a small residual of the initial term remains. In
     the solution it is round at once, over a width of about sqrt(1e-4 t).
@@ -63,7 +63,7 @@ def kdv(
 
     u_t + u u_x + 0.022² u_xxx = 0 in [0, 1] x [-1, 1],    u = cos(πx) at t = 0,    periodic
 
-    The network has to be periodic in x, see `PeriodicEmbedding`: there is no term for it.
+    The network has to be periodic in x, see `PeriodicEmbedding`, or get a term `periodic`.
 
     Args:
         n_interior: Number of points in the domain.
@@ -94,7 +94,7 @@ def kuramoto_sivashinsky(
     u_t + 100/16 u u_x + 100/16² u_xx + 100/16⁴ u_xxxx = 0 in [0, 1] x [0, 2π],    periodic,
     u = cos(x) (1 + sin(x)) at t = 0
 
-    The network has to be periodic in x, see `PeriodicEmbedding`: there is no term for it. Small
+    The network has to be periodic in x, see `PeriodicEmbedding`, or get a term `periodic`. Small
     errors grow by about four orders of magnitude until t = 1.
 
     Args:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+_EDITION = b"1"  # raised when a change of the code makes other, better references
 Arrays = Mapping[str, NDArray[np.float64]]
 
 
@@ -34,7 +35,8 @@ def kept(name: str, definition: bytes, compute: Callable[[], Arrays]) -> Arrays:
         definition: All that the result depends on.
         compute: Returns the arrays by name.
     """
-    path = cache_folder() / f"{name}-{hashlib.sha256(definition).hexdigest()[:16]}.npz"
+    digest = hashlib.sha256(definition + _EDITION).hexdigest()
+    path = cache_folder() / f"{name}-{digest[:16]}.npz"
     # OSError: there is none, or no access; the others: it is cut off, damaged, or something else
     unreadable = contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
     with unreadable, path.open("rb") as file:
