@@ -29,6 +29,7 @@ from pinncurv.optim.identity import (
 )
 from pinncurv.optim.momentum import Momentum
 from pinncurv.optim.preconditioner import ExponentialAverage, Intervals, Preconditioner
+from pinncurv.optim.progress import Progress
 from pinncurv.optim.protocols import (
     Curvature,
     Inverse,
@@ -144,6 +145,7 @@ class CurvatureOptimizer(Optimizer):
         self.max_halvings = 30 if max_halvings is None else max_halvings
         self._last: Trial | None = None
         self._loaded = False
+        self._progress = Progress()
         self.state[_SHARED] = self.preconditioner.state  # type: ignore[index]
 
     @torch.no_grad()
@@ -206,6 +208,7 @@ class CurvatureOptimizer(Optimizer):
             trial.restore()
             self.preconditioner.restore(before)
             raise
+        self._progress.observe(record)
         return record
 
     def _linearize(self, objective: LeastSquares) -> LinearizedLoss:
@@ -471,7 +474,8 @@ class CurvatureOptimizer(Optimizer):
         """Return what a copy needs: torch's attributes and those of this class."""
         names = ("preconditioner", "step_size", "momentum", "damping_rule", "max_halvings", "batch")
         mine = {name: getattr(self, name) for name in names}
-        return {**super().__getstate__(), **mine, "_last": None, "_loaded": self._loaded}
+        own = {"_last": None, "_loaded": self._loaded, "_progress": Progress()}
+        return {**super().__getstate__(), **mine, **own}
 
 
 def _linearize(source: Any) -> LinearizedLoss:

@@ -251,9 +251,9 @@ class GridLineSearch(StepSize):
         }
         finite = {step: loss for step, loss in losses.items() if math.isfinite(loss)}
         if not finite:
-            return Proposal(2.0**self.first, new_loss=math.nan)
+            return Proposal(2.0**self.first, new_loss=math.nan, scale=2.0**self.first)
         best = min(finite, key=finite.__getitem__)
-        return Proposal(best, new_loss=finite[best])
+        return Proposal(best, new_loss=finite[best], scale=best)
 
 
 @dataclass(frozen=True)
