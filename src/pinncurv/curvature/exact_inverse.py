@@ -144,7 +144,8 @@ class CheaperSide:
             return operator.inverse(max(self.damping, torch.finfo(J.dtype).eps), self.largest)
         name = "the kernel of the residuals" if R < D else "the Gauss-Newton matrix"
         matrix = symmetrize(kernel.matrix if R < D else operator.dense, name)
-        smallest = self.floor * torch.finfo(J.dtype).eps * float(matrix.trace())
+        # of a matrix of zeros, any damping is resolved
+        smallest = self.floor * torch.finfo(J.dtype).eps * float(matrix.trace()) or 1.0
         factorization, damping = factorize_from(matrix, name, max(self.damping, smallest))
         if R < D:
             return KernelInverseLinearOperator(J, factorization, damping)
