@@ -127,6 +127,7 @@ class CurvatureOptimizer(Optimizer):
                 "the rule no retries, for instance LevenbergMarquardt(max_retries=0)."
             )
         adapts = not isinstance(damping_rule, ConstantDamping | None)
+        adapts = adapts or getattr(step_size, "sets_damping", False)
         if adapts and not is_dataclass(inverse):
             raise TypeError(
                 "With a damping that adapts, the inverse must be a dataclass with a field damping, "
@@ -352,7 +353,8 @@ class CurvatureOptimizer(Optimizer):
         """Find out whether the points that were linearized stand for all of them."""
         before = sum(float(part.square().sum()) for part in sample.residual)
         after = sum(float(part.square().sum()) for part in sample.residual_now())
-        state, decrease = self.preconditioner.state, 1 - record.new_loss / record.loss
+        state = self.preconditioner.state
+        decrease = 1 - record.new_loss / record.loss if record.loss else 0.0
         its = math.inf if overfits else 1 - after / before if before else 0.0
         state["rows"] = batch.grown(state["rows"], decrease, its)
 
@@ -389,9 +391,9 @@ class CurvatureOptimizer(Optimizer):
             predicted = record.predicted_decrease
             ratio = (record.loss - record.new_loss) / predicted if predicted else math.nan
             state["damping"] = self.damping_rule.accepted(record.damping, ratio, record.scale)
-            if proposal.next_damping is not None:
-                state["damping"] = proposal.next_damping
             halvings = round(-math.log2(record.scale))
+        if proposal.next_damping is not None and not record.stalled:
+            state["damping"] = proposal.next_damping
         # the next step starts longer by a factor of two, or four if this one was not shortened more
         state["halvings"] = max(0, halvings - (2 if halvings <= state["halvings"] else 1))
         state["step"] += 1
@@ -453,6 +455,7 @@ class CurvatureOptimizer(Optimizer):
     def _method(self) -> dict[str, str]:
         """Describe the parts that a state belongs to."""
         parts = {name: getattr(self, name) for name in ("step_size", "momentum", "damping_rule")}
+        parts |= {} if self.batch is None else {"batch": self.batch}
         mine = self.preconditioner
         parts |= {"curvature": mine.curvature, "inverse": mine.inverse, "average": mine.average}
         return {name: describe(part) for name, part in parts.items()}

@@ -7,7 +7,7 @@ import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -151,7 +151,7 @@ class Proposal:
         new_loss: L after the update if it was evaluated; NaN otherwise.
         direction: What to take in place of Δ, if not None.
         damping: λ of that direction, if it is another one.
-        next_damping: λ of the next step if this one is taken; None leaves that to the damping rule.
+        next_damping: λ of the next step; None leaves that to the damping rule.
         scale: Which part this is of the longest update that was thought of.
         overfits: Whether the update is short since it lowers the loss at the points that were
             linearized, and not at the others.
@@ -170,6 +170,9 @@ class Proposal:
 
 class StepSize(ABC):
     """A rule for the step size."""
+
+    sets_damping: ClassVar[bool] = False
+    """Whether its proposals set the damping of the next step, so that the inverse must have one."""
 
     @abstractmethod
     def propose(self, situation: Situation) -> Proposal:
@@ -267,8 +270,9 @@ class GeodesicFlow(StepSize):
     and then crawls. The curve bends with the residual, so that it may be followed several times as
     far as its tangent. τ is looked for downwards from two to four times that of the last step. If
     even the shortest one does not decrease the loss as it should, the damping is raised in the same
-    step. It is lowered for the next one if τ was long, or the curve nearly straight, ‖a‖ < calm
-    ‖v‖: then what makes steps short is no lack of damping.
+    step, for the next one where the linearization is not kept. It is lowered for the next one if τ
+    was long, or the curve nearly straight, ‖a‖ < calm ‖v‖: then what makes steps short is no lack
+    of damping.
 
     Costs a solve and a residual more than a step along v, and one loss per τ.
 
@@ -280,6 +284,7 @@ class GeodesicFlow(StepSize):
         sufficient: Which part of the decrease that is predicted is one.
         tries: How many dampings are tried.
         accelerate: Whether to follow the curve, not its tangent.
+        minimum: Smallest λ that it is lowered to.
 
     Source: Transtrum and Sethna 2012 (geodesic acceleration) on the flow of Newton's method,
     Deuflhard 2011, section 3.
@@ -292,12 +297,16 @@ class GeodesicFlow(StepSize):
     sufficient: float = 0.1
     tries: int = 12
     accelerate: bool = True
+    minimum: float = 1e-20
+
+    sets_damping = True
 
     def __post_init__(self) -> None:
-        if not (0 < self.shortest <= 1 and self.factor > 1 and self.tries >= 1):
+        within = 0 < self.shortest <= 1 and self.factor > 1 and self.tries >= 1
+        if not (within and self.minimum > 0):
             raise ValueError(
-                "Must hold: 0 < shortest <= 1, factor > 1 and tries >= 1, got "
-                f"{self.shortest}, {self.factor}, {self.tries}."
+                "Must hold: 0 < shortest <= 1, factor > 1, tries >= 1 and minimum > 0, got "
+                f"{self.shortest}, {self.factor}, {self.tries}, {self.minimum}."
             )
 
     def propose(self, situation: Situation) -> Proposal:
@@ -315,11 +324,13 @@ class GeodesicFlow(StepSize):
             if self._goes_on(at, best):  # more damping would not mend that
                 best = replace(best, overfits=True)
                 break
+            more = max(at.damping, self.minimum) * self.factor
             if at.invert is None or attempt == self.tries - 1:
-                break
-            at = replace(at.damped(at.damping * self.factor), start=1.0)
+                return replace(best, next_damping=more)
+            at = replace(at.damped(more), start=1.0)
         lower = best.scale >= self.longest or (bent < self.calm and attempt == 0)
-        return replace(best, next_damping=at.damping / self.factor if lower else at.damping)
+        less = min(at.damping, max(self.minimum, at.damping / self.factor))
+        return replace(best, next_damping=less if lower else at.damping)
 
     def _search(
         self,
