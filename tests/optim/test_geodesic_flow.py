@@ -486,4 +486,4 @@ def test_the_inverse_must_have_a_damping_to_set():
 def test_a_proposal_of_no_search():
     """Defaults say that nothing was shortened, and nothing is to change."""
     proposal = Proposal(1.0)
-    assert (proposal.scale, proposal.next_damping, proposal.overfits) == (1.0, None, False)
+    assert (proposal.scale, proposal.next_damping) == (1.0, None)

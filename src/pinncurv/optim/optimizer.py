@@ -203,7 +203,7 @@ class CurvatureOptimizer(Optimizer):
                     self.preconditioner.relinearize(linearized)
             self.preconditioner.release()
             if self.batch is not None and sample is not None:
-                self._grow(self.batch, sample, record, proposal.overfits)
+                self._grow(self.batch, sample, record)
             self._settle(trial, record, proposal, direction, update)
         except BaseException:  # also an interrupt leaves parameters and curvature as they were
             trial.restore()
@@ -349,13 +349,13 @@ class CurvatureOptimizer(Optimizer):
             reason=f"rejected: {why}",
         )
 
-    def _grow(self, batch: GrowingBatch, sample: Any, record: StepRecord, overfits: bool) -> None:
+    def _grow(self, batch: GrowingBatch, sample: Any, record: StepRecord) -> None:
         """Find out whether the points that were linearized stand for all of them."""
         before = sum(float(part.square().sum()) for part in sample.residual)
         after = sum(float(part.square().sum()) for part in sample.residual_now())
         state = self.preconditioner.state
         decrease = 1 - record.new_loss / record.loss if record.loss else 0.0
-        its = math.inf if overfits else 1 - after / before if before else 0.0
+        its = 1 - after / before if before else 0.0
         state["rows"] = batch.grown(state["rows"], decrease, its)
 
     def _settle(

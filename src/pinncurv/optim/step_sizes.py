@@ -153,8 +153,6 @@ class Proposal:
         damping: λ of that direction, if it is another one.
         next_damping: λ of the next step; None leaves that to the damping rule.
         scale: Which part this is of the longest update that was thought of.
-        overfits: Whether the update is short since it lowers the loss at the points that were
-            linearized, and not at the others.
     """
 
     step_size: float
@@ -165,7 +163,6 @@ class Proposal:
     damping: float | None = None
     next_damping: float | None = None
     scale: float = 1.0
-    overfits: bool = False
 
 
 class StepSize(ABC):
@@ -321,9 +318,6 @@ class GeodesicFlow(StepSize):
             enough = at.loss - best.new_loss > self.sufficient * best.predicted_decrease > 0
             if enough and best.scale >= self.shortest / (2 if attempt else 1):
                 break
-            if self._goes_on(at, best):  # more damping would not mend that
-                best = replace(best, overfits=True)
-                break
             more = max(at.damping, self.minimum) * self.factor
             if at.invert is None or attempt == self.tries - 1:
                 return replace(best, next_damping=more)
@@ -357,16 +351,6 @@ class GeodesicFlow(StepSize):
                 break
             tau /= 2
         return best
-
-    def _goes_on(self, at: Situation, best: Proposal) -> bool:
-        """Whether some points that were linearized would like to go on where all do not."""
-        some = getattr(at.linearized, "of_some", False)
-        if not some or at.residual_at is None or best.new_loss >= at.loss:
-            return False
-        assert best.direction is not None
-        parts = [at.residual_at(best.direction, factor * best.scale) for factor in (1, 2)]
-        here, there = (dot(part, part) for part in parts)
-        return there < here
 
 
 @dataclass(frozen=True)
