@@ -327,6 +327,9 @@ class GeodesicFlow(StepSize):
             enough = at.loss - best.new_loss > self.sufficient * best.predicted_decrease > 0
             if enough and best.scale >= self.shortest / (2 if attempt else 1):
                 break
+            resolved = torch.finfo(velocity[0].dtype).eps * at.loss
+            if abs(best.predicted_decrease) <= resolved:  # no damping makes that visible
+                break
             more = max(at.damping, self.minimum) * self.factor
             if at.invert is None or attempt == self.tries - 1:
                 return replace(best, next_damping=more)
@@ -345,7 +348,7 @@ class GeodesicFlow(StepSize):
         """Return the first τ, downwards, after which the loss rises again."""
         r = at.linearized.residual
         slope, curvature, batch = dot(r, image), dot(image, image), 0.5 * dot(r, r)
-        share = at.loss / batch if batch else math.nan  # the model may be of some points only
+        share = at.loss / batch if batch else 0.0  # the model may be of some points only
         best, tau = Proposal(0.0, new_loss=math.inf), at.start
         while tau >= self.shortest / 4:
             chosen = velocity
