@@ -461,6 +461,18 @@ def test_an_inverse_that_takes_more_damping_says_so():
     assert tens == pytest.approx(round(tens), abs=1e-6)
 
 
+def test_no_damping_for_what_is_below_the_rounding_of_the_loss():
+    """At a minimum whose residual is not zero, nothing is to be gained: it is not looked for."""
+    objective = fit(lambda theta: torch.cat([theta, theta.new_ones(1) + 0 * theta]), 1e-9)
+    around = Obstacle(objective, lambda loss, distance: loss * (1 + 1e-15))
+    stepper = optimizer(objective.parameters, dense, Damped(1e-6))
+    record = stepper.step(around)
+    assert record.loss == pytest.approx(0.5)
+    assert not record.accepted
+    assert record.damping == 1e-6
+    assert len(around.evaluated) <= 8
+
+
 # --- at the end, and what is refused --------------------------------------------------------------
 
 
