@@ -318,6 +318,7 @@ BUILDS = {
     "hessian_free": presets.hessian_free,
     "ekfac": presets.ekfac,
     "subspace_gauss_newton": presets.subspace_gauss_newton,
+    "auto": presets.auto,
 }
 WITH_AVERAGE = ["kfac", "kfac_star", "engd", "engd_per_layer", "engd_diagonal"]
 

@@ -302,6 +302,25 @@ def test_rates_of_groups():
     assert record.new_loss == pytest.approx(0.75**2 * record.loss)
 
 
+def test_rates_of_groups_belong_to_the_search():
+    """A mix of rates is no direction of descent at full length: the search must look at it."""
+    model = network(2, 8, 1)
+    objective = poisson(model)
+    groups = [{"params": model[0].parameters(), "lr": 0.5}, {"params": model[2].parameters()}]
+    stepper = optimizer(groups)
+    first, damping = objective.loss().item(), []
+    for _ in range(10):
+        record = stepper.step(objective)
+        assert record.accepted
+        assert record.new_loss == pytest.approx(objective.loss().item(), rel=1e-12)
+        damping.append(record.damping)
+    assert objective.loss().item() < 0.5 * first
+    stepper.param_groups[0]["lr"] = stepper.param_groups[1]["lr"] = 1e-3  # as a schedule ends
+    record = stepper.step(objective)
+    assert record.accepted
+    assert record.damping <= 10 * damping[-1]  # a short step for this reason asks for no damping
+
+
 def test_momentum_comes_before_the_search():
     model = network(2, 6, 1)
     objective = poisson(model)

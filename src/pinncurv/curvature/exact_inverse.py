@@ -144,9 +144,9 @@ class CheaperSide:
             return operator.inverse(max(self.damping, torch.finfo(J.dtype).eps), self.largest)
         name = "the kernel of the residuals" if R < D else "the Gauss-Newton matrix"
         matrix = symmetrize(kernel.matrix if R < D else operator.dense, name)
-        # of a matrix of zeros, any damping is resolved
-        smallest = self.floor * torch.finfo(J.dtype).eps * float(matrix.trace()) or 1.0
-        factorization, damping = factorize_from(matrix, name, max(self.damping, smallest))
+        smallest = self.floor * torch.finfo(J.dtype).eps * float(matrix.trace())
+        least = max(self.damping, smallest) or 1.0  # a matrix of zeros has no scale
+        factorization, damping = factorize_from(matrix, name, least)
         if R < D:
             return KernelInverseLinearOperator(J, factorization, damping)
         return ParameterInverseLinearOperator(J, factorization, damping)

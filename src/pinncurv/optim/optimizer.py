@@ -265,7 +265,10 @@ class CurvatureOptimizer(Optimizer):
         else:
             buffer = self._remembered(parameters, "momentum_buffer")
             direction = self.momentum.direction(at, buffer)
-        at = replace(at, direction=direction)
+        lr = {id(p): float(group["lr"]) for group in self.param_groups for p in group["params"]}
+        rates = [lr[id(parameter)] for parameter in parameters]
+        full = all(rate == 1 for rate in rates)
+        at = replace(at, direction=direction, rates=() if full else rates)
         proposal = self.step_size.propose(at)
         chosen = direction if proposal.direction is None else proposal.direction
         damping = damping if proposal.damping is None else proposal.damping
@@ -273,12 +276,7 @@ class CurvatureOptimizer(Optimizer):
         if previous is not None and proposal.momentum:
             for part, old in zip(update, previous, strict=True):
                 part.add_(old, alpha=proposal.momentum)
-        rates = {id(p): group["lr"] for group in self.param_groups for p in group["params"]}
-        full = True
-        for part, parameter in zip(update, parameters, strict=True):
-            if rates[id(parameter)] != 1:
-                full = False
-                part.mul_(float(rates[id(parameter)]))
+        update = list(at.rated(update))
         promised = proposal.predicted_decrease
         wanted = not math.isnan(promised) or self.damping_rule.needs_ratio
         if wanted and not (full and math.isfinite(promised)):

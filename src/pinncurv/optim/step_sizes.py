@@ -35,6 +35,7 @@ class Situation:
         residual_at: Evaluates r̃ there in the same way; None if the loss does not offer that.
         invert: Returns the inverse with another damping.
         start: The part of its proposal that the last step took, or somewhat more.
+        rates: The groups' ``lr``, one per parameter; empty where all are one.
     """
 
     linearized: LinearizedLoss
@@ -47,6 +48,7 @@ class Situation:
     residual_at: Callable[[Sequence[Tensor], float], Sequence[Tensor]] | None = None
     invert: Callable[[float], Any] | None = None
     start: float = 1.0
+    rates: Sequence[float] = ()
 
     @property
     def loss(self) -> float:
@@ -68,6 +70,12 @@ class Situation:
             return self._solve(self.linearized.residual, self.gradient)
         images = self.linearized.jacobian @ list(offset)
         return self._solve(_sum(self.linearized.residual, images), None)
+
+    def rated(self, update: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return an update times the groups' ``lr``, as the optimizer takes it."""
+        if not self.rates:
+            return update
+        return [rate * part for rate, part in zip(self.rates, update, strict=True)]
 
     def acceleration(self, v: Sequence[Tensor], image: Sequence[Tensor]) -> list[Tensor] | None:
         """Return the second derivative of the path along which r̃ would fall in a straight line.
@@ -310,13 +318,17 @@ class GeodesicFlow(StepSize):
         at, best, bent = situation, Proposal(0.0), math.inf
         for attempt in range(self.tries):
             velocity = list(at.direction) or at.step()
-            image = at.linearized.jacobian @ velocity
-            bend = at.acceleration(velocity, image) if self.accelerate else None
+            taken = at.rated(velocity)
+            image = at.linearized.jacobian @ list(taken)
+            bend = at.acceleration(taken, image) if self.accelerate else None
             best = self._search(at, velocity, bend, image)
             if bend is not None:
                 bent = math.sqrt(dot(bend, bend) / max(dot(velocity, velocity), _TINY))
             enough = at.loss - best.new_loss > self.sufficient * best.predicted_decrease > 0
             if enough and best.scale >= self.shortest / (2 if attempt else 1):
+                break
+            resolved = torch.finfo(velocity[0].dtype).eps * at.loss
+            if abs(best.predicted_decrease) <= resolved:  # no damping makes that visible
                 break
             more = max(at.damping, self.minimum) * self.factor
             if at.invert is None or attempt == self.tries - 1:
@@ -337,13 +349,13 @@ class GeodesicFlow(StepSize):
         """Return the first τ, downwards, after which the loss rises again."""
         r = at.linearized.residual
         slope, curvature, batch = dot(r, image), dot(image, image), 0.5 * dot(r, r)
-        share = at.loss / batch if batch else math.nan  # the model may be of some points only
+        share = at.loss / batch if batch else 0.0  # the model may be of some points only
         best, tau = Proposal(0.0, new_loss=math.inf), at.start
         while tau >= self.shortest / 4:
             chosen = velocity
             if bend is not None:
                 chosen = [v.add(a, alpha=0.5 * tau) for v, a in zip(velocity, bend, strict=True)]
-            loss = at.try_update(chosen, tau)
+            loss = at.try_update(at.rated(chosen), tau)
             if loss < best.new_loss or best.direction is None:
                 predicted = -share * (tau * slope + 0.5 * tau**2 * curvature)
                 loss = loss if math.isfinite(loss) else math.inf
