@@ -276,15 +276,15 @@ class GeodesicFlow(StepSize):
     far as its tangent. τ is looked for downwards from two to four times that of the last step. If
     even the shortest one does not decrease the loss as it should, the damping is raised in the same
     step, for the next one where the linearization is not kept. It is lowered for the next one if τ
-    was long, or the curve nearly straight, ‖a‖ < calm ‖v‖: then what makes steps short is no lack
-    of damping.
+    was long, or the curve nearly straight as far as it was followed, τ ‖a‖ < calm ‖v‖: then what
+    makes steps short is no lack of damping.
 
     Costs a solve and a residual more than a step along v, and one loss per τ.
 
     Args:
         shortest: τ below which the damping is raised, half of that after it was.
         longest: τ from which on it is lowered.
-        calm: ‖a‖ / ‖v‖ below which it is lowered, too.
+        calm: τ ‖a‖ / ‖v‖ below which it is lowered, too.
         factor: By which it is raised and lowered.
         sufficient: Which part of the decrease that is predicted is one.
         tries: How many dampings are tried.
@@ -334,7 +334,8 @@ class GeodesicFlow(StepSize):
             if at.invert is None or attempt == self.tries - 1:
                 return replace(best, next_damping=more)
             at = replace(at.damped(more), start=1.0)
-        lower = best.scale >= self.longest or (bent < self.calm and attempt == 0)
+        calm = attempt == 0 and best.scale * bent < self.calm
+        lower = best.scale >= self.longest or calm
         less = min(at.damping, max(self.minimum, at.damping / self.factor))
         return replace(best, next_damping=less if lower else at.damping)
 
