@@ -332,9 +332,9 @@ class GeodesicFlow(StepSize):
             if abs(best.predicted_decrease) <= resolved:  # no damping makes that visible
                 break
             more = max(at.damping, self.minimum) * self.factor
-            lowest = best if not best.new_loss >= lowest.new_loss else lowest
+            lowest = best if best.new_loss < lowest.new_loss else lowest
             if at.invert is None or attempt == self.tries - 1:
-                chosen = best if lowest.direction is None else lowest
+                chosen = lowest if lowest.new_loss < at.loss else best
                 return replace(chosen, next_damping=more)
             at = replace(at.damped(more), start=1.0)
         calm = attempt == 0 and best.scale * bent < self.calm
