@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules import module as globally
 
 from pinncurv.jets import check_hooks, check_network, record
+from pinncurv.linearization.blocks import JacobianBlock
 from pinncurv.linearization.capture import blocks_of_pass
 from pinncurv.linearization.checks import (
     CHECKED_POINTS,
@@ -87,6 +90,8 @@ class BoundTerm:
         FloatingPointError: If a parameter is not finite; names it.
     """
 
+    part_type: ClassVar[type[TermPart]] = TermPart
+
     def __init__(
         self,
         term: LossTerm,
@@ -131,7 +136,7 @@ class BoundTerm:
         self.as_jets = any(self.term.named_parameters())
         with torch.inference_mode(mode=False):  # it serves later passes that autograd follows, too
             # a copy: x may share memory with what leaves no trace when it is written to, as numpy
-            self.whole = TermPart.of_all(self.term, self.x.detach().clone())
+            self.whole = self.part_type.of_all(self.term, self.x.detach().clone())
         widest = max((max(p.shape, default=1) for p in self.parameters.values()), default=1)
         self.parts = list(self.whole.cut(widest, self.chunk_size))
         self._structure: Structure | None = None
@@ -202,12 +207,26 @@ class BoundTerm:
         Raises:
             RuntimeError: In inference mode, or if the network takes another path than before.
         """
+        evaluate = partial(part.evaluate, self.model, self.as_jets)
+        residual, blocks = self.pull_back(part, evaluate, self.structure.components)
+        return Chunk(residual * part.scale, residual, blocks)
+
+    def pull_back(
+        self, part: TermPart, evaluate: Callable[[], Tensor], components: int
+    ) -> tuple[Float[Tensor, "n V"], dict[str, JacobianBlock]]:
+        """Evaluate something at some points and differentiate it; the scale is in the blocks alone.
+
+        Args:
+            part: The term at these points.
+            evaluate: Calls the network once and returns what is to be differentiated, ``[n, V]``.
+            components: V.
+        """
         check_differentiable(self.term.name)
         structure = self.structure
         with torch.enable_grad(), record(bool(structure.plain)) as tape:
-            residual = part.evaluate(self.model, self.as_jets)
+            outputs = evaluate()
         found = signature(tape, {id(p) for p in self.parameters.values()})
-        if found != structure.signature or residual.shape[1] != structure.components:
+        if found != structure.signature or outputs.shape[1] != components:
             raise RuntimeError(
                 f"A pass of term '{self.term.name}' must do the same at any points, but at "
                 f"{len(part.x)} of them the network or the residual used {len(found)} linear maps "
@@ -216,9 +235,8 @@ class BoundTerm:
                 "points; after a change of the network, make a new objective."
             )
         with record(bool(structure.plain)):  # for checkpoints, which run the forward pass again
-            blocks = blocks_of_pass(residual, part.scale, tape.entries, structure, self.parameters)
-        detached = residual.detach()
-        return Chunk(detached * part.scale, detached, blocks)
+            blocks = blocks_of_pass(outputs, part.scale, tape.entries, structure, self.parameters)
+        return outputs.detach(), blocks
 
     def losses(self) -> Iterator[Tensor]:
         """Yield what the parts contribute to the loss, with a graph unless torch.no_grad is on.

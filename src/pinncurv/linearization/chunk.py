@@ -25,6 +25,16 @@ class Chunk:
     unscaled: Float[Tensor, "n V"]
     blocks: dict[str, JacobianBlock]
 
+    @property
+    def loss(self) -> Float[Tensor, ""]:
+        """What the points contribute to the loss."""
+        return 0.5 * self.residual.square().sum()
+
+    @property
+    def descent(self) -> Chunk:
+        """The chunk that the gradient is Jᵀr̃ of."""
+        return self
+
     def with_fisher(self, fisher: Fisher) -> Chunk:
         """Return the chunk with another choice of output gradients, from the exact one."""
         blocks = {

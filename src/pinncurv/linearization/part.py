@@ -88,9 +88,18 @@ class TermPart:
                 trained tensors are recorded.
         """
         x: Any = Jet(self.x[None], self.plan.without_derivatives) if as_jets else self.x
+        return self.call(x, {**self.read(model, x), **self.data})
+
+    def read(self, model: Module, x: Any = None) -> dict[str, Any]:
+        """Return the values of the operators.
+
+        Args:
+            model: The network.
+            x: A jet of the points without derivatives, for values of this kind.
+        """
         points = Jet(self.seed.channels, self.plan.layout)  # which knows whether autograd is on now
-        values = self.plan.read(x, model(points), as_jets)
-        return self.call(x, {**values, **self.data})
+        as_jets = isinstance(x, Jet)
+        return self.plan.read(x if as_jets else self.x, model(points), as_jets)
 
     def call(self, x: Any, values: Mapping[str, Any]) -> Float[Tensor, "n V"]:
         """Call the residual with the values of the operators and the data."""
@@ -103,3 +112,11 @@ class TermPart:
     def loss(self, model: Module) -> Float[Tensor, ""]:
         """Evaluate what these points contribute to the loss, ½‖r̃‖²."""
         return 0.5 * self.residual(model).square().sum()
+
+    def slopes(self, model: Module) -> tuple[Float[Tensor, "n V"], Float[Tensor, "n V"]]:
+        """Return y(θ) and u(y), in the graph, with which the gradient of the loss is (∂y/∂θ)ᵀu.
+
+        Of a sum of squares both are r̃.
+        """
+        residual = self.residual(model)
+        return residual, residual

@@ -26,6 +26,7 @@ from pinncurv.problems.domains import (
     Interior as Interior,
     SpaceTimeBox as SpaceTimeBox,
 )
+from pinncurv.problems.energy import Energy as Energy
 from pinncurv.problems.fokker_planck import (
     anisotropic_fokker_planck as anisotropic_fokker_planck,
     anisotropic_log_fokker_planck as anisotropic_log_fokker_planck,

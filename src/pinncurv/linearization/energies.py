@@ -1,0 +1,187 @@
+"""An energy as a part of the linearization: rows are the root of ∂²ℓ times those of the values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import Module
+
+from pinncurv.linearization.bound import BoundTerm
+from pinncurv.linearization.chunk import Chunk
+from pinncurv.linearization.fisher import Fisher, Type2
+from pinncurv.linearization.part import TermPart
+from pinncurv.linearization.structure import Structure
+from pinncurv.problems import Energy
+from pinncurv.problems.energy import check_squares
+
+
+@dataclass(frozen=True, eq=False)
+class EnergyChunk(Chunk):
+    """The linearization of an energy at a part of the points.
+
+    J_n = sqrt(w_n / N) Lᵀ ∂y/∂θ,  L Lᵀ = ∂²ℓ,  with y the values of the operators
+
+    The residual is that of these rows alone, ∂/∂θ sqrt(w_n / N) Lᵀ y with L frozen; it has no
+    meaning but its shape.
+
+    Args:
+        energy: What the points contribute to the loss.
+        slope: One row per point, sqrt(w_n / N) ∂ℓ/∂θ, to be summed with sqrt(w_n / N).
+    """
+
+    energy: Float[Tensor, ""]
+    slope: Chunk
+
+    @property
+    def loss(self) -> Float[Tensor, ""]:
+        return self.energy
+
+    @property
+    def descent(self) -> Chunk:
+        return self.slope
+
+    def with_fisher(self, fisher: Fisher) -> Chunk:
+        """Return the chunk with another choice, of which the empirical one is the slope's rows."""
+        return (
+            self
+            if isinstance(fisher, Type2)
+            else replace(self, blocks=self.slope.with_fisher(fisher).blocks)
+        )
+
+
+class EnergyPart(TermPart):
+    """An energy at some or all of its points."""
+
+    def flat_values(self, model: Module) -> tuple[Float[Tensor, "n P"], dict[str, torch.Size]]:
+        """Return the values y of all operators as columns, and the shape of each at a point."""
+        values = self.read(model)
+        shapes = {name: value.shape[1:] for name, value in values.items()}
+        return torch.cat([value.flatten(1) for value in values.values()], 1), shapes
+
+    def density(
+        self, y: Float[Tensor, "n P"], shapes: dict[str, torch.Size]
+    ) -> Float[Tensor, "n 1"]:
+        """Return ℓ of the values y."""
+        parts = y.split([shape.numel() for shape in shapes.values()], 1)
+        pairs = zip(parts, shapes.items(), strict=True)
+        values = {name: part.reshape(-1, *shape) for part, (name, shape) in pairs}
+        return self.call(self.x, {**values, **self.data})
+
+    def residual(self, model: Module) -> Float[Tensor, "n V"]:
+        check_squares([self.term])
+        return super().residual(model)
+
+    def loss(self, model: Module) -> Float[Tensor, ""]:
+        return (self.evaluate(model) * self.scale**2).sum()
+
+    def slopes(self, model: Module) -> tuple[Float[Tensor, "n P"], Float[Tensor, "n P"]]:
+        y, shapes = self.flat_values(model)
+        total = (self.density(y, shapes) * self.scale**2).sum()
+        return y, _gradient(total, y)
+
+
+class BoundEnergy(BoundTerm):
+    """An energy with a network and points; arguments as of ``BoundTerm``."""
+
+    term: Energy
+    part_type = EnergyPart
+
+    @property
+    def structure(self) -> Structure:
+        """What a pass looks like, with a component for each value of the operators.
+
+        Raises:
+            ValueError: If the density has several components, or is trained along.
+        """
+        if self._structure is None:
+            trained = [name for name, p in self.term.named_parameters() if p.requires_grad]
+            if trained:
+                raise ValueError(
+                    f"Term '{self.term.name}': nothing but the network may be trained by an "
+                    f"energy, got {', '.join(trained)}. Freeze it with requires_grad_(False)."
+                )
+            found = super().structure
+            self._structure = None
+            if found.components != 1:
+                raise ValueError(
+                    f"Term '{self.term.name}': the density of an energy must be one number per "
+                    f"point, shape [N] or [N, 1], got {found.components}. Return their sum."
+                )
+            with torch.no_grad():
+                y, _ = self._energy_part(self.whole.at(slice(0, 1))).flat_values(self.model)
+            self._structure = replace(found, components=y.shape[1])
+        return self._structure
+
+    @staticmethod
+    def _energy_part(part: TermPart) -> EnergyPart:
+        assert isinstance(part, EnergyPart)
+        return part
+
+    def linearize(self, part: TermPart) -> Chunk:
+        """Linearize at some points by one forward pass, and one backward pass per value and one.
+
+        Raises:
+            RuntimeError: In inference mode, or if the network takes another path than before.
+            ValueError: If the density is not convex at a point.
+        """
+        at, found = self._energy_part(part), []
+
+        def expand() -> Float[Tensor, "n P_plus_1"]:
+            y, shapes = at.flat_values(self.model)
+            frozen = y.detach().requires_grad_()
+            density = at.density(frozen, shapes)
+            slope = _gradient(density.sum(), frozen)
+            root = self._root(_hessian(slope, frozen), at)
+            found.append(density.detach())
+            rows = torch.einsum("npq,np->nq", root, y)
+            return torch.cat([rows, (slope.detach() * y).sum(1, keepdim=True)], 1)
+
+        outputs, blocks = self.pull_back(part, expand, self.structure.components + 1)
+        rows, ones = outputs[:, :-1], torch.ones_like(outputs[:, -1:])
+        slope = {name: block.components(slice(-1, None)) for name, block in blocks.items()}
+        return EnergyChunk(
+            rows * part.scale,
+            rows,
+            {name: block.components(slice(0, -1)) for name, block in blocks.items()},
+            (found[0] * part.scale**2).sum(),
+            Chunk(ones * part.scale, ones, slope),
+        )
+
+    def _root(self, H: Float[Tensor, "n P P"], part: TermPart) -> Float[Tensor, "n P P"]:
+        """Return L with L Lᵀ = H.
+
+        Raises:
+            ValueError: If a matrix has negative eigenvalues beyond rounding; names the first point.
+        """
+        if not H.isfinite().all():  # the gradient says where
+            return H
+        values, vectors = torch.linalg.eigh(H.double())
+        lowest, highest = values[:, 0], values.abs().amax(1)
+        bad = (lowest < -(torch.finfo(H.dtype).eps ** 0.5) * highest).nonzero().flatten().tolist()
+        if bad:
+            raise ValueError(
+                f"Term '{self.term.name}': the density must be convex in the operators' values, "
+                f"got the eigenvalue {float(lowest[bad[0]]):.3g} of its second derivatives at "
+                f"x = {part.x[bad[0]].tolist()}, and negative ones at {len(bad)} of {len(H)} "
+                "points. Without that its Gauss-Newton matrix is indefinite; write what is not "
+                "convex as a LossTerm."
+            )
+        return (vectors * values.clamp(min=0).sqrt().unsqueeze(1)).to(H)
+
+
+def _gradient(total: Tensor, y: Float[Tensor, "n P"]) -> Float[Tensor, "n P"]:
+    """Return the derivative in y, in the graph; zero where there is none."""
+    if not total.requires_grad:
+        return torch.zeros_like(y)
+    (gradient,) = torch.autograd.grad(total, y, create_graph=True, allow_unused=True)
+    return torch.zeros_like(y) if gradient is None else gradient
+
+
+def _hessian(slope: Float[Tensor, "n P"], y: Float[Tensor, "n P"]) -> Float[Tensor, "n P P"]:
+    """Return the symmetric derivative of the slopes, by one backward pass per value."""
+    columns = [_gradient(column.sum(), y).detach() for column in slope.unbind(1)]
+    H = torch.stack(columns, 1)
+    return (H + H.mT) / 2
