@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from scipy.special import roots_legendre
 from torch import nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, vmap
 
@@ -140,7 +141,8 @@ def test_operators():
     assert hidden.to_dense().norm() > 0.1 * matrix.norm()
     J = linearized.jacobian.to_dense()
     torch.testing.assert_close(J.mT @ J, matrix)
-    assert (J.mT @ torch.linalg.lstsq(J.mT, gradient[:, None]).solution).norm() > 0
+    reached = J.mT @ (torch.linalg.pinv(J.mT) @ gradient)
+    assert (gradient - reached).norm() > 0.1 * gradient.norm()  # no residual has this gradient
     v = torch.rand(len(matrix), dtype=D64, generator=torch.Generator().manual_seed(0))
     solution = torch.linalg.solve(matrix + 1e-2 * torch.eye(len(matrix)).to(matrix), v)
     exact = pc.MatrixFreeGaussNewton()(linearized)
@@ -150,7 +152,7 @@ def test_operators():
 
 @pytest.mark.parametrize("recipe", [pc.KFAC(), pc.KFAC(sharing=c.reduce), pc.EKFAC()])
 def test_kronecker_factors_are_those_of_the_equivalent_residual(recipe):
-    """Of ½‖r‖² as a density, B is that of the residual; the root of ∂²ℓ is free up to a rotation."""
+    """Those of ½‖r‖² as a density are those of r: rotations of the root of ∂²ℓ cancel."""
 
     def residual(x, u, grad, lap, f):
         return torch.cat([u - f, lap[:, :1]], 1)
@@ -174,7 +176,8 @@ def test_kfac_is_exact_for_one_point_of_a_linear_layer():
     term = pc.Energy({"u": pc.Value()}, pc.Fixed(x), 2.0, density=density)
     matrix = pc.KFAC()(pc.Objective.sample(model, [term]).linearize()).to_dense()
     H = hessian(lambda u: density(x, u[None])[0])(model(x)[0].detach())
-    torch.testing.assert_close(matrix, 2 * torch.kron(H, x.mT @ x))
+    expected = torch.einsum("ij,k,l->ikjl", 2 * H, x[0], x[0]).reshape(6, 6)
+    torch.testing.assert_close(matrix, expected)
 
 
 def test_empirical_fisher_has_the_gradients_of_the_points():
@@ -224,17 +227,16 @@ def test_float32_and_copies(dtype):
     torch.testing.assert_close(matrix.double(), expected, rtol=1e-4, atol=1e-5)
 
 
-def ritz(weight=None):
-    """Return ∫ ½u'² - f u with u(0) = u(1) = 0 built in, by Simpson's rule; u = sin(πt)."""
-    nodes = torch.linspace(0, 1, 81, dtype=D64)[:, None]
-    simpson = torch.ones(81, dtype=D64)
-    simpson[1:-1:2], simpson[2:-1:2] = 4, 2
+def ritz():
+    """Return ∫ ½u'² - f u with u(0) = u(1) = 0 built in, by Gauss' rule; u = sin(πt)."""
+    nodes, weights = roots_legendre(40)
 
     def density(x, u, grad):
         return 0.5 * grad[:, 0] ** 2 - torch.pi**2 * torch.sin(torch.pi * x) * u
 
     operators = {"u": pc.Value(), "grad": pc.Gradient()}
-    term = pc.Energy(operators, pc.Fixed(nodes), simpson / simpson.mean(), density=density)
+    x, weight = torch.from_numpy(nodes + 1)[:, None] / 2, torch.from_numpy(weights) * 20
+    term = pc.Energy(operators, pc.Fixed(x), weight, density=density)
     torch.manual_seed(1)
     return pc.Objective.sample(Hard().double(), [term])
 
@@ -270,20 +272,18 @@ def test_trains(preset, settings):
     energies = [record.new_loss for record in records]
     assert all(new <= record.loss for new, record in zip(energies, records, strict=True))
     assert energies[-1] == pytest.approx(-(torch.pi**2) / 4, rel=2e-2)
-    predicted = [r.predicted_decrease for r in records if r.predicted_decrease == r.predicted_decrease]
-    assert all(decrease > -1e-12 for decrease in predicted)
+    assert not any(record.predicted_decrease < -1e-12 for record in records)  # NaN without a model
 
 
 def test_converges_to_the_solution():
     objective = ritz()
-    optimizer = pc.CurvatureOptimizer(
-        objective.parameters(), pc.GaussNewton(), pc.Damped(1e-10), pc.QuadraticModel()
-    )
+    optimizer = pc.presets.auto(objective.parameters())
     for _ in range(60):
-        optimizer.step(objective)
-    x = objective.points[0]
+        record = optimizer.step(objective)
+    assert record.loss == pytest.approx(-(torch.pi**2) / 4, rel=1e-12)
+    x = torch.linspace(0, 1, 101, dtype=D64)[:, None]
     error = objective.model(x) - torch.sin(torch.pi * x)
-    assert error.abs().max() < 1e-4
+    assert error.abs().max() < 1e-7
 
 
 def test_momentum_through_the_solve():

@@ -75,6 +75,7 @@ from pinncurv.problems.poisson import (
 )
 from pinncurv.problems.poisson_planar import (
     poisson_disk as poisson_disk,
+    poisson_disk_ritz as poisson_disk_ritz,
     poisson_l_shape as poisson_l_shape,
 )
 from pinncurv.problems.polygon import Polygon as Polygon
