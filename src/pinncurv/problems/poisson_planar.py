@@ -1,4 +1,4 @@
-"""The Poisson equation on a disk and on an L-shape, with Robin and Neumann conditions."""
+"""The Poisson equation on a disk, also as an energy, and on an L-shape; Robin and Neumann."""
 
 import math
 from functools import partial
@@ -46,7 +46,8 @@ def poisson_disk_ritz(n_radii: int = 24, n_angles: int = 48) -> Problem:
 
     The Robin condition is a part of it: nothing is a penalty, and only first derivatives are taken.
     The points are nodes of Gauss' rule in r and equidistant in θ, with the weights of the
-    quadrature. At random points a network would lower the energy by peaks between them.
+    quadrature. At random points, or with more parameters than nodes, a network lowers the energy
+    at the nodes by peaks between them.
 
     Args:
         n_radii: Number of nodes in r.
