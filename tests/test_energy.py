@@ -349,6 +349,12 @@ def test_refuses_a_density_that_is_not_convex():
         objective.linearize()
 
 
+def test_refuses_a_density_with_infinite_second_derivatives():
+    objective = made(lambda x, u, grad, lap, f: (u[:, 0] - u[:, 0].detach()).abs() ** 1.5)
+    with pytest.raises(FloatingPointError, match=r"must have finite second.* at 6 of 6 points"):
+        objective.linearize()
+
+
 class Trained(nn.Module):
     def __init__(self):
         super().__init__()

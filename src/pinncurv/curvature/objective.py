@@ -36,6 +36,7 @@ class LinearizedObjective(Sequence[Linearization]):
 
     L(θ + v) ≈ ½‖r̃ + J v‖²,  ∇L = Jᵀ r̃
 
+    With an energy among the terms, L(θ + v) ≈ L + ∇Lᵀv + ½‖J v‖², and there is no residual.
     Residual and gradient are sums over the points. Where chunks are recomputed, they are taken
     along in the first pass that anybody makes by ``run``, so that a step costs one pass, not two.
 
@@ -100,9 +101,11 @@ class LinearizedObjective(Sequence[Linearization]):
 
         def collect(t: int, chunk: Chunk) -> None:
             residuals[t].append(chunk.residual)
-            losses[t].append(chunk.loss)
-            u = chunk.descent.residual.t()[..., None]
-            blocks = self.space.arrange(self._terms[t], chunk.descent)
+            energy = chunk.energy
+            losses[t].append(0.5 * chunk.residual.square().sum() if energy is None else energy)
+            chunk = chunk.slope or chunk
+            u = chunk.residual.t()[..., None]
+            blocks = self.space.arrange(self._terms[t], chunk)
             for place, block in zip(self.space.blocks, blocks, strict=True):
                 if block is None:
                     continue
@@ -203,7 +206,7 @@ class Evaluation:
 class Objective:
     """A loss on one frozen batch.
 
-    L(θ) = Σ_t w_t / (2 N_t) Σ_n ‖r_t(x_n; θ)‖²
+    L(θ) = Σ_t w_t / (2 N_t) Σ_n ‖r_t(x_n; θ)‖²,  plus the terms that are an ``Energy`` or ``L2``
 
     Everything is checked, and the structure of a pass found, when it is made.
 

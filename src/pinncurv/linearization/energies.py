@@ -2,54 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Module
 
+from pinncurv.jets import Jet
 from pinncurv.linearization.bound import BoundTerm
 from pinncurv.linearization.chunk import Chunk
-from pinncurv.linearization.fisher import Fisher, Type2
 from pinncurv.linearization.part import TermPart
 from pinncurv.linearization.structure import Structure
 from pinncurv.problems import Energy
 from pinncurv.problems.energy import check_squares
-
-
-@dataclass(frozen=True, eq=False)
-class EnergyChunk(Chunk):
-    """The linearization of an energy at a part of the points.
-
-    J_n = sqrt(w_n / N) Lᵀ ∂y/∂θ,  L Lᵀ = ∂²ℓ,  with y the values of the operators
-
-    The residual is that of these rows alone, ∂/∂θ sqrt(w_n / N) Lᵀ y with L frozen; it has no
-    meaning but its shape.
-
-    Args:
-        energy: What the points contribute to the loss.
-        slope: One row per point, sqrt(w_n / N) ∂ℓ/∂θ, to be summed with sqrt(w_n / N).
-    """
-
-    energy: Float[Tensor, ""]
-    slope: Chunk
-
-    @property
-    def loss(self) -> Float[Tensor, ""]:
-        return self.energy
-
-    @property
-    def descent(self) -> Chunk:
-        return self.slope
-
-    def with_fisher(self, fisher: Fisher) -> Chunk:
-        """Return the chunk with another choice, of which the empirical one is the slope's rows."""
-        return (
-            self
-            if isinstance(fisher, Type2)
-            else replace(self, blocks=self.slope.with_fisher(fisher).blocks)
-        )
 
 
 class EnergyPart(TermPart):
@@ -57,7 +23,7 @@ class EnergyPart(TermPart):
 
     def flat_values(self, model: Module) -> tuple[Float[Tensor, "n P"], dict[str, torch.Size]]:
         """Return the values y of all operators as columns, and the shape of each at a point."""
-        values = self.read(model)
+        values = self.plan.read(self.x, model(Jet(self.seed.channels, self.plan.layout)))
         shapes = {name: value.shape[1:] for name, value in values.items()}
         return torch.cat([value.flatten(1) for value in values.values()], 1), shapes
 
@@ -104,7 +70,7 @@ class BoundEnergy(BoundTerm):
                     f"energy, got {', '.join(trained)}. Freeze it with requires_grad_(False)."
                 )
             found = super().structure
-            self._structure = None
+            self._structure = None  # until it is known to be one of an energy
             if found.components != 1:
                 raise ValueError(
                     f"Term '{self.term.name}': the density of an energy must be one number per "
@@ -125,7 +91,8 @@ class BoundEnergy(BoundTerm):
 
         Raises:
             RuntimeError: In inference mode, or if the network takes another path than before.
-            ValueError: If the density is not convex at a point.
+            FloatingPointError: If the density has infinite second derivatives at a point.
+            ValueError: If it is not convex at a point.
         """
         at, found = self._energy_part(part), []
 
@@ -134,33 +101,41 @@ class BoundEnergy(BoundTerm):
             frozen = y.detach().requires_grad_()
             density = at.density(frozen, shapes)
             slope = _gradient(density.sum(), frozen)
-            root = self._root(_hessian(slope, frozen), at)
+            H, slope = _hessian(slope, frozen), slope.detach()
+            # where the slope is not finite, the gradient says so
+            root = self._root(H, at) if slope.isfinite().all() else H
             found.append(density.detach())
             rows = torch.einsum("npq,np->nq", root, y)
-            return torch.cat([rows, (slope.detach() * y).sum(1, keepdim=True)], 1)
+            return torch.cat([rows, (slope * y).sum(1, keepdim=True)], 1)
 
         outputs, blocks = self.pull_back(part, expand, self.structure.components + 1)
         rows, ones = outputs[:, :-1], torch.ones_like(outputs[:, -1:])
         slope = {name: block.components(slice(-1, None)) for name, block in blocks.items()}
-        return EnergyChunk(
+        return Chunk(
             rows * part.scale,
             rows,
             {name: block.components(slice(0, -1)) for name, block in blocks.items()},
-            (found[0] * part.scale**2).sum(),
             Chunk(ones * part.scale, ones, slope),
+            (found[0] * part.scale**2).sum(),
         )
 
     def _root(self, H: Float[Tensor, "n P P"], part: TermPart) -> Float[Tensor, "n P P"]:
         """Return L with L Lᵀ = H.
 
         Raises:
-            ValueError: If a matrix has negative eigenvalues beyond rounding; names the first point.
+            FloatingPointError: If a matrix is not finite; names the first point.
+            ValueError: If one has negative eigenvalues beyond rounding; names the first point.
         """
-        if not H.isfinite().all():  # the gradient says where
-            return H
+        bad = (~H.isfinite().all(2).all(1)).nonzero().flatten().tolist()
+        if bad:
+            raise FloatingPointError(
+                f"Term '{self.term.name}': the density must have finite second derivatives in the "
+                f"operators' values, but has not at {len(bad)} of {len(H)} points, the first of "
+                f"them x = {part.x[bad[0]].tolist()}. Smooth it, as |v| by sqrt(v² + ε²)."
+            )
         values, vectors = torch.linalg.eigh(H.double())
-        lowest, highest = values[:, 0], values.abs().amax(1)
-        bad = (lowest < -(torch.finfo(H.dtype).eps ** 0.5) * highest).nonzero().flatten().tolist()
+        lowest, tolerance = values[:, 0], torch.finfo(H.dtype).eps ** 0.5 * values.abs().max()
+        bad = (lowest < -tolerance).nonzero().flatten().tolist()
         if bad:
             raise ValueError(
                 f"Term '{self.term.name}': the density must be convex in the operators' values, "

@@ -29,7 +29,7 @@ Visitor = Callable[[int, Chunk], None]
 class Linearization:
     """One loss term, linearized in the parameters at one set of points.
 
-    r̃(θ + v) ≈ r̃(θ) + J v,  L_t = ½‖r̃‖²
+    r̃(θ + v) ≈ r̃(θ) + J v,  L_t = ½‖r̃‖²,  or of an energy  L_t(θ + v) ≈ L_t + ∇L_tᵀv + ½‖J v‖²
 
     Without a chunk size the chunks are computed at once and kept, in parts that stay in the cache;
     with a chunk size every iteration recomputes them one by one, so that memory does not grow with

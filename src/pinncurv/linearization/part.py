@@ -88,18 +88,9 @@ class TermPart:
                 trained tensors are recorded.
         """
         x: Any = Jet(self.x[None], self.plan.without_derivatives) if as_jets else self.x
-        return self.call(x, {**self.read(model, x), **self.data})
-
-    def read(self, model: Module, x: Any = None) -> dict[str, Any]:
-        """Return the values of the operators.
-
-        Args:
-            model: The network.
-            x: A jet of the points without derivatives, for values of this kind.
-        """
         points = Jet(self.seed.channels, self.plan.layout)  # which knows whether autograd is on now
-        as_jets = isinstance(x, Jet)
-        return self.plan.read(x if as_jets else self.x, model(points), as_jets)
+        values = self.plan.read(x, model(points), as_jets)
+        return self.call(x, {**values, **self.data})
 
     def call(self, x: Any, values: Mapping[str, Any]) -> Float[Tensor, "n V"]:
         """Call the residual with the values of the operators and the data."""

@@ -16,12 +16,15 @@ class Energy(LossTerm):
 
     1/N Σ_n w_n ℓ(x_n, D_1 u(x_n), ...),  gradient Σ_n Jᵀ ∂ℓ,  Gauss-Newton Σ_n Jᵀ (∂²ℓ) J
 
-    For example ½|∇u|² - f u with operators value and gradient. It may be negative, and its gradient
-    need not lie in the range of its Gauss-Newton matrix, so that there is no residual: whatever
-    needs one refuses it. It is exact in the gradient, in every operator of the library (of which
-    one row of the Jacobian for every value is the square root of ∂²ℓ times those of the values),
-    and in the optimizers that need no residual. The points must carry the integral: too few of
-    them, and the network finds a function whose energy is low there and nowhere else.
+    For example ½|∇u|² - f u with the operators value and gradient. It may be negative, and its
+    gradient need not lie in the range of its Gauss-Newton matrix, so that there is no residual:
+    what needs one refuses it, or works by the gradient (curvature, inverses and optimizers do).
+    The rows of the Jacobian, one for every value of the operators, are those of the values times a
+    square root of ∂²ℓ. One more backward pass yields the gradient.
+
+    The points must carry the integral: with too few for the parameters, the energy at the points
+    has no minimum near that of the integral, and the network finds peaks between them. Nodes of a
+    quadrature go further than random points, of which new ones should be drawn in every step.
 
     Args:
         operators: The differential operators D_k, declared by name.
@@ -54,7 +57,7 @@ class Energy(LossTerm):
 
     def scaled_residual(self, model: Callable[[Tensor], Tensor], x: Tensor) -> Float[Tensor, "N V"]:
         check_squares([self])
-        raise AssertionError  # it is none
+        return super().scaled_residual(model, x)
 
 
 def check_squares(terms: Iterable[LossTerm]) -> None:
