@@ -167,7 +167,10 @@ EXHIBITS: dict[str, Exhibit] = {
         note="Here one network for all times.",
     ),
     "nls": Exhibit(_tanh("nls", 40, 3)),
-    "convection": Exhibit(_tanh("convection", 30, 3, (None, _TURN), n_boundary="0")),
+    "convection": Exhibit(
+        _tanh("convection", 30, 3, (None, _TURN), resample_every=1, n_boundary="0"),
+        note="New points in every step: on 600 points that stay, loss and error part.",
+    ),
     "reaction": Exhibit(_tanh("reaction", 30, 3)),
     "black_scholes": Exhibit(_tanh("black_scholes", 30, 3)),
     "biharmonic_plate": Exhibit(_tanh("biharmonic_plate", 30, 3)),

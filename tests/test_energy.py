@@ -284,8 +284,9 @@ def test_converges_to_the_solution():
     report = str(pc.coverage(objective.model, objective.linearize()))
     assert "inner.0.weight" in report
     optimizer = pc.presets.auto(objective.parameters())
-    for _ in range(60):
+    for _ in range(70):
         record = optimizer.step(objective)
+    assert record.damping < 1  # which is not raised for what is below the rounding of the loss
     assert record.loss == pytest.approx(-(torch.pi**2) / 4, rel=1e-12)
     x = torch.linspace(0, 1, 101, dtype=D64)[:, None]
     error = objective.model(x) - torch.sin(torch.pi * x)

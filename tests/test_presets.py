@@ -9,6 +9,7 @@ from pinncurv import presets
 from pinncurv.curvature import (
     KFAC,
     BlockDiagonalGaussNewton,
+    CheaperSide,
     DiagonalGaussNewton,
     GaussNewton,
     MatrixFreeGaussNewton,
@@ -29,6 +30,7 @@ from pinncurv.optim import (
     Intervals,
     LevenbergMarquardt,
     QuadraticModel,
+    ShortStepDamping,
     Spring,
     from_first,
     from_identity,
@@ -58,6 +60,7 @@ def composition(optimizer: CurvatureOptimizer) -> tuple:
 
 
 CONSTANT = ConstantDamping()
+ADAPTS = ShortStepDamping(short=2.0**-4, long=2.0**-2, minimum=1e-12)
 MATRIX_FREE = MatrixFreeGaussNewton()
 GRID = GridLineSearch(-30, 0)
 
@@ -122,11 +125,11 @@ GRID = GridLineSearch(-30, 0)
                 None,
             ),
         ),
-        (presets.engd, {}, (GaussNewton(), Damped(1e-10), GRID, None, None)),
+        (presets.engd, {}, (GaussNewton(), Damped(1e-10), GRID, None, None, ADAPTS)),
         (
             presets.engd_per_layer,
             {},
-            (BlockDiagonalGaussNewton(), Damped(1e-10), GRID, None, None),
+            (BlockDiagonalGaussNewton(), Damped(1e-10), GRID, None, None, ADAPTS),
         ),
         (presets.engd_diagonal, {}, (DiagonalGaussNewton(), Damped(1e-6), GRID, None, None)),
         *[
@@ -147,13 +150,22 @@ GRID = GridLineSearch(-30, 0)
                 (presets.engd_diagonal, DiagonalGaussNewton()),
             ]
         ],
-        (presets.gauss_newton, {}, (GaussNewton(), Damped(1e-12), QuadraticModel(), None, None)),
         (
             presets.gauss_newton,
-            {"damping": 1e-3, "use_momentum": False, "damping_rule": RULE},
-            (GaussNewton(), Damped(1e-3), QuadraticModel(use_momentum=False), None, None, RULE),
+            {},
+            (MATRIX_FREE, CheaperSide(1e-12), QuadraticModel(), None, None, ADAPTS),
         ),
-        (presets.engd_w, {}, (MATRIX_FREE, Woodbury(1e-10), GRID, None, None)),
+        (
+            presets.gauss_newton,
+            {"damping": 1e-3},
+            (MATRIX_FREE, CheaperSide(1e-3), QuadraticModel(), None, None),
+        ),
+        (
+            presets.gauss_newton,
+            {"use_momentum": False, "damping_rule": RULE, "curvature": GaussNewton()},
+            (GaussNewton(), Damped(1e-12), QuadraticModel(use_momentum=False), None, None, RULE),
+        ),
+        (presets.engd_w, {}, (MATRIX_FREE, Woodbury(1e-10), GRID, None, None, ADAPTS)),
         (
             presets.engd_w,
             {"damping": 1e-3, "step_size": FixedStep(0.1)},
@@ -162,7 +174,7 @@ GRID = GridLineSearch(-30, 0)
         (
             presets.spring,
             {},
-            (MATRIX_FREE, Woodbury(1e-8), NormConstrained(1.0, 1.0), None, Spring(0.9)),
+            (MATRIX_FREE, Woodbury(1e-8), NormConstrained(1.0, 1.0), None, Spring(0.9), ADAPTS),
         ),
         (
             presets.spring,
@@ -172,7 +184,14 @@ GRID = GridLineSearch(-30, 0)
         (
             presets.levenberg_marquardt,
             {"damping": 1e-2, "use_momentum": False},
-            (GaussNewton(), Damped(1e-2), QuadraticModel(False), None, None, LevenbergMarquardt()),
+            (
+                MATRIX_FREE,
+                CheaperSide(1e-2),
+                QuadraticModel(False),
+                None,
+                None,
+                LevenbergMarquardt(),
+            ),
         ),
         (
             presets.gauss_newton_cg,
@@ -299,6 +318,7 @@ BUILDS = {
     "hessian_free": presets.hessian_free,
     "ekfac": presets.ekfac,
     "subspace_gauss_newton": presets.subspace_gauss_newton,
+    "auto": presets.auto,
 }
 WITH_AVERAGE = ["kfac", "kfac_star", "engd", "engd_per_layer", "engd_diagonal"]
 

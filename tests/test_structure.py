@@ -33,7 +33,7 @@ def counted(monkeypatch, owner, name: str, calls: list[str]) -> None:
     monkeypatch.setattr(owner, name, wrapped)
 
 
-@pytest.mark.parametrize("preset", ["kfac_star", "gauss_newton", "engd_w"])
+@pytest.mark.parametrize("preset", ["kfac_star", "gauss_newton", "engd_w", "auto"])
 def test_nothing_is_found_again_in_a_step(preset, monkeypatch):
     """No walk over the autograd graph, no plan, no grouping into layers, no parameter space."""
     made, calls = objective(), []

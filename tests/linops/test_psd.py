@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pinncurv.linops import FactorizationError, eigh, factorize, symmetrize
+from pinncurv.linops import FactorizationError, eigh, factorize, factorize_from, symmetrize
 from pinncurv.linops.simultaneous import diagonalize
 from tests.linops.cases import psd
 
@@ -95,3 +95,43 @@ def test_simultaneous_diagonalization(generator):
 def test_simultaneous_diagonalization_of_a_negative_matrix(generator):
     with pytest.raises(FactorizationError, match="pair must be positive semidefinite, got a"):
         diagonalize(-psd(5, generator), psd(5, generator), 0.0, 0.0, "pair")
+
+
+# --- the smallest damping that is enough ----------------------------------------------------------
+
+
+def test_a_definite_matrix_takes_the_damping_that_was_asked_for(generator):
+    M = psd(5, generator)
+    factorization, damping = factorize_from(M, "M", 1e-3)
+    assert damping == factorization.report.floor == 1e-3
+    X = torch.randn(5, 2, generator=generator, dtype=torch.float64)
+    damped = M + 1e-3 * torch.eye(5, dtype=torch.float64)
+    torch.testing.assert_close(factorization.solve(X), torch.linalg.solve(damped, X))
+
+
+@pytest.mark.parametrize("negative", [1e-9, 3e-5, 0.2])
+def test_damping_is_raised_by_tens_until_it_is_enough(generator, negative):
+    """The smallest 10^k λ above the most negative eigenvalue, for a matrix that is not damped."""
+    Q = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64)).Q
+    m = torch.tensor([1.0, 0.5, 0.1, 1e-2, 1e-3, -negative], dtype=torch.float64)
+    M = symmetrize(Q @ torch.diag(m) @ Q.T, "M")
+    before = M.clone()
+    factorization, damping = factorize_from(M, "M", 1e-12)
+    expected = min(10.0**k for k in range(-12, 3) if 10.0**k > negative)
+    assert damping == pytest.approx(expected, rel=1e-12)
+    L = factorization.L
+    torch.testing.assert_close(L @ L.T, M + damping * torch.eye(6, dtype=torch.float64))
+    assert torch.equal(M, before)
+
+
+def test_no_damping_is_enough():
+    M = torch.diag(torch.tensor([1.0, -1e3], dtype=torch.float64))
+    assert factorize_from(M, "M", 1e-3)[1] == pytest.approx(1e4)
+    M[0, 1] = M[1, 0] = torch.nan  # only symmetrize finds that out
+    with pytest.raises(FactorizationError, match="M must be positive semidefinite, got one that"):
+        factorize_from(M, "M", 1e-3)
+
+
+def test_no_damping_of_zero():
+    with pytest.raises(FactorizationError, match=r"with a damping of 0.0e\+00"):
+        factorize_from(torch.zeros(3, 3, dtype=torch.float64), "M", 0.0)

@@ -18,6 +18,7 @@ from pinncurv.optim import (
     CurvatureOptimizer,
     ExponentialAverage,
     FixedStep,
+    GeodesicFlow,
     GridLineSearch,
     HeavyBall,
     Intervals,
@@ -66,6 +67,10 @@ OPTIMIZERS: dict[str, Callable[[Iterable[Any]], CurvatureOptimizer]] = {
         Damped(1e-1),
         damping_rule=LevenbergMarquardt(),
         intervals=Intervals(curvature=3, inverse=2),
+    ),
+    "auto": lambda p: presets.auto(p, rows=10),
+    "flow": lambda p: CurvatureOptimizer(
+        p, KFAC(), FactorDamping(1e-3), step_size=GeodesicFlow(), max_halvings=0
     ),
 }
 

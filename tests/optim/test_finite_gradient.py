@@ -41,6 +41,9 @@ WHERE = (
     r"of 9 points, the first of them x\[3\] = \[0\.0, 0\."
 )
 
+# A linearization at some points knows these alone.
+WHERE_OF_SOME = r"of term 'guarded' is not at 1 of 5 points, the first of them x\[2\] = \[0"
+
 
 def guarded(model, chunk_size=None):
     """Return a loss whose term has an infinite slope behind a torch.where at two points."""
@@ -64,7 +67,8 @@ def test_the_term_and_the_points_are_named(name, chunk_size):
     optimizer, reference = (ALL[name](m.parameters()) for m in (model, twin))
     assert math.isfinite(guarded(model).loss().item())
     before = values(model)
-    with pytest.raises(FloatingPointError, match=WHERE):
+    where = WHERE_OF_SOME if name == "auto" else WHERE
+    with pytest.raises(FloatingPointError, match=where):
         optimizer.step(guarded(model, chunk_size))
     assert same(before, values(model))
     optimizer.step(poisson(model))

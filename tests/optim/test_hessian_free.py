@@ -260,8 +260,9 @@ def test_prediction_of_a_shortened_update():
 def test_half_a_step_on_a_linear_problem_is_predicted_well():
     """With lr = ½ the decrease is ¾ of the whole; λ must not take that for a poor model."""
     fit = linear_fit(1.0, -2.0)
-    optimizer = presets.levenberg_marquardt([{"params": fit.parameters, "lr": 0.5}])
-    optimizer.preconditioner.curvature = plain_gauss_newton
+    optimizer = presets.levenberg_marquardt(
+        [{"params": fit.parameters, "lr": 0.5}], curvature=plain_gauss_newton
+    )
     record = optimizer.step(fit)
     assert record.loss - record.new_loss == pytest.approx(record.predicted_decrease, rel=1e-2)
     assert optimizer.preconditioner.damping == pytest.approx(1e-3 / 3)

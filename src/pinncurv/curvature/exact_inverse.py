@@ -145,7 +145,8 @@ class CheaperSide:
         name = "the kernel of the residuals" if R < D else "the Gauss-Newton matrix"
         matrix = symmetrize(kernel.matrix if R < D else operator.dense, name)
         smallest = self.floor * torch.finfo(J.dtype).eps * float(matrix.trace())
-        factorization, damping = factorize_from(matrix, name, max(self.damping, smallest))
+        least = max(self.damping, smallest) or 1.0  # a matrix of zeros has no scale
+        factorization, damping = factorize_from(matrix, name, least)
         if R < D:
             return KernelInverseLinearOperator(J, factorization, damping)
         return ParameterInverseLinearOperator(J, factorization, damping)

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules import module as globally
 
 from pinncurv.jets import check_hooks, check_network, record
-from pinncurv.linearization.blocks import JacobianBlock
 from pinncurv.linearization.capture import blocks_of_pass
 from pinncurv.linearization.checks import (
     CHECKED_POINTS,
@@ -91,6 +88,7 @@ class BoundTerm:
     """
 
     part_type: ClassVar[type[TermPart]] = TermPart
+    further: ClassVar[int] = 0  # outputs of a pass beyond the V components
 
     def __init__(
         self,
@@ -207,26 +205,12 @@ class BoundTerm:
         Raises:
             RuntimeError: In inference mode, or if the network takes another path than before.
         """
-        evaluate = partial(part.evaluate, self.model, self.as_jets)
-        residual, blocks = self.pull_back(part, evaluate, self.structure.components)
-        return Chunk(residual * part.scale, residual, blocks)
-
-    def pull_back(
-        self, part: TermPart, evaluate: Callable[[], Tensor], components: int
-    ) -> tuple[Float[Tensor, "n V"], dict[str, JacobianBlock]]:
-        """Evaluate something at some points and differentiate it; the scale is in the blocks alone.
-
-        Args:
-            part: The term at these points.
-            evaluate: Calls the network once and returns what is to be differentiated, ``[n, V]``.
-            components: V.
-        """
         check_differentiable(self.term.name)
         structure = self.structure
         with torch.enable_grad(), record(bool(structure.plain)) as tape:
-            outputs = evaluate()
+            outputs = part.outputs(self.model, self.as_jets)
         found = signature(tape, {id(p) for p in self.parameters.values()})
-        if found != structure.signature or outputs.shape[1] != components:
+        if found != structure.signature or outputs.shape[1] != structure.components + self.further:
             raise RuntimeError(
                 f"A pass of term '{self.term.name}' must do the same at any points, but at "
                 f"{len(part.x)} of them the network or the residual used {len(found)} linear maps "
@@ -236,7 +220,8 @@ class BoundTerm:
             )
         with record(bool(structure.plain)):  # for checkpoints, which run the forward pass again
             blocks = blocks_of_pass(outputs, part.scale, tape.entries, structure, self.parameters)
-        return outputs.detach(), blocks
+        detached = outputs.detach()
+        return Chunk(detached * part.scale, detached, blocks)
 
     def losses(self) -> Iterator[Tensor]:
         """Yield what the parts contribute to the loss, with a graph unless torch.no_grad is on.

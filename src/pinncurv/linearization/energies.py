@@ -48,12 +48,50 @@ class EnergyPart(TermPart):
         total = (self.density(y, shapes) * self.scale**2).sum()
         return y, _gradient(total, y)
 
+    def outputs(self, model: Module, as_jets: bool = False) -> Float[Tensor, "n P_plus_1"]:
+        """Evaluate Lᵀy, with L Lᵀ = ∂²ℓ not in the graph, and beside it ℓ."""
+        y, shapes = self.flat_values(model)
+        density = self.density(y, shapes)
+        slope = _gradient(density.sum(), y)
+        H = _hessian(slope, y)
+        # where the slope is not finite, the gradient says so
+        root = self._root(H) if slope.isfinite().all() else H
+        return torch.cat([torch.einsum("npq,np->nq", root, y), density], 1)
+
+    def _root(self, H: Float[Tensor, "n P P"]) -> Float[Tensor, "n P P"]:
+        """Return L with L Lᵀ = H.
+
+        Raises:
+            FloatingPointError: If a matrix is not finite; names the first point.
+            ValueError: If one has negative eigenvalues beyond rounding; names the first point.
+        """
+        bad = (~H.isfinite().all(2).all(1)).nonzero().flatten().tolist()
+        if bad:
+            raise FloatingPointError(
+                f"Term '{self.term.name}': the density must have finite second derivatives in the "
+                f"operators' values, but has not at {len(bad)} of {len(H)} points, the first of "
+                f"them x = {self.x[bad[0]].tolist()}. Smooth it, as |v| by sqrt(v² + ε²)."
+            )
+        values, vectors = torch.linalg.eigh(H.double())
+        lowest, tolerance = values[:, 0], torch.finfo(H.dtype).eps ** 0.5 * values.abs().max()
+        bad = (lowest < -tolerance).nonzero().flatten().tolist()
+        if bad:
+            raise ValueError(
+                f"Term '{self.term.name}': the density must be convex in the operators' values, "
+                f"got the eigenvalue {float(lowest[bad[0]]):.3g} of its second derivatives at "
+                f"x = {self.x[bad[0]].tolist()}, and negative ones at {len(bad)} of {len(H)} "
+                "points. Without that its Gauss-Newton matrix is indefinite; write what is not "
+                "convex as a LossTerm."
+            )
+        return (vectors * values.clamp(min=0).sqrt().unsqueeze(1)).to(H)
+
 
 class BoundEnergy(BoundTerm):
     """An energy with a network and points; arguments as of ``BoundTerm``."""
 
     term: Energy
     part_type = EnergyPart
+    further = 1
 
     @property
     def structure(self) -> Structure:
@@ -76,75 +114,35 @@ class BoundEnergy(BoundTerm):
                     f"Term '{self.term.name}': the density of an energy must be one number per "
                     f"point, shape [N] or [N, 1], got {found.components}. Return their sum."
                 )
+            few = self.whole.at(slice(0, 1))
+            assert isinstance(few, EnergyPart)
             with torch.no_grad():
-                y, _ = self._energy_part(self.whole.at(slice(0, 1))).flat_values(self.model)
+                y, _ = few.flat_values(self.model)
             self._structure = replace(found, components=y.shape[1])
         return self._structure
-
-    @staticmethod
-    def _energy_part(part: TermPart) -> EnergyPart:
-        assert isinstance(part, EnergyPart)
-        return part
 
     def linearize(self, part: TermPart) -> Chunk:
         """Linearize at some points by one forward pass, and one backward pass per value and one.
 
         Raises:
-            RuntimeError: In inference mode, or if the network takes another path than before.
             FloatingPointError: If the density has infinite second derivatives at a point.
-            ValueError: If it is not convex at a point.
+            RuntimeError: In inference mode, or if the network takes another path than before.
+            ValueError: If the density is not convex at a point.
         """
-        at, found = self._energy_part(part), []
-
-        def expand() -> Float[Tensor, "n P_plus_1"]:
-            y, shapes = at.flat_values(self.model)
-            frozen = y.detach().requires_grad_()
-            density = at.density(frozen, shapes)
-            slope = _gradient(density.sum(), frozen)
-            H, slope = _hessian(slope, frozen), slope.detach()
-            # where the slope is not finite, the gradient says so
-            root = self._root(H, at) if slope.isfinite().all() else H
-            found.append(density.detach())
-            rows = torch.einsum("npq,np->nq", root, y)
-            return torch.cat([rows, (slope * y).sum(1, keepdim=True)], 1)
-
-        outputs, blocks = self.pull_back(part, expand, self.structure.components + 1)
-        rows, ones = outputs[:, :-1], torch.ones_like(outputs[:, -1:])
-        slope = {name: block.components(slice(-1, None)) for name, block in blocks.items()}
+        both = super().linearize(part)
+        rows, slopes = slice(0, -1), slice(-1, None)
+        density, ones = both.unscaled[:, slopes], torch.ones_like(both.unscaled[:, slopes])
         return Chunk(
-            rows * part.scale,
-            rows,
-            {name: block.components(slice(0, -1)) for name, block in blocks.items()},
-            Chunk(ones * part.scale, ones, slope),
-            (found[0] * part.scale**2).sum(),
+            both.residual[:, rows],
+            both.unscaled[:, rows],
+            {name: block.components(rows) for name, block in both.blocks.items()},
+            Chunk(
+                ones * part.scale,
+                ones,
+                {name: block.components(slopes) for name, block in both.blocks.items()},
+            ),
+            (density * part.scale**2).sum(),
         )
-
-    def _root(self, H: Float[Tensor, "n P P"], part: TermPart) -> Float[Tensor, "n P P"]:
-        """Return L with L Lᵀ = H.
-
-        Raises:
-            FloatingPointError: If a matrix is not finite; names the first point.
-            ValueError: If one has negative eigenvalues beyond rounding; names the first point.
-        """
-        bad = (~H.isfinite().all(2).all(1)).nonzero().flatten().tolist()
-        if bad:
-            raise FloatingPointError(
-                f"Term '{self.term.name}': the density must have finite second derivatives in the "
-                f"operators' values, but has not at {len(bad)} of {len(H)} points, the first of "
-                f"them x = {part.x[bad[0]].tolist()}. Smooth it, as |v| by sqrt(v² + ε²)."
-            )
-        values, vectors = torch.linalg.eigh(H.double())
-        lowest, tolerance = values[:, 0], torch.finfo(H.dtype).eps ** 0.5 * values.abs().max()
-        bad = (lowest < -tolerance).nonzero().flatten().tolist()
-        if bad:
-            raise ValueError(
-                f"Term '{self.term.name}': the density must be convex in the operators' values, "
-                f"got the eigenvalue {float(lowest[bad[0]]):.3g} of its second derivatives at "
-                f"x = {part.x[bad[0]].tolist()}, and negative ones at {len(bad)} of {len(H)} "
-                "points. Without that its Gauss-Newton matrix is indefinite; write what is not "
-                "convex as a LossTerm."
-            )
-        return (vectors * values.clamp(min=0).sqrt().unsqueeze(1)).to(H)
 
 
 def _gradient(total: Tensor, y: Float[Tensor, "n P"]) -> Float[Tensor, "n P"]:

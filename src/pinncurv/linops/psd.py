@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import isfinite, sqrt
+from math import inf, isfinite, sqrt
 
 import torch
 from jaxtyping import Float
@@ -251,7 +251,7 @@ def factorize_from(
     """
     size = float(torch.linalg.matrix_norm(matrix))
     first = damping
-    while damping <= max(first, 10 * size):
+    while 0 < damping <= max(first, 10 * size) < inf:
         damped = matrix.clone()
         damped.diagonal().add_(damping)
         L, info = torch.linalg.cholesky_ex(damped)
@@ -260,7 +260,7 @@ def factorize_from(
         damping *= 10
     raise FactorizationError(
         f"{name} must be positive semidefinite, got one that is not with a damping of {first:.1e} "
-        f"to {damping:.1e}. Look for a diverged loss."
+        f"to {damping:.1e}. Look for a diverged loss, or pass damping > 0."
     )
 
 

@@ -34,6 +34,7 @@ from pinncurv.optim.preconditioner import (
     from_identity as from_identity,
     from_zero as from_zero,
 )
+from pinncurv.optim.progress import StoppedProgress as StoppedProgress
 from pinncurv.optim.protocols import (
     Curvature as Curvature,
     Inverse as Inverse,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,4 +72,4 @@ class GrowingBatch:
         """
         if decrease > 0 and decrease >= self.share * its:
             return rows
-        return min(self.largest, round(rows * self.factor))
+        return min(self.largest, math.ceil(rows * self.factor))  # one more at least

@@ -15,6 +15,7 @@ from pinncurv.optim.identity import (
     names_in_groups,
 )
 from pinncurv.optim.optimizer import CurvatureOptimizer
+from pinncurv.optim.progress import Progress
 from pinncurv.optim.protocols import StepRecord, finite_loss, offers
 
 
@@ -42,6 +43,7 @@ class FirstOrder:
         self.optimizer = optimizer
         self._names: list[str | None] | None = None  # of the parameters, once an objective is known
         self._loaded = False
+        self._progress = Progress(first_order=True)
 
     def step(self, objective: Any) -> StepRecord:
         """Take one step on one batch.
@@ -103,12 +105,14 @@ class FirstOrder:
                 parameter.grad = gradient
         self._loaded = False
         first = evaluations[0]
-        return StepRecord(
+        record = StepRecord(
             loss=sum(first.values()),
             term_losses=first,
             step_size=float(self.optimizer.param_groups[0]["lr"]),
             solver={"evaluations": len(evaluations)},
         )
+        self._progress.observe(record)
+        return record
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the optimizer, with its class and its parameters' names."""

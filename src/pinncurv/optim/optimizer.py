@@ -29,6 +29,7 @@ from pinncurv.optim.identity import (
 )
 from pinncurv.optim.momentum import Momentum
 from pinncurv.optim.preconditioner import ExponentialAverage, Intervals, Preconditioner
+from pinncurv.optim.progress import Progress
 from pinncurv.optim.protocols import (
     Curvature,
     Inverse,
@@ -126,6 +127,7 @@ class CurvatureOptimizer(Optimizer):
                 "the rule no retries, for instance LevenbergMarquardt(max_retries=0)."
             )
         adapts = not isinstance(damping_rule, ConstantDamping | None)
+        adapts = adapts or getattr(step_size, "sets_damping", False)
         if adapts and not is_dataclass(inverse):
             raise TypeError(
                 "With a damping that adapts, the inverse must be a dataclass with a field damping, "
@@ -144,6 +146,7 @@ class CurvatureOptimizer(Optimizer):
         self.max_halvings = 30 if max_halvings is None else max_halvings
         self._last: Trial | None = None
         self._loaded = False
+        self._progress = Progress()
         self.state[_SHARED] = self.preconditioner.state  # type: ignore[index]
 
     @torch.no_grad()
@@ -200,12 +203,13 @@ class CurvatureOptimizer(Optimizer):
                     self.preconditioner.relinearize(linearized)
             self.preconditioner.release()
             if self.batch is not None and sample is not None:
-                self._grow(self.batch, sample, record, proposal.overfits)
+                self._grow(self.batch, sample, record)
             self._settle(trial, record, proposal, direction, update)
         except BaseException:  # also an interrupt leaves parameters and curvature as they were
             trial.restore()
             self.preconditioner.restore(before)
             raise
+        self._progress.observe(record)
         return record
 
     def _linearize(self, objective: LeastSquares) -> LinearizedLoss:
@@ -261,7 +265,10 @@ class CurvatureOptimizer(Optimizer):
         else:
             buffer = self._remembered(parameters, "momentum_buffer")
             direction = self.momentum.direction(at, buffer)
-        at = replace(at, direction=direction)
+        lr = {id(p): float(group["lr"]) for group in self.param_groups for p in group["params"]}
+        rates = [lr[id(parameter)] for parameter in parameters]
+        full = all(rate == 1 for rate in rates)
+        at = replace(at, direction=direction, rates=() if full else rates)
         proposal = self.step_size.propose(at)
         chosen = direction if proposal.direction is None else proposal.direction
         damping = damping if proposal.damping is None else proposal.damping
@@ -269,12 +276,7 @@ class CurvatureOptimizer(Optimizer):
         if previous is not None and proposal.momentum:
             for part, old in zip(update, previous, strict=True):
                 part.add_(old, alpha=proposal.momentum)
-        rates = {id(p): group["lr"] for group in self.param_groups for p in group["params"]}
-        full = True
-        for part, parameter in zip(update, parameters, strict=True):
-            if rates[id(parameter)] != 1:
-                full = False
-                part.mul_(float(rates[id(parameter)]))
+        update = list(at.rated(update))
         promised = proposal.predicted_decrease
         wanted = not math.isnan(promised) or self.damping_rule.needs_ratio
         if wanted and not (full and math.isfinite(promised)):
@@ -345,12 +347,13 @@ class CurvatureOptimizer(Optimizer):
             reason=f"rejected: {why}",
         )
 
-    def _grow(self, batch: GrowingBatch, sample: Any, record: StepRecord, overfits: bool) -> None:
+    def _grow(self, batch: GrowingBatch, sample: Any, record: StepRecord) -> None:
         """Find out whether the points that were linearized stand for all of them."""
         before = sum(float(part.square().sum()) for part in sample.residual)
         after = sum(float(part.square().sum()) for part in sample.residual_now())
-        state, decrease = self.preconditioner.state, 1 - record.new_loss / record.loss
-        its = math.inf if overfits else 1 - after / before if before else 0.0
+        state = self.preconditioner.state
+        decrease = 1 - record.new_loss / record.loss if record.loss else 0.0
+        its = 1 - after / before if before else 0.0
         state["rows"] = batch.grown(state["rows"], decrease, its)
 
     def _settle(
@@ -386,9 +389,9 @@ class CurvatureOptimizer(Optimizer):
             predicted = record.predicted_decrease
             ratio = (record.loss - record.new_loss) / predicted if predicted else math.nan
             state["damping"] = self.damping_rule.accepted(record.damping, ratio, record.scale)
-            if proposal.next_damping is not None:
-                state["damping"] = proposal.next_damping
             halvings = round(-math.log2(record.scale))
+        if proposal.next_damping is not None and not record.stalled:
+            state["damping"] = proposal.next_damping
         # the next step starts longer by a factor of two, or four if this one was not shortened more
         state["halvings"] = max(0, halvings - (2 if halvings <= state["halvings"] else 1))
         state["step"] += 1
@@ -450,6 +453,7 @@ class CurvatureOptimizer(Optimizer):
     def _method(self) -> dict[str, str]:
         """Describe the parts that a state belongs to."""
         parts = {name: getattr(self, name) for name in ("step_size", "momentum", "damping_rule")}
+        parts |= {} if self.batch is None else {"batch": self.batch}
         mine = self.preconditioner
         parts |= {"curvature": mine.curvature, "inverse": mine.inverse, "average": mine.average}
         return {name: describe(part) for name, part in parts.items()}
@@ -471,7 +475,8 @@ class CurvatureOptimizer(Optimizer):
         """Return what a copy needs: torch's attributes and those of this class."""
         names = ("preconditioner", "step_size", "momentum", "damping_rule", "max_halvings", "batch")
         mine = {name: getattr(self, name) for name in names}
-        return {**super().__getstate__(), **mine, "_last": None, "_loaded": self._loaded}
+        own = {"_last": None, "_loaded": self._loaded, "_progress": Progress()}
+        return {**super().__getstate__(), **mine, **own}
 
 
 def _linearize(source: Any) -> LinearizedLoss:

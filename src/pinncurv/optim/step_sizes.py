@@ -7,7 +7,7 @@ import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ class Situation:
         residual_at: Evaluates r̃ there in the same way; None if the loss does not offer that.
         invert: Returns the inverse with another damping.
         start: The part of its proposal that the last step took, or somewhat more.
+        rates: The groups' ``lr``, one per parameter; empty where all are one.
     """
 
     linearized: LinearizedLoss
@@ -47,6 +48,7 @@ class Situation:
     residual_at: Callable[[Sequence[Tensor], float], Sequence[Tensor]] | None = None
     invert: Callable[[float], Any] | None = None
     start: float = 1.0
+    rates: Sequence[float] = ()
 
     @property
     def loss(self) -> float:
@@ -72,6 +74,12 @@ class Situation:
             curved = self.linearized.jacobian.adjoint() @ images
             return self._solve(None, _sum(self.gradient, curved))
         return self._solve(_sum(residual, images), None)
+
+    def rated(self, update: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return an update times the groups' ``lr``, as the optimizer takes it."""
+        if not self.rates:
+            return update
+        return [rate * part for rate, part in zip(self.rates, update, strict=True)]
 
     def acceleration(self, v: Sequence[Tensor], image: Sequence[Tensor]) -> list[Tensor] | None:
         """Return the second derivative of the path along which r̃ would fall in a straight line.
@@ -106,8 +114,8 @@ class Situation:
     def _solve(self, u: Sequence[Tensor] | None, gradient: Sequence[Tensor] | None) -> list[Tensor]:
         """Return -(C + λI)⁻¹ Jᵀu, given u or Jᵀu or both."""
         solve: Any = getattr(self.inverse, "solve_residual", None)
-        known = self._knows(getattr(self.inverse, "linearizations", ()))
-        if u is not None and solve is not None and known:
+        known = getattr(self.inverse, "linearizations", ())
+        if u is not None and solve is not None and self._knows(known):
             return [-part for part in solve(list(u))]
         if gradient is None:
             assert u is not None
@@ -158,10 +166,8 @@ class Proposal:
         new_loss: L after the update if it was evaluated; NaN otherwise.
         direction: What to take in place of Δ, if not None.
         damping: λ of that direction, if it is another one.
-        next_damping: λ of the next step if this one is taken; None leaves that to the damping rule.
+        next_damping: λ of the next step; None leaves that to the damping rule.
         scale: Which part this is of the longest update that was thought of.
-        overfits: Whether the update is short since it lowers the loss at the points that were
-            linearized, and not at the others.
     """
 
     step_size: float
@@ -172,11 +178,13 @@ class Proposal:
     damping: float | None = None
     next_damping: float | None = None
     scale: float = 1.0
-    overfits: bool = False
 
 
 class StepSize(ABC):
     """A rule for the step size."""
+
+    sets_damping: ClassVar[bool] = False
+    """Whether its proposals set the damping of the next step, so that the inverse must have one."""
 
     @abstractmethod
     def propose(self, situation: Situation) -> Proposal:
@@ -258,9 +266,9 @@ class GridLineSearch(StepSize):
         }
         finite = {step: loss for step, loss in losses.items() if math.isfinite(loss)}
         if not finite:
-            return Proposal(2.0**self.first, new_loss=math.nan)
+            return Proposal(2.0**self.first, new_loss=math.nan, scale=2.0**self.first)
         best = min(finite, key=finite.__getitem__)
-        return Proposal(best, new_loss=finite[best])
+        return Proposal(best, new_loss=finite[best], scale=best)
 
 
 @dataclass(frozen=True)
@@ -274,19 +282,21 @@ class GeodesicFlow(StepSize):
     and then crawls. The curve bends with the residual, so that it may be followed several times as
     far as its tangent. τ is looked for downwards from two to four times that of the last step. If
     even the shortest one does not decrease the loss as it should, the damping is raised in the same
-    step. It is lowered for the next one if τ was long, or the curve nearly straight, ‖a‖ < calm
-    ‖v‖: then what makes steps short is no lack of damping.
+    step, for the next one where the linearization is not kept. It is lowered for the next one if τ
+    was long, or the curve nearly straight as far as it was followed, τ ‖a‖ < calm ‖v‖: then what
+    makes steps short is no lack of damping.
 
     Costs a solve and a residual more than a step along v, and one loss per τ.
 
     Args:
         shortest: τ below which the damping is raised, half of that after it was.
         longest: τ from which on it is lowered.
-        calm: ‖a‖ / ‖v‖ below which it is lowered, too.
+        calm: τ ‖a‖ / ‖v‖ below which it is lowered, too.
         factor: By which it is raised and lowered.
         sufficient: Which part of the decrease that is predicted is one.
         tries: How many dampings are tried.
         accelerate: Whether to follow the curve, not its tangent.
+        minimum: Smallest λ that it is lowered to.
 
     Source: Transtrum and Sethna 2012 (geodesic acceleration) on the flow of Newton's method,
     Deuflhard 2011, section 3.
@@ -299,34 +309,42 @@ class GeodesicFlow(StepSize):
     sufficient: float = 0.1
     tries: int = 12
     accelerate: bool = True
+    minimum: float = 1e-20
+
+    sets_damping = True
 
     def __post_init__(self) -> None:
-        if not (0 < self.shortest <= 1 and self.factor > 1 and self.tries >= 1):
+        within = 0 < self.shortest <= 1 and self.factor > 1 and self.tries >= 1
+        if not (within and self.minimum > 0):
             raise ValueError(
-                "Must hold: 0 < shortest <= 1, factor > 1 and tries >= 1, got "
-                f"{self.shortest}, {self.factor}, {self.tries}."
+                "Must hold: 0 < shortest <= 1, factor > 1, tries >= 1 and minimum > 0, got "
+                f"{self.shortest}, {self.factor}, {self.tries}, {self.minimum}."
             )
 
     def propose(self, situation: Situation) -> Proposal:
         at, best, bent = situation, Proposal(0.0), math.inf
         for attempt in range(self.tries):
             velocity = list(at.direction) or at.step()
-            image = at.linearized.jacobian @ velocity
-            bend = at.acceleration(velocity, image) if self.accelerate else None
+            taken = at.rated(velocity)
+            image = at.linearized.jacobian @ list(taken)
+            bend = at.acceleration(taken, image) if self.accelerate else None
             best = self._search(at, velocity, bend, image)
             if bend is not None:
                 bent = math.sqrt(dot(bend, bend) / max(dot(velocity, velocity), _TINY))
             enough = at.loss - best.new_loss > self.sufficient * best.predicted_decrease > 0
             if enough and best.scale >= self.shortest / (2 if attempt else 1):
                 break
-            if self._goes_on(at, best):  # more damping would not mend that
-                best = replace(best, overfits=True)
+            resolved = torch.finfo(velocity[0].dtype).eps * abs(at.loss)
+            if abs(best.predicted_decrease) <= resolved:  # no damping makes that visible
                 break
+            more = max(at.damping, self.minimum) * self.factor
             if at.invert is None or attempt == self.tries - 1:
-                break
-            at = replace(at.damped(at.damping * self.factor), start=1.0)
-        lower = best.scale >= self.longest or (bent < self.calm and attempt == 0)
-        return replace(best, next_damping=at.damping / self.factor if lower else at.damping)
+                return replace(best, next_damping=more)
+            at = replace(at.damped(more), start=1.0)
+        calm = attempt == 0 and best.scale * bent < self.calm
+        lower = best.scale >= self.longest or calm
+        less = min(at.damping, max(self.minimum, at.damping / self.factor))
+        return replace(best, next_damping=less if lower else at.damping)
 
     def _search(
         self,
@@ -337,16 +355,16 @@ class GeodesicFlow(StepSize):
     ) -> Proposal:
         """Return the first τ, downwards, after which the loss rises again."""
         r, curvature, share = at.linearized.residual, dot(image, image), 1.0
-        slope = dot(at.gradient, velocity) if r is None else dot(r, image)
+        slope = dot(at.gradient, at.rated(velocity)) if r is None else dot(r, image)
         if r is not None:  # the model may be of some points only
             batch = 0.5 * dot(r, r)
-            share = at.loss / batch if batch else math.nan
+            share = at.loss / batch if batch else 0.0
         best, tau = Proposal(0.0, new_loss=math.inf), at.start
         while tau >= self.shortest / 4:
             chosen = velocity
             if bend is not None:
                 chosen = [v.add(a, alpha=0.5 * tau) for v, a in zip(velocity, bend, strict=True)]
-            loss = at.try_update(chosen, tau)
+            loss = at.try_update(at.rated(chosen), tau)
             if loss < best.new_loss or best.direction is None:
                 predicted = -share * (tau * slope + 0.5 * tau**2 * curvature)
                 loss = loss if math.isfinite(loss) else math.inf
@@ -355,16 +373,6 @@ class GeodesicFlow(StepSize):
                 break
             tau /= 2
         return best
-
-    def _goes_on(self, at: Situation, best: Proposal) -> bool:
-        """Whether some points that were linearized would like to go on where all do not."""
-        some = getattr(at.linearized, "of_some", False)
-        if not some or at.residual_at is None or best.new_loss >= at.loss:
-            return False
-        assert best.direction is not None
-        parts = [at.residual_at(best.direction, factor * best.scale) for factor in (1, 2)]
-        here, there = (dot(part, part) for part in parts)
-        return there < here
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,11 @@ from typing import Any
 
 from pinncurv.curvature import (
     BlockDiagonalGaussNewton,
+    CheaperSide,
     DiagonalGaussNewton,
     GaussNewton,
     InSubspace,
+    MatrixFreeGaussNewton,
     SubspaceGaussNewton,
 )
 from pinncurv.linops import Damped
@@ -24,7 +26,7 @@ from pinncurv.optim import (
     StepSize,
     from_zero,
 )
-from pinncurv.presets.precision import default_damping, groups_of
+from pinncurv.presets.precision import adapting, default_damping, groups_of
 
 
 def _engd(
@@ -34,6 +36,7 @@ def _engd(
     decay: float,
     start: Start,
     step_size: StepSize | None,
+    damping_rule: DampingRule | None,
 ) -> CurvatureOptimizer:
     """Compose energy natural gradient descent with one form of the Gauss-Newton matrix."""
     groups = groups_of(params)
@@ -43,6 +46,7 @@ def _engd(
         inverse=Damped(default_damping(groups, 1e-10) if damping is None else damping),
         step_size=step_size or GridLineSearch(),
         average=ExponentialAverage(decay, start) if decay else None,
+        damping_rule=adapting(damping, damping_rule),
     )
 
 
@@ -52,19 +56,22 @@ def engd(
     decay: float = 0.0,
     start: Start = from_zero,
     step_size: StepSize | None = None,
+    damping_rule: DampingRule | None = None,
 ) -> CurvatureOptimizer:
     """Return energy natural gradient descent with the full Gauss-Newton matrix.
 
     Args:
         params: Parameters or parameter groups.
-        damping: λ of (JᵀJ + λI)⁻¹; by default 1e-10 in float64, else 1e-4.
+        damping: λ of (JᵀJ + λI)⁻¹, constant; by default it starts at 1e-10 in float64, else 1e-4.
         decay: β of the matrix's moving average; 0 for none.
         start: What the moving average starts from.
         step_size: The step size; the grid line search by default.
+        damping_rule: How λ adapts. By default it is constant, as published, if it is given, else
+            raised while steps have to be shortened.
 
     Source: Müller and Zeinhofer 2023.
     """
-    return _engd(params, GaussNewton(), damping, decay, start, step_size)
+    return _engd(params, GaussNewton(), damping, decay, start, step_size, damping_rule)
 
 
 def engd_per_layer(
@@ -73,9 +80,11 @@ def engd_per_layer(
     decay: float = 0.0,
     start: Start = from_zero,
     step_size: StepSize | None = None,
+    damping_rule: DampingRule | None = None,
 ) -> CurvatureOptimizer:
     """Return the same with the per-layer diagonal blocks. Arguments as ``engd``."""
-    return _engd(params, BlockDiagonalGaussNewton(), damping, decay, start, step_size)
+    curvature = BlockDiagonalGaussNewton()
+    return _engd(params, curvature, damping, decay, start, step_size, damping_rule)
 
 
 def engd_diagonal(
@@ -84,9 +93,10 @@ def engd_diagonal(
     decay: float = 0.0,
     start: Start = from_zero,
     step_size: StepSize | None = None,
+    damping_rule: DampingRule | None = None,
 ) -> CurvatureOptimizer:
     """Return the same with the diagonal. Arguments as ``engd``, with a damping of 1e-6."""
-    return _engd(params, DiagonalGaussNewton(), damping, decay, start, step_size)
+    return _engd(params, DiagonalGaussNewton(), damping, decay, start, step_size, damping_rule)
 
 
 def gauss_newton(
@@ -98,29 +108,29 @@ def gauss_newton(
 ) -> CurvatureOptimizer:
     """Return the exact Gauss-Newton method with the quadratic model.
 
-    The default damping does little more than keep the matrix invertible; what keeps the steps
-    short is that an update is halved until the loss decreases. On small networks that converges
-    much faster than damping adapted by ``damping_rule=LevenbergMarquardt()``. Where the records say
-    that steps are shortened by many powers of two, it is the other way round: take more damping, or
-    that rule from ``damping=1e-3`` on.
+    The default damping starts as little more than what keeps the matrix invertible: an update is
+    halved until the loss decreases, and the damping raised where that takes many halvings. A
+    damping that is given is constant. ``auto`` follows the curve instead of its tangent.
 
     Args:
         params: Parameters or parameter groups.
-        damping: λ, of the first step if it adapts; by default 1e-12 in float64, else 1e-4.
+        damping: λ, constant without a rule; by default it starts at 1e-12 in float64, else 1e-4.
         use_momentum: Whether the quadratic model may take part of the previous update.
-        damping_rule: How λ adapts; constant by default.
-        curvature: The form of the exact matrix: dense by default. For networks with more parameters
-            than residuals, ``MatrixFreeGaussNewton()`` inverts by the kernel.
+        damping_rule: How λ adapts. By default it is constant, as published, if it is given, else
+            raised while steps have to be shortened.
+        curvature: The form of the exact matrix. By default it is formed and factorized on the
+            cheaper side, of parameters or residuals, see ``CheaperSide``.
 
     Source: Martens and Grosse 2015, section 7, with the exact matrix.
     """
     groups = groups_of(params)
+    number = default_damping(groups, 1e-12) if damping is None else damping
     return CurvatureOptimizer(
         groups,
-        curvature=GaussNewton() if curvature is None else curvature,
-        inverse=Damped(default_damping(groups, 1e-12) if damping is None else damping),
+        curvature=MatrixFreeGaussNewton() if curvature is None else curvature,
+        inverse=CheaperSide(number) if curvature is None else Damped(number),
         step_size=QuadraticModel(use_momentum),
-        damping_rule=damping_rule,
+        damping_rule=adapting(damping, damping_rule),
     )
 
 

@@ -6,16 +6,20 @@ from typing import Any
 from pinncurv.curvature import MatrixFreeGaussNewton, Woodbury
 from pinncurv.optim import (
     CurvatureOptimizer,
+    DampingRule,
     GridLineSearch,
     NormConstrained,
     Spring,
     StepSize,
 )
-from pinncurv.presets.precision import default_damping, groups_of
+from pinncurv.presets.precision import adapting, default_damping, groups_of
 
 
 def engd_w(
-    params: Iterable[Any], damping: float | None = None, step_size: StepSize | None = None
+    params: Iterable[Any],
+    damping: float | None = None,
+    step_size: StepSize | None = None,
+    damping_rule: DampingRule | None = None,
 ) -> CurvatureOptimizer:
     """Return energy natural gradient descent through the kernel, for many parameters.
 
@@ -24,8 +28,11 @@ def engd_w(
 
     Args:
         params: Parameters or parameter groups.
-        damping: λ of (JᵀJ + λI)⁻¹, positive; by default 1e-10 in float64, else 1e-4.
+        damping: λ of (JᵀJ + λI)⁻¹, positive and constant; by default it starts at 1e-10 in float64,
+            else 1e-4.
         step_size: The step size; the grid line search by default.
+        damping_rule: How λ adapts. By default it is constant, as published, if it is given, else
+            raised while steps have to be shortened.
 
     Source: Guzman-Cordero et al. 2025 (ENGD-W).
     """
@@ -35,6 +42,7 @@ def engd_w(
         curvature=MatrixFreeGaussNewton(),
         inverse=Woodbury(default_damping(groups, 1e-10) if damping is None else damping),
         step_size=GridLineSearch() if step_size is None else step_size,
+        damping_rule=adapting(damping, damping_rule),
     )
 
 
@@ -43,6 +51,7 @@ def spring(
     damping: float | None = None,
     momentum: float = 0.9,
     step_size: StepSize | None = None,
+    damping_rule: DampingRule | None = None,
 ) -> CurvatureOptimizer:
     """Return SPRING: the steps of ``engd_w`` with momentum through the solve.
 
@@ -50,9 +59,12 @@ def spring(
 
     Args:
         params: Parameters or parameter groups.
-        damping: λ of (JᵀJ + λI)⁻¹, positive; by default 1e-8 in float64, else 1e-4.
+        damping: λ of (JᵀJ + λI)⁻¹, positive and constant; by default it starts at 1e-8 in float64,
+            else 1e-4.
         momentum: μ, the part of the last direction that a step starts from.
         step_size: The step size; by default full steps of at most length one.
+        damping_rule: How λ adapts. By default it is constant, as published, if it is given, else
+            raised while steps have to be shortened.
 
     Source: Goldshlager, Abrahamsen, Lin 2024 (SPRING); Guzman-Cordero et al. 2025 for PINNs.
     """
@@ -63,4 +75,5 @@ def spring(
         inverse=Woodbury(default_damping(groups, 1e-8) if damping is None else damping),
         step_size=NormConstrained(1.0, norm=1.0) if step_size is None else step_size,
         momentum=Spring(momentum) if momentum else None,
+        damping_rule=adapting(damping, damping_rule),
     )

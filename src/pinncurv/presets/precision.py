@@ -6,9 +6,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pinncurv.optim import DampingRule, ShortStepDamping
+
 # Rounding moves the eigenvalues of JᵀJ by about 6e-8 ‖JᵀJ‖ in float32. With ‖JᵀJ‖ of some hundreds,
 # as for the PDEs here, training stalls with a damping of 1e-6, and does not with 1e-5 or more.
 SINGLE_PRECISION_DAMPING = 1e-4
+
+
+def adapting(damping: float | None, rule: DampingRule | None) -> DampingRule | None:
+    """Return the rule of a method that was published with a constant damping.
+
+    A damping that is given stays, as published; the default one adapts to short steps.
+    """
+    if rule is not None or damping is not None:
+        return rule
+    return ShortStepDamping(short=2.0**-4, long=2.0**-2, minimum=1e-12)
 
 
 def groups_of(params: Iterable[Any]) -> list[Any]:

@@ -1,0 +1,77 @@
+"""Saying once, in words, that a training has stopped making progress, and what to change."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import deque
+
+from pinncurv.optim.protocols import StepRecord
+
+# Steps that are looked at together, and what their best loss must be of that of as many before.
+_CURVATURE_STEPS, _FIRST_ORDER_STEPS = 100, 2000
+_PROGRESS = 0.99
+
+# Below this part of a full step, an update is called short.
+_SHORT = 2.0**-8
+
+
+class StoppedProgress(UserWarning):
+    """The loss has stopped falling, though the training goes on."""
+
+
+class Progress:
+    """Watches the records of an optimizer, and warns once when the loss has stopped falling.
+
+    min_{last k} L > 0.99 min_{k before} L,  k = 100 steps of curvature, 2000 of the first order
+
+    Args:
+        first_order: Whether it is an optimizer without curvature.
+    """
+
+    def __init__(self, first_order: bool = False) -> None:
+        self._steps = _FIRST_ORDER_STEPS if first_order else _CURVATURE_STEPS
+        self._records: deque[tuple[float, bool]] = deque(maxlen=2 * self._steps)
+        self._told = False
+
+    def observe(self, record: StepRecord) -> None:
+        """Look at one more step, and warn if it is time."""
+        short = not record.accepted or min(record.scale, record.step_size) < _SHORT
+        loss = record.loss if math.isfinite(record.loss) else math.inf
+        self._records.append((loss, short))
+        if self._told or len(self._records) < 2 * self._steps:
+            return
+        losses = [loss for loss, _ in self._records]
+        before, now = min(losses[: self._steps]), min(losses[self._steps :])
+        if now <= _PROGRESS * before or before <= 0:
+            return
+        self._told = True
+        short_ones = sum(short for _, short in list(self._records)[self._steps :])
+        warnings.warn(
+            f"The loss has fallen by less than 1 % in {self._steps} steps, to {now:.3g}. "
+            + self._advice(record, losses[self._steps :], short_ones),
+            StoppedProgress,
+            stacklevel=4,
+        )
+
+    def _advice(self, record: StepRecord, losses: list[float], short: int) -> str:
+        """Return what may be the cause, and what to change."""
+        spread = max(losses) / min(losses)
+        if self._steps == _FIRST_ORDER_STEPS:
+            return "Lower the learning rate, or go on with a method of curvature: presets.auto."
+        if short > self._steps / 2:
+            return (
+                f"{short} of these steps were rejected or shortened to less than {_SHORT:.0e} of "
+                f"their length, with a damping of {record.damping:.1e}. Take more damping, one "
+                "that adapts (damping_rule=ShortStepDamping()), or presets.auto."
+            )
+        if spread > 2:
+            return (
+                f"It varies by a factor of {spread:.2g}: what is left is the choice of points. "
+                "Take more of them, or draw new ones less often."
+            )
+        return (
+            "The steps were not short: what this network can represent at these points, in this "
+            "precision, may be reached. Take more points if the held-out loss is much larger, else "
+            "a larger network, another weight of the terms, or float64."
+        )
