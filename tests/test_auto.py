@@ -14,6 +14,8 @@ from pinncurv.optim import ConstantDamping, GeodesicFlow, GrowingBatch
 from pinncurv.problems import L2, Box, Fixed, LossTerm, poisson2d
 from tests.optim.cases import flat, network, poisson, same, values
 
+pytestmark = pytest.mark.usefixtures("shapes_unchecked")  # which take longer than the steps
+
 
 def train(objective: Objective, steps: int, optimizer=None):
     """Take steps, none of which may raise the loss, and return the last record."""
@@ -62,7 +64,7 @@ def test_composition():
     assert optimizer.batch == GrowingBatch(300, largest=300, seed=3)
 
 
-def test_trains_the_published_setting(shapes_unchecked):
+def test_trains_the_published_setting():
     """poisson2d with 900 + 120 points and 257 parameters, in 40 steps from few points to all."""
     model = network(2, 64, 1)
     objective = Objective.sample(model, poisson2d(900, 120), torch.Generator().manual_seed(0))
@@ -73,7 +75,7 @@ def test_trains_the_published_setting(shapes_unchecked):
 
 
 @pytest.mark.slow
-def test_reaches_the_accuracy_of_the_best(shapes_unchecked):
+def test_reaches_the_accuracy_of_the_best():
     model = network(2, 64, 1)
     objective = Objective.sample(model, poisson2d(900, 120), torch.Generator().manual_seed(0))
     train(objective, 120)

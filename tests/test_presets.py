@@ -60,7 +60,12 @@ def composition(optimizer: CurvatureOptimizer) -> tuple:
 
 
 CONSTANT = ConstantDamping()
-ADAPTS = ShortStepDamping(short=2.0**-4, long=2.0**-2, minimum=1e-12)
+
+
+def adapts(minimum: float) -> ShortStepDamping:
+    return ShortStepDamping(short=2.0**-4, long=2.0**-2, minimum=minimum)
+
+
 MATRIX_FREE = MatrixFreeGaussNewton()
 GRID = GridLineSearch(-30, 0)
 
@@ -125,11 +130,11 @@ GRID = GridLineSearch(-30, 0)
                 None,
             ),
         ),
-        (presets.engd, {}, (GaussNewton(), Damped(1e-10), GRID, None, None, ADAPTS)),
+        (presets.engd, {}, (GaussNewton(), Damped(1e-10), GRID, None, None, adapts(1e-10))),
         (
             presets.engd_per_layer,
             {},
-            (BlockDiagonalGaussNewton(), Damped(1e-10), GRID, None, None, ADAPTS),
+            (BlockDiagonalGaussNewton(), Damped(1e-10), GRID, None, None, adapts(1e-10)),
         ),
         (presets.engd_diagonal, {}, (DiagonalGaussNewton(), Damped(1e-6), GRID, None, None)),
         *[
@@ -153,7 +158,7 @@ GRID = GridLineSearch(-30, 0)
         (
             presets.gauss_newton,
             {},
-            (MATRIX_FREE, CheaperSide(1e-12), QuadraticModel(), None, None, ADAPTS),
+            (MATRIX_FREE, CheaperSide(1e-12), QuadraticModel(), None, None, adapts(1e-12)),
         ),
         (
             presets.gauss_newton,
@@ -165,7 +170,7 @@ GRID = GridLineSearch(-30, 0)
             {"use_momentum": False, "damping_rule": RULE, "curvature": GaussNewton()},
             (GaussNewton(), Damped(1e-12), QuadraticModel(use_momentum=False), None, None, RULE),
         ),
-        (presets.engd_w, {}, (MATRIX_FREE, Woodbury(1e-10), GRID, None, None, ADAPTS)),
+        (presets.engd_w, {}, (MATRIX_FREE, Woodbury(1e-10), GRID, None, None, adapts(1e-10))),
         (
             presets.engd_w,
             {"damping": 1e-3, "step_size": FixedStep(0.1)},
@@ -174,7 +179,14 @@ GRID = GridLineSearch(-30, 0)
         (
             presets.spring,
             {},
-            (MATRIX_FREE, Woodbury(1e-8), NormConstrained(1.0, 1.0), None, Spring(0.9), ADAPTS),
+            (
+                MATRIX_FREE,
+                Woodbury(1e-8),
+                NormConstrained(1.0, 1.0),
+                None,
+                Spring(0.9),
+                adapts(1e-8),
+            ),
         ),
         (
             presets.spring,

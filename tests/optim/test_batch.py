@@ -23,6 +23,8 @@ from pinncurv.problems import Fixed, LossTerm
 from tests.networks import points
 from tests.optim.cases import Obstacle, flat, gram, linear_fit, network, poisson, same, values
 
+pytestmark = pytest.mark.usefixtures("shapes_unchecked")  # which take longer than the steps
+
 
 def optimizer(parameters, batch=None, step_size=None, damping=1e-2) -> CurvatureOptimizer:
     return CurvatureOptimizer(
@@ -98,7 +100,6 @@ def test_settings_out_of_range(settings):
 
 
 @pytest.mark.parametrize("bad", [GrowingBatch, 400, QuadraticModel()])
-@pytest.mark.usefixtures("shapes_unchecked")
 def test_a_batch_that_is_none(bad):
     with pytest.raises(TypeError, match="batch must be an object"):
         CurvatureOptimizer(

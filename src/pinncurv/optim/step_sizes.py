@@ -322,7 +322,8 @@ class GeodesicFlow(StepSize):
             )
 
     def propose(self, situation: Situation) -> Proposal:
-        at, best, bent = situation, Proposal(0.0), math.inf
+        at, bent = situation, math.inf
+        best = lowest = Proposal(0.0, new_loss=math.inf)
         for attempt in range(self.tries):
             velocity = list(at.direction) or at.step()
             taken = at.rated(velocity)
@@ -338,8 +339,10 @@ class GeodesicFlow(StepSize):
             if abs(best.predicted_decrease) <= resolved:  # no damping makes that visible
                 break
             more = max(at.damping, self.minimum) * self.factor
+            lowest = best if not best.new_loss >= lowest.new_loss else lowest
             if at.invert is None or attempt == self.tries - 1:
-                return replace(best, next_damping=more)
+                chosen = best if lowest.direction is None else lowest
+                return replace(chosen, next_damping=more)
             at = replace(at.damped(more), start=1.0)
         calm = attempt == 0 and best.scale * bent < self.calm
         lower = best.scale >= self.longest or calm

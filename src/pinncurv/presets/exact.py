@@ -40,13 +40,14 @@ def _engd(
 ) -> CurvatureOptimizer:
     """Compose energy natural gradient descent with one form of the Gauss-Newton matrix."""
     groups = groups_of(params)
+    number, rule = adapting(damping, default_damping(groups, 1e-10), damping_rule)
     return CurvatureOptimizer(
         groups,
         curvature=curvature,
-        inverse=Damped(default_damping(groups, 1e-10) if damping is None else damping),
+        inverse=Damped(number),
         step_size=step_size or GridLineSearch(),
         average=ExponentialAverage(decay, start) if decay else None,
-        damping_rule=adapting(damping, damping_rule),
+        damping_rule=rule,
     )
 
 
@@ -124,13 +125,13 @@ def gauss_newton(
     Source: Martens and Grosse 2015, section 7, with the exact matrix.
     """
     groups = groups_of(params)
-    number = default_damping(groups, 1e-12) if damping is None else damping
+    number, rule = adapting(damping, default_damping(groups, 1e-12), damping_rule)
     return CurvatureOptimizer(
         groups,
         curvature=MatrixFreeGaussNewton() if curvature is None else curvature,
         inverse=CheaperSide(number) if curvature is None else Damped(number),
         step_size=QuadraticModel(use_momentum),
-        damping_rule=adapting(damping, damping_rule),
+        damping_rule=rule,
     )
 
 

@@ -37,12 +37,13 @@ def engd_w(
     Source: Guzman-Cordero et al. 2025 (ENGD-W).
     """
     groups = groups_of(params)
+    number, rule = adapting(damping, default_damping(groups, 1e-10), damping_rule)
     return CurvatureOptimizer(
         groups,
         curvature=MatrixFreeGaussNewton(),
-        inverse=Woodbury(default_damping(groups, 1e-10) if damping is None else damping),
+        inverse=Woodbury(number),
         step_size=GridLineSearch() if step_size is None else step_size,
-        damping_rule=adapting(damping, damping_rule),
+        damping_rule=rule,
     )
 
 
@@ -69,11 +70,12 @@ def spring(
     Source: Goldshlager, Abrahamsen, Lin 2024 (SPRING); Guzman-Cordero et al. 2025 for PINNs.
     """
     groups = groups_of(params)
+    number, rule = adapting(damping, default_damping(groups, 1e-8), damping_rule)
     return CurvatureOptimizer(
         groups,
         curvature=MatrixFreeGaussNewton(),
-        inverse=Woodbury(default_damping(groups, 1e-8) if damping is None else damping),
+        inverse=Woodbury(number),
         step_size=NormConstrained(1.0, norm=1.0) if step_size is None else step_size,
         momentum=Spring(momentum) if momentum else None,
-        damping_rule=adapting(damping, damping_rule),
+        damping_rule=rule,
     )

@@ -13,14 +13,21 @@ from pinncurv.optim import DampingRule, ShortStepDamping
 SINGLE_PRECISION_DAMPING = 1e-4
 
 
-def adapting(damping: float | None, rule: DampingRule | None) -> DampingRule | None:
-    """Return the rule of a method that was published with a constant damping.
+def adapting(
+    damping: float | None, start: float, rule: DampingRule | None
+) -> tuple[float, DampingRule | None]:
+    """Return damping and rule of a method that was published with a constant damping.
 
-    A damping that is given stays, as published; the default one adapts to short steps.
+    A damping that is given stays, as published; the default one is raised while steps are short.
+
+    Args:
+        damping: What was given, or None.
+        start: The default.
+        rule: What was given, or None.
     """
     if rule is not None or damping is not None:
-        return rule
-    return ShortStepDamping(short=2.0**-4, long=2.0**-2, minimum=1e-12)
+        return start if damping is None else damping, rule
+    return start, ShortStepDamping(short=2.0**-4, long=2.0**-2, minimum=start)
 
 
 def groups_of(params: Iterable[Any]) -> list[Any]:
