@@ -92,7 +92,7 @@ PROBLEMS = _functions(
         *("heat_coefficient", "poisson_coefficient", "poisson_source"),
         *("kovasznay", "beltrami", "helmholtz", "wave1d", "biharmonic_plate"),
         *("poisson2d_multiscale", "convection", "reaction", "kdv_two_solitons", "nls"),
-        *("black_scholes", "poisson_disk", "poisson_l_shape"),
+        *("black_scholes", "poisson_disk", "poisson_disk_ritz", "poisson_l_shape"),
     ),
 )
 

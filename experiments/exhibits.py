@@ -175,6 +175,11 @@ EXHIBITS: dict[str, Exhibit] = {
     "black_scholes": Exhibit(_tanh("black_scholes", 30, 3)),
     "biharmonic_plate": Exhibit(_tanh("biharmonic_plate", 30, 3)),
     "poisson_disk": Exhibit(_tanh("poisson_disk", 30, 3)),
+    "poisson_disk_ritz": Exhibit(
+        _tanh("poisson_disk_ritz", 20, 2),
+        note="The problem of poisson_disk as the minimum of an energy, which ends where the "
+        "energy's digits do. The network has 501 parameters for 1,152 nodes.",
+    ),
     "poisson_l_shape": Exhibit(_tanh("poisson_l_shape", 30, 3)),
     "heat_coefficient": Exhibit(
         _tanh("heat_coefficient", 30, 3),

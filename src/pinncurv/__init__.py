@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time see __getattr__
     from pinncurv.problems import (
         L2 as L2,
         Box as Box,
+        Energy as Energy,
         Fixed as Fixed,
         LossTerm as LossTerm,
         Problem as Problem,
@@ -60,7 +61,7 @@ _HOMES = {
     "linearization": "linearize",
     "linops": "Damped FactorDamping",
     "optim": "CurvatureOptimizer FirstOrder HeldOut QuadraticModel",
-    "problems": "Box Fixed L2 LossTerm Problem SpaceTimeBox",
+    "problems": "Box Energy Fixed L2 LossTerm Problem SpaceTimeBox",
     "verification": "verify",
 }
 _MODULES = {name: home for home, names in _HOMES.items() for name in names.split()}

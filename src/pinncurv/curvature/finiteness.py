@@ -32,7 +32,7 @@ def raise_for_gradient(linearizations: Sequence[Linearization]) -> NoReturn:
 def _describe(linearization: Linearization) -> str:
     """Say at how many points of a term rows are not finite, and which is the first; '' if none."""
     bad = []
-    for chunk in linearization:
+    for chunk in (part.slope or part for part in linearization):
         finite = torch.ones_like(chunk.residual[:, 0], dtype=torch.bool)
         for block in chunk.blocks.values():
             ones = [chunk.residual.new_ones(1, *shape) for shape in block.shapes]

@@ -65,25 +65,24 @@ class SecondDerivativeLinearOperator(SymmetricLinearOperator, ABC):
         return type(self)([self.linearizations[position]], self.space)
 
     @abstractmethod
-    def _cotangent(self, residual: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
-        """Return u for the scaled residual r̃ of some points."""
+    def _cotangent(self, u: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
+        """Return u as it is to be differentiated; it is the scaled residual r̃ of some points."""
 
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
         totals = [torch.zeros_like(x) for x in X]
         for linearization in self.linearizations:
-            for residual in _scaled_residuals(linearization):
-                self._add_products_(totals, residual, X)
+            for y, u in _slopes(linearization):
+                self._add_products_(totals, y, u, X)
         return totals
 
-    def _add_products_(self, totals: list[Tensor], residual: Tensor, X: list[Tensor]) -> None:
+    def _add_products_(self, totals: list[Tensor], y: Tensor, u: Tensor, X: list[Tensor]) -> None:
         """Add the products of some points."""
         parameters = list(self.space.parameters.values())
-        if not residual.requires_grad:
+        if not y.requires_grad:
             return
         with torch.enable_grad():
-            u = self._cotangent(residual)
             pulled = torch.autograd.grad(
-                residual, parameters, u, create_graph=True, allow_unused=True
+                y, parameters, self._cotangent(u), create_graph=True, allow_unused=True
             )
         # what is linear in the parameters has a gradient without a graph, or none
         pairs = [(g, x) for g, x in zip(pulled, X, strict=True) if g is not None]
@@ -141,13 +140,15 @@ class SecondDerivativeLinearOperator(SymmetricLinearOperator, ABC):
         return FactorizedInverseLinearOperator(factorization, self.shapes, self.dtype)
 
 
-def _scaled_residuals(linearization: Linearization) -> Iterator[Float[Tensor, "n V"]]:
-    """Yield r̃ of the parameters, with a graph, a block of points at a time."""
+def _slopes(
+    linearization: Linearization,
+) -> Iterator[tuple[Float[Tensor, "n V"], Float[Tensor, "n V"]]]:
+    """Yield r̃ twice, or what takes its place, with a graph, a block of points at a time."""
     check_differentiable(linearization.term.name)
     for part in linearization.parts():
         with torch.enable_grad():
-            residual = part.residual(linearization.model)
-        yield residual
+            slopes = part.slopes(linearization.model)
+        yield slopes
 
 
 class HessianLinearOperator(SecondDerivativeLinearOperator):
@@ -158,8 +159,8 @@ class HessianLinearOperator(SecondDerivativeLinearOperator):
     The first part is ``GaussNewtonLinearOperator``, the second ``ResidualHessianLinearOperator``.
     """
 
-    def _cotangent(self, residual: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
-        return residual  # with its graph: ∇L = Jᵀ r̃ is differentiated in both factors
+    def _cotangent(self, u: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
+        return u  # with its graph: ∇L = Jᵀ r̃ is differentiated in both factors
 
 
 class ResidualHessianLinearOperator(SecondDerivativeLinearOperator):
@@ -171,8 +172,8 @@ class ResidualHessianLinearOperator(SecondDerivativeLinearOperator):
     cost no digits. It vanishes where the residual does, and where it is linear in the parameters.
     """
 
-    def _cotangent(self, residual: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
-        return residual.detach()
+    def _cotangent(self, u: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
+        return u.detach()
 
 
 @restrict.register

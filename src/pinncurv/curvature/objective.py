@@ -28,7 +28,7 @@ from pinncurv.linearization import (
     visit_all,
 )
 from pinncurv.linops import all_finite
-from pinncurv.problems import LossTerm, Problem
+from pinncurv.problems import Energy, LossTerm, Problem
 
 
 class LinearizedObjective(Sequence[Linearization]):
@@ -36,6 +36,7 @@ class LinearizedObjective(Sequence[Linearization]):
 
     L(θ + v) ≈ ½‖r̃ + J v‖²,  ∇L = Jᵀ r̃
 
+    With an energy among the terms, L(θ + v) ≈ L + ∇Lᵀv + ½‖J v‖², and there is no residual.
     Residual and gradient are sums over the points. Where chunks are recomputed, they are taken
     along in the first pass that anybody makes by ``run``, so that a step costs one pass, not two.
 
@@ -56,6 +57,7 @@ class LinearizedObjective(Sequence[Linearization]):
         self._losses = losses
         self._terms = tuple(linearizations)
         self._residuals: list[list[Tensor]] = [[] for _ in linearizations]
+        self._parts: list[list[Tensor]] = [[] for _ in linearizations]  # of the losses
         self._gradient: list[Tensor] | None = None
         self._flawed: bool | None = None  # whether it is not finite though the loss is
 
@@ -94,10 +96,14 @@ class LinearizedObjective(Sequence[Linearization]):
             visit_all(self._terms, visitors)
             return
         residuals: list[list[Tensor]] = [[] for _ in self._terms]
+        losses: list[list[Tensor]] = [[] for _ in self._terms]
         gradient: list[Tensor | None] = [None] * len(self.space.parameters)
 
         def collect(t: int, chunk: Chunk) -> None:
             residuals[t].append(chunk.residual)
+            energy = chunk.energy
+            losses[t].append(0.5 * chunk.residual.square().sum() if energy is None else energy)
+            chunk = chunk.slope or chunk
             u = chunk.residual.t()[..., None]
             blocks = self.space.arrange(self._terms[t], chunk)
             for place, block in zip(self.space.blocks, blocks, strict=True):
@@ -109,7 +115,7 @@ class LinearizedObjective(Sequence[Linearization]):
 
         visit_all(self._terms, (*visitors, collect))
         zeros = self.space.parameters.values()
-        self._residuals = residuals
+        self._residuals, self._parts = residuals, losses
         self._gradient = [
             torch.zeros_like(p) if g is None else g for g, p in zip(gradient, zeros, strict=True)
         ]
@@ -120,7 +126,7 @@ class LinearizedObjective(Sequence[Linearization]):
         """Check that the gradient is finite if the loss is, which alone may be asked for."""
         if self._flawed is None:
             finite = all_finite(self._gradient or [])
-            self._flawed = not finite and all_finite(list(chain.from_iterable(self._residuals)))
+            self._flawed = not finite and all_finite(list(chain.from_iterable(self._parts)))
         if self._flawed:
             raise_for_gradient(self._terms)
 
@@ -140,8 +146,10 @@ class LinearizedObjective(Sequence[Linearization]):
         return JacobianLinearOperator(self._terms, self.space)  # no cycle: it is freed at once
 
     @property
-    def residual(self) -> list[Float[Tensor, "N V"]]:
-        """The scaled residuals r̃_t, one per term."""
+    def residual(self) -> list[Float[Tensor, "N V"]] | None:
+        """The scaled residuals r̃_t, one per term; None if a term is an energy, which has none."""
+        if any(isinstance(linearization.term, Energy) for linearization in self._terms):
+            return None
         if self._gradient is None:
             self.run()
         return [torch.cat(parts) for parts in self._residuals]
@@ -155,7 +163,9 @@ class LinearizedObjective(Sequence[Linearization]):
         """The losses L_t by the name of the term, of all points."""
         if self._losses is not None:
             return self._losses
-        losses = torch.stack([0.5 * residual.square().sum() for residual in self.residual])
+        if self._gradient is None:
+            self.run()
+        losses = torch.stack([torch.stack(parts).sum() for parts in self._parts])
         names = [linearization.term.name for linearization in self._terms]
         return dict(zip(names, losses.tolist(), strict=True))
 
@@ -196,7 +206,7 @@ class Evaluation:
 class Objective:
     """A loss on one frozen batch.
 
-    L(θ) = Σ_t w_t / (2 N_t) Σ_n ‖r_t(x_n; θ)‖²
+    L(θ) = Σ_t w_t / (2 N_t) Σ_n ‖r_t(x_n; θ)‖²,  plus the terms that are an ``Energy`` or ``L2``
 
     Everything is checked, and the structure of a pass found, when it is made.
 
@@ -342,6 +352,11 @@ class Objective:
         """Linearize all terms at the current parameters."""
         space = self.space  # follows what has changed
         return LinearizedObjective([Linearization(bound) for bound in self._bound], space)
+
+    @property
+    def is_sum_of_squares(self) -> bool:
+        """Whether there is a residual r̃ with L = ½‖r̃‖², which an energy has not."""
+        return not any(isinstance(term, Energy) for term in self.terms)
 
     @property
     def rows(self) -> int:

@@ -73,6 +73,10 @@ class JacobianBlock(ABC):
     def at(self, points: slice) -> JacobianBlock:
         """Return the block at some of its points."""
 
+    def components(self, chosen: slice) -> JacobianBlock:
+        """Return the rows of some of the V components."""
+        raise NotImplementedError(f"{type(self).__name__} has a single component.")
+
     @abstractmethod
     def to(self, dtype: torch.dtype) -> JacobianBlock:
         """Return the block in a data type."""
@@ -225,6 +229,9 @@ class LinearLayer(JacobianBlock):
     def at(self, points: slice) -> LinearLayer:
         return replace(self, Z=self.Z[:, points], G=self.gradients[:, :, points])
 
+    def components(self, chosen: slice) -> LinearLayer:
+        return replace(self, G=self.gradients[chosen])
+
     def to(self, dtype: torch.dtype) -> LinearLayer:
         return replace(self, Z=self.Z.to(dtype), G=self.gradients.to(dtype))
 
@@ -289,6 +296,9 @@ class DenseRows(JacobianBlock):
 
     def at(self, points: slice) -> DenseRows:
         return replace(self, matrix=self.matrix[:, points])
+
+    def components(self, chosen: slice) -> DenseRows:
+        return replace(self, matrix=self.matrix[chosen])
 
     def to(self, dtype: torch.dtype) -> DenseRows:
         return replace(self, matrix=self.matrix.to(dtype))

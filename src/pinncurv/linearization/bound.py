@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -87,6 +87,9 @@ class BoundTerm:
         FloatingPointError: If a parameter is not finite; names it.
     """
 
+    part_type: ClassVar[type[TermPart]] = TermPart
+    further: ClassVar[int] = 0  # outputs of a pass beyond the V components
+
     def __init__(
         self,
         term: LossTerm,
@@ -131,7 +134,7 @@ class BoundTerm:
         self.as_jets = any(self.term.named_parameters())
         with torch.inference_mode(mode=False):  # it serves later passes that autograd follows, too
             # a copy: x may share memory with what leaves no trace when it is written to, as numpy
-            self.whole = TermPart.of_all(self.term, self.x.detach().clone())
+            self.whole = self.part_type.of_all(self.term, self.x.detach().clone())
         widest = max((max(p.shape, default=1) for p in self.parameters.values()), default=1)
         self.parts = list(self.whole.cut(widest, self.chunk_size))
         self._structure: Structure | None = None
@@ -205,9 +208,9 @@ class BoundTerm:
         check_differentiable(self.term.name)
         structure = self.structure
         with torch.enable_grad(), record(bool(structure.plain)) as tape:
-            residual = part.evaluate(self.model, self.as_jets)
+            outputs = part.outputs(self.model, self.as_jets)
         found = signature(tape, {id(p) for p in self.parameters.values()})
-        if found != structure.signature or residual.shape[1] != structure.components:
+        if found != structure.signature or outputs.shape[1] != structure.components + self.further:
             raise RuntimeError(
                 f"A pass of term '{self.term.name}' must do the same at any points, but at "
                 f"{len(part.x)} of them the network or the residual used {len(found)} linear maps "
@@ -216,8 +219,8 @@ class BoundTerm:
                 "points; after a change of the network, make a new objective."
             )
         with record(bool(structure.plain)):  # for checkpoints, which run the forward pass again
-            blocks = blocks_of_pass(residual, part.scale, tape.entries, structure, self.parameters)
-        detached = residual.detach()
+            blocks = blocks_of_pass(outputs, part.scale, tape.entries, structure, self.parameters)
+        detached = outputs.detach()
         return Chunk(detached * part.scale, detached, blocks)
 
     def losses(self) -> Iterator[Tensor]:

@@ -14,11 +14,13 @@ from torch.nn import Module
 from pinncurv.linearization.blocks import JacobianBlock
 from pinncurv.linearization.bound import BoundTerm
 from pinncurv.linearization.chunk import Chunk
+from pinncurv.linearization.energies import BoundEnergy
 from pinncurv.linearization.entries import BoundL2
 from pinncurv.linearization.fisher import Fisher, Type2
 from pinncurv.linearization.part import TermPart
 from pinncurv.linearization.structure import Structure
-from pinncurv.problems import L2, LossTerm
+from pinncurv.problems import L2, Energy, LossTerm
+from pinncurv.problems.energy import check_squares
 
 # What is done with every part of the points: it is called with the position of the term.
 Visitor = Callable[[int, Chunk], None]
@@ -27,7 +29,7 @@ Visitor = Callable[[int, Chunk], None]
 class Linearization:
     """One loss term, linearized in the parameters at one set of points.
 
-    r̃(θ + v) ≈ r̃(θ) + J v,  L_t = ½‖r̃‖²
+    r̃(θ + v) ≈ r̃(θ) + J v,  L_t = ½‖r̃‖²,  or of an energy  L_t(θ + v) ≈ L_t + ∇L_tᵀv + ½‖J v‖²
 
     Without a chunk size the chunks are computed at once and kept, in parts that stay in the cache;
     with a chunk size every iteration recomputes them one by one, so that memory does not grow with
@@ -121,7 +123,12 @@ class Linearization:
 
     @property
     def residual(self) -> Float[Tensor, "N V"]:
-        """The scaled residual r̃ at all points, ``[N, V]``."""
+        """The scaled residual r̃ at all points, ``[N, V]``.
+
+        Raises:
+            TypeError: If the term is an energy, which has none.
+        """
+        check_squares([self.term])
         return torch.cat([chunk.residual for chunk in self])
 
     @property
@@ -187,7 +194,8 @@ def bind(
             f"What is linearized must be a LossTerm, got {type(term).__name__}. Write "
             "linearize(term, model, x)."
         )
-    kind = BoundL2 if isinstance(term, L2) else BoundTerm
+    kinds: dict[type[LossTerm], type[BoundTerm]] = {L2: BoundL2, Energy: BoundEnergy}
+    kind = next((kind for own, kind in kinds.items() if isinstance(term, own)), BoundTerm)
     return kind(term, model, x, chunk_size, terms, check)
 
 

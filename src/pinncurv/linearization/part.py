@@ -92,6 +92,8 @@ class TermPart:
         values = self.plan.read(x, model(points), as_jets)
         return self.call(x, {**values, **self.data})
 
+    outputs = evaluate  # what a pass differentiates: of an energy not its density alone
+
     def call(self, x: Any, values: Mapping[str, Any]) -> Float[Tensor, "n V"]:
         """Call the residual with the values of the operators and the data."""
         return call_residual(self.term.name, self.term.residual, x, values)
@@ -103,3 +105,11 @@ class TermPart:
     def loss(self, model: Module) -> Float[Tensor, ""]:
         """Evaluate what these points contribute to the loss, ½‖r̃‖²."""
         return 0.5 * self.residual(model).square().sum()
+
+    def slopes(self, model: Module) -> tuple[Float[Tensor, "n V"], Float[Tensor, "n V"]]:
+        """Return y(θ) and u(y), in the graph, with which the gradient of the loss is (∂y/∂θ)ᵀu.
+
+        Of a sum of squares both are r̃.
+        """
+        residual = self.residual(model)
+        return residual, residual

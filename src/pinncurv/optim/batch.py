@@ -54,6 +54,8 @@ class GrowingBatch:
         """
         if not offers(objective, "linearize_some", "rows"):
             return None
+        if not getattr(objective, "is_sum_of_squares", True):  # what is judged is residuals
+            return None
         if rows >= objective.rows and getattr(objective, "chunk_size", None) is None:
             return None
         generator = torch.Generator().manual_seed(self.seed + step)

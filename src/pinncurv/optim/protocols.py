@@ -18,7 +18,8 @@ class LinearizedLoss(Protocol):
 
     L(θ + v) ≈ ½‖r̃ + J v‖²,  ∇L = Jᵀ r̃
 
-    It may offer ``names`` of the parameters, by which an optimizer tells them apart.
+    Of any other loss, JᵀJ is the model's matrix, L(θ + v) ≈ L + ∇Lᵀv + ½‖J v‖², and there is no
+    residual. It may offer ``names`` of the parameters, by which an optimizer tells them apart.
     """
 
     @property
@@ -34,8 +35,8 @@ class LinearizedLoss(Protocol):
         """J, on the list of parameters."""
 
     @property
-    def residual(self) -> Sequence[Tensor]:
-        """r̃, in the form in which J returns its image."""
+    def residual(self) -> Sequence[Tensor] | None:
+        """r̃, in the form in which J returns its image; None if the loss is no sum of squares."""
 
     @property
     def term_losses(self) -> Mapping[str, float]:

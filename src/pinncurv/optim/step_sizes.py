@@ -61,15 +61,19 @@ class Situation:
         -(C + λI)⁻¹ Jᵀ(r̃ + J v)
 
         An inverse with ``solve_residual``, whose Jacobian is that of this loss, is given r̃ + J v
-        rather than its image under Jᵀ.
+        rather than its image under Jᵀ, if there is a residual.
 
         Args:
             offset: v, one tensor per parameter.
         """
+        residual = self.linearized.residual
         if offset is None:
-            return self._solve(self.linearized.residual, self.gradient)
+            return self._solve(residual, self.gradient)
         images = self.linearized.jacobian @ list(offset)
-        return self._solve(_sum(self.linearized.residual, images), None)
+        if residual is None:
+            curved = self.linearized.jacobian.adjoint() @ images
+            return self._solve(None, _sum(self.gradient, curved))
+        return self._solve(_sum(residual, images), None)
 
     def rated(self, update: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return an update times the groups' ``lr``, as the optimizer takes it."""
@@ -91,12 +95,13 @@ class Situation:
 
         Source: Transtrum and Sethna 2012 (geodesic acceleration), with h = 0.1 as there.
         """
-        if self.residual_at is None:
+        residual = None if self.residual_at is None else self.linearized.residual
+        if self.residual_at is None or residual is None:
             return None
         there, h = self.residual_at(v, _PROBE), _PROBE
         curve = [
             2 / h * ((new - old) / h - slope)
-            for new, old, slope in zip(there, self.linearized.residual, image, strict=True)
+            for new, old, slope in zip(there, residual, image, strict=True)
         ]
         return self._solve(curve, None) if all_finite(curve) else None
 
@@ -106,12 +111,14 @@ class Situation:
         inverse = self.invert(damping)
         return replace(self, inverse=inverse, damping=damping_of(inverse, damping), direction=())
 
-    def _solve(self, u: Sequence[Tensor], gradient: Sequence[Tensor] | None) -> list[Tensor]:
-        """Return -(C + λI)⁻¹ Jᵀu, given Jᵀu if it is known."""
+    def _solve(self, u: Sequence[Tensor] | None, gradient: Sequence[Tensor] | None) -> list[Tensor]:
+        """Return -(C + λI)⁻¹ Jᵀu, given u or Jᵀu or both."""
         solve: Any = getattr(self.inverse, "solve_residual", None)
-        if solve is not None and self._knows(getattr(self.inverse, "linearizations", ())):
+        known = getattr(self.inverse, "linearizations", ())
+        if u is not None and solve is not None and self._knows(known):
             return [-part for part in solve(list(u))]
         if gradient is None:
+            assert u is not None
             gradient = self.linearized.jacobian.adjoint() @ list(u)
         return [-part for part in self.inverse @ list(gradient)]
 
@@ -328,7 +335,7 @@ class GeodesicFlow(StepSize):
             enough = at.loss - best.new_loss > self.sufficient * best.predicted_decrease > 0
             if enough and best.scale >= self.shortest / (2 if attempt else 1):
                 break
-            resolved = torch.finfo(velocity[0].dtype).eps * at.loss
+            resolved = torch.finfo(velocity[0].dtype).eps * abs(at.loss)
             if abs(best.predicted_decrease) <= resolved:  # no damping makes that visible
                 break
             more = max(at.damping, self.minimum) * self.factor
@@ -350,9 +357,11 @@ class GeodesicFlow(StepSize):
         image: Sequence[Tensor],
     ) -> Proposal:
         """Return the first τ, downwards, after which the loss rises again."""
-        r = at.linearized.residual
-        slope, curvature, batch = dot(r, image), dot(image, image), 0.5 * dot(r, r)
-        share = at.loss / batch if batch else 0.0  # the model may be of some points only
+        r, curvature, share = at.linearized.residual, dot(image, image), 1.0
+        slope = dot(at.gradient, at.rated(velocity)) if r is None else dot(r, image)
+        if r is not None:  # the model may be of some points only
+            batch = 0.5 * dot(r, r)
+            share = at.loss / batch if batch else 0.0
         best, tau = Proposal(0.0, new_loss=math.inf), at.start
         while tau >= self.shortest / 4:
             chosen = velocity

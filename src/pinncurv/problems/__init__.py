@@ -26,6 +26,7 @@ from pinncurv.problems.domains import (
     Interior as Interior,
     SpaceTimeBox as SpaceTimeBox,
 )
+from pinncurv.problems.energy import Energy as Energy
 from pinncurv.problems.fokker_planck import (
     anisotropic_fokker_planck as anisotropic_fokker_planck,
     anisotropic_log_fokker_planck as anisotropic_log_fokker_planck,
@@ -74,6 +75,7 @@ from pinncurv.problems.poisson import (
 )
 from pinncurv.problems.poisson_planar import (
     poisson_disk as poisson_disk,
+    poisson_disk_ritz as poisson_disk_ritz,
     poisson_l_shape as poisson_l_shape,
 )
 from pinncurv.problems.polygon import Polygon as Polygon

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from pinncurv.problems.energy import check_squares
 from pinncurv.problems.loss_term import LossTerm
 
 
@@ -56,7 +57,11 @@ class CausalWeights:
             term: The term, whose own weights do not enter.
             model: The network.
             x: The points.
+
+        Raises:
+            TypeError: If the term is an energy.
         """
+        check_squares([term])
         with torch.no_grad():
             squares = term.evaluate(model, x).square().sum(1).to(self.by_slab)
         slab = self._slab(x).to(self.by_slab.device)

@@ -1,18 +1,20 @@
-"""The Poisson equation on a disk and on an L-shape, with Robin and Neumann conditions."""
+"""The Poisson equation on a disk, also as an energy, and on an L-shape; Robin and Neumann."""
 
 import math
 from functools import partial
 
 import torch
+from scipy.special import roots_legendre
 from torch import Tensor
 
-from pinncurv.diffops import Laplacian
+from pinncurv.diffops import Gradient, Laplacian, Value
 from pinncurv.problems.conditions import dirichlet, neumann, robin
 from pinncurv.problems.disk import Disk
+from pinncurv.problems.energy import Energy
 from pinncurv.problems.loss_term import LossTerm
 from pinncurv.problems.polygon import Polygon
 from pinncurv.problems.problem import Problem, TensorOrJet
-from pinncurv.problems.samplers import Sampler
+from pinncurv.problems.samplers import Fixed, Sampler
 
 
 def poisson_disk(n_interior: int = 900, n_boundary: int = 120) -> Problem:
@@ -33,6 +35,43 @@ def poisson_disk(n_interior: int = 900, n_boundary: int = 120) -> Problem:
         ),
         d_in=2,
         evaluation=domain.interior(10_000),
+        solution=_waves,
+    )
+
+
+def poisson_disk_ritz(n_radii: int = 24, n_angles: int = 48) -> Problem:
+    """The problem of ``poisson_disk`` as the minimum of an energy (deep Ritz).
+
+    ∫ ½|∇u|² - 13 u* u dx + ∮ ½u² - g u ds → min,    u = u* where -Δu = 13 u*, ∂u/∂n + u = g
+
+    The Robin condition is a part of it: nothing is a penalty, and only first derivatives are taken.
+    The points are nodes of Gauss' rule in r and equidistant in θ, with the weights of the
+    quadrature. At random points, or with more parameters than nodes, a network lowers the energy
+    at the nodes by peaks between them.
+
+    Args:
+        n_radii: Number of nodes in r.
+        n_angles: Number of nodes in θ, in the disk and on the circle.
+
+    Source: E and Yu 2018.
+    """
+    nodes, weights = (torch.from_numpy(part) for part in roots_legendre(n_radii))
+    radii, angles = (1 + nodes) / 2, torch.arange(n_angles).double() * (2 * math.pi / n_angles)
+    circle = torch.stack([angles.cos(), angles.sin()], 1)
+    shares = weights / 2 * radii * (2 * math.pi * n_radii)  # of which the mean is the area
+    inside = Energy(
+        {"u": Value(), "grad": Gradient()},
+        Fixed((radii[:, None, None] * circle).flatten(0, 1)),
+        shares.repeat_interleave(n_angles),
+        name="interior",
+        density=partial(_energy, 13.0),
+    )
+    edge = Energy({"u": Value()}, Fixed(circle), 2 * math.pi, name="boundary", density=_edge_energy)
+    return Problem(
+        name="poisson_disk_ritz",
+        terms=(inside, edge),
+        d_in=2,
+        evaluation=Disk().interior(10_000),
         solution=_waves,
     )
 
@@ -74,6 +113,14 @@ def _equation(points: Sampler, strength: float) -> LossTerm:
 
 def _residual(strength: float, x: Tensor, lap_u: Tensor) -> Tensor:
     return -lap_u - strength * _waves(x)
+
+
+def _energy(strength: float, x: Tensor, u: Tensor, grad: Tensor) -> Tensor:
+    return 0.5 * grad[:, 0].square().sum(1, keepdim=True) - strength * _waves(x) * u
+
+
+def _edge_energy(x: Tensor, u: Tensor) -> Tensor:
+    return 0.5 * u**2 - _robin_values(x) * u
 
 
 def _waves(x: TensorOrJet) -> TensorOrJet:

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
+from pinncurv.problems.energy import check_squares
 from pinncurv.problems.loss_term import LossTerm
 
 
@@ -27,6 +28,7 @@ class ResidualBased:
         floor: The number c; the larger, the more uniform.
 
     Raises:
+        TypeError: If the term is an energy, which has no residual.
         ValueError: If there are fewer candidates than points to choose, or the floor is not
             positive.
 
@@ -40,7 +42,8 @@ class ResidualBased:
     floor: float = 1.0
 
     def __post_init__(self) -> None:
-        """Check that there is a choice."""
+        """Check that there are residuals and a choice."""
+        check_squares([self.term])
         if not 0 < self.n <= self.term.points.n:
             raise ValueError(
                 f"The points must be chosen among as many candidates or more, got n={self.n} of "

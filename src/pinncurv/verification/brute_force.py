@@ -32,6 +32,7 @@ from pinncurv.diffops import (
 from pinncurv.linearization import trained_tensors
 from pinncurv.linearization.spelled import Spelled
 from pinncurv.problems import L2, LossTerm
+from pinncurv.problems.energy import check_squares
 
 Network = Callable[[Any], Any]
 N = TypeVar("N", bound=Network)
@@ -249,7 +250,12 @@ def scaled_residual(
     references: References,
     parameters: Parameters | None = None,
 ) -> Float[Tensor, "_ V"]:
-    """Return sqrt(w_n / N) r_n of all points; of an L2 term that of all entries."""
+    """Return sqrt(w_n / N) r_n of all points; of an L2 term that of all entries.
+
+    Raises:
+        TypeError: If the term is an energy.
+    """
+    check_squares([term])
     if isinstance(term, L2):
         values = trainable(model, term) if parameters is None else parameters
         own = {n for n, _ in model.named_parameters()} if isinstance(model, Module) else set()
