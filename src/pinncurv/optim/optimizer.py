@@ -196,8 +196,9 @@ class CurvatureOptimizer(Optimizer):
                 record = self._take(trial, record, update, gradient)
                 if record.accepted or record.stalled:
                     break
-                damping = self.damping_rule.rejected(record.damping)
-                self.preconditioner.state["damping"] = damping
+                if not isinstance(self.damping_rule, ConstantDamping):  # else what was asked for
+                    damping = self.damping_rule.rejected(record.damping)
+                    self.preconditioner.state["damping"] = damping
                 if left and not outlives:
                     linearized = sample or _linearize(objective)
                     self.preconditioner.relinearize(linearized)
@@ -386,9 +387,10 @@ class CurvatureOptimizer(Optimizer):
                 mine["momentum_buffer"] = direction[i]
         halvings = 0
         if record.accepted:
-            predicted = record.predicted_decrease
-            ratio = (record.loss - record.new_loss) / predicted if predicted else math.nan
-            state["damping"] = self.damping_rule.accepted(record.damping, ratio, record.scale)
+            if not isinstance(self.damping_rule, ConstantDamping):  # else what was asked for
+                predicted = record.predicted_decrease
+                ratio = (record.loss - record.new_loss) / predicted if predicted else math.nan
+                state["damping"] = self.damping_rule.accepted(record.damping, ratio, record.scale)
             halvings = round(-math.log2(record.scale))
         if proposal.next_damping is not None and not record.stalled:
             state["damping"] = proposal.next_damping
