@@ -25,7 +25,14 @@ from pinncurv.curvature import (
 )
 from pinncurv.diffops import Value
 from pinncurv.linops import Damped, DenseLinearOperator, FactorDamping
-from pinncurv.optim import CurvatureOptimizer, GeodesicFlow, HeavyBall, Proposal, Situation
+from pinncurv.optim import (
+    CurvatureOptimizer,
+    GeodesicFlow,
+    HeavyBall,
+    Proposal,
+    ShortStepDamping,
+    Situation,
+)
 from pinncurv.optim.trial import Trial
 from pinncurv.problems import Fixed, LossTerm
 from tests import oracles
@@ -524,6 +531,17 @@ def test_at_a_minimum():
 def test_settings_out_of_range(settings):
     with pytest.raises(ValueError, match="Must hold: 0 < shortest <= 1, factor > 1, tries >= 1"):
         GeodesicFlow(**settings)
+
+
+def test_a_damping_rule_beside_it():
+    with pytest.raises(ValueError, match=r"set by one part, got the step size GeodesicFlow.*Leave"):
+        CurvatureOptimizer(
+            network().parameters(),
+            MatrixFreeGaussNewton(),
+            CheaperSide(1e-2),
+            step_size=GeodesicFlow(),
+            damping_rule=ShortStepDamping(),
+        )
 
 
 def test_the_inverse_must_have_a_damping_to_set():

@@ -127,8 +127,13 @@ class CurvatureOptimizer(Optimizer):
                 "the rule no retries, for instance LevenbergMarquardt(max_retries=0)."
             )
         adapts = not isinstance(damping_rule, ConstantDamping | None)
-        adapts = adapts or getattr(step_size, "sets_damping", False)
-        if adapts and not is_dataclass(inverse):
+        sets = getattr(step_size, "sets_damping", False)
+        if adapts and sets:
+            raise ValueError(
+                f"The damping must be set by one part, got the step size {step_size} and the "
+                f"damping rule {damping_rule}. Leave the rule out."
+            )
+        if (adapts or sets) and not is_dataclass(inverse):
             raise TypeError(
                 "With a damping that adapts, the inverse must be a dataclass with a field damping, "
                 f"got {type(inverse).__name__}. Decorate it with @dataclass(frozen=True)."
