@@ -95,7 +95,7 @@ def test_several_terms_and_a_decay(chunk_size):
     linearized = objective.linearize_some(25, torch.Generator().manual_seed(1))
     counts = [len(part.x) for part in linearized]
     D = linearized.space.dimension
-    assert counts == [10, 5, 1, D]
+    assert counts == [9, 4, 1, D]
     jacobians, residuals = [], []
     for t, (term, x) in enumerate(zip(terms[:3], batch, strict=True)):
         mine = x[chosen_points(linearized, t, x)]
@@ -112,6 +112,18 @@ def test_several_terms_and_a_decay(chunk_size):
     losses = {name: float(loss.detach()) for name, loss in objective.term_losses().items()}
     assert linearized.term_losses == pytest.approx(losses, rel=1e-12)
     assert linearized.term_losses["l2"] == pytest.approx(0.15 * float(theta @ theta), rel=1e-12)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 6, 20, 31, 41, 60, 61])
+def test_never_more_than_asked_for(rows):
+    """Beyond the largest side of a factorization, a row more would mean conjugate gradients."""
+    terms = [TERMS["poisson"], TERMS["vector"], TERMS["value"]]
+    batch = [points(9, seed=1), points(17, seed=2), points(1, seed=3)]
+    objective = Objective(build("fourier"), terms, batch)
+    linearized = objective.linearize_some(rows, torch.Generator().manual_seed(1))
+    taken = linearized.jacobian.shape[0]
+    assert taken <= max(rows, 5)  # a point of each
+    assert taken > min(rows, objective.rows) - 5  # as many as whole points allow
 
 
 @pytest.mark.parametrize("rows", [N, 100])

@@ -14,8 +14,10 @@ from pinncurv.optim import (
     CurvatureOptimizer,
     FixedStep,
     LevenbergMarquardt,
+    Proposal,
     QuadraticModel,
     ShortStepDamping,
+    StepSize,
 )
 from pinncurv.problems import Fixed, LossTerm
 from tests.networks import points
@@ -63,6 +65,23 @@ def test_bounds():
     assert rule.rejected(900.0) == 1e3
     assert rule.rejected(2.0) == 16.0
     assert rule.rejected(0.0) == 1e-3  # no factor would lead away from zero
+
+
+class Uphill(StepSize):
+    def propose(self, situation):
+        return Proposal(-1.0)
+
+
+@pytest.mark.parametrize("accepted", [True, False])
+def test_constant_is_what_was_asked_for_though_an_inverse_takes_more(accepted: bool):
+    objective = poisson(network())
+    optimizer = presets.gauss_newton(objective.parameters(), damping=1e-18)
+    if not accepted:
+        optimizer.step_size, optimizer.max_halvings = Uphill(), 0
+    record = optimizer.step(objective)
+    assert record.accepted == accepted
+    assert record.damping > 1e-18
+    assert optimizer.preconditioner.state["damping"] == 1e-18
 
 
 def test_constant():

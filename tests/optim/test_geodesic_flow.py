@@ -25,7 +25,14 @@ from pinncurv.curvature import (
 )
 from pinncurv.diffops import Value
 from pinncurv.linops import Damped, DenseLinearOperator, FactorDamping
-from pinncurv.optim import CurvatureOptimizer, GeodesicFlow, HeavyBall, Proposal, Situation
+from pinncurv.optim import (
+    CurvatureOptimizer,
+    GeodesicFlow,
+    HeavyBall,
+    Proposal,
+    ShortStepDamping,
+    Situation,
+)
 from pinncurv.optim.trial import Trial
 from pinncurv.problems import Fixed, LossTerm
 from tests import oracles
@@ -441,6 +448,19 @@ def test_damping_is_lowered_where_a_short_step_is_straight(accelerate, part, low
     assert stepper.preconditioner.damping == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_step_after_one_that_was_much_shorter(kept):
+    """The first length that is tried is none that raises the damping, nor is there none."""
+    objective = fit(lambda theta: theta, 1.0, 2.0, kept=kept)
+    stepper = optimizer(objective.parameters, dense, Damped(1e-6), shortest=0.5)
+    stepper.preconditioner.state["halvings"] = 20
+    record = stepper.step(objective)
+    assert record.accepted
+    assert record.scale == 0.5
+    assert record.damping == 1e-6
+    assert stepper.preconditioner.damping < 1e-6
+
+
 @pytest.mark.parametrize(("calm", "after"), [(0.1, 1e-6), (0.13, 1e-7)])
 def test_damping_is_kept_where_a_short_step_bends(calm, after):
     """r = (10 (y - x²), 1 - x): v = (2.2, -4.84) and a = (0, 2 · 2.2²) at (-1.2, 1), λ = 0.
@@ -503,11 +523,25 @@ def test_at_a_minimum():
         {"factor": 1.0},
         {"tries": 0},
         {"minimum": 0.0},
+        {"longest": math.nan},
+        {"calm": -0.1},
+        {"sufficient": 1.0},
     ],
 )
 def test_settings_out_of_range(settings):
     with pytest.raises(ValueError, match="Must hold: 0 < shortest <= 1, factor > 1, tries >= 1"):
         GeodesicFlow(**settings)
+
+
+def test_a_damping_rule_beside_it():
+    with pytest.raises(ValueError, match=r"set by one part, got the step size GeodesicFlow.*Leave"):
+        CurvatureOptimizer(
+            network().parameters(),
+            MatrixFreeGaussNewton(),
+            CheaperSide(1e-2),
+            step_size=GeodesicFlow(),
+            damping_rule=ShortStepDamping(),
+        )
 
 
 def test_the_inverse_must_have_a_damping_to_set():

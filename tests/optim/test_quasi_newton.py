@@ -227,6 +227,21 @@ def test_where_the_loss_does_not_decrease_along_its_gradient_nothing_moves():
     assert torch.equal(x.detach(), torch.ones(3).double())
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_from_a_loss_that_is_not_finite_nothing_moves(method):
+    theta = nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = method([theta])
+    closure = evaluated([theta], lambda theta: theta.sum() * math.nan)
+    assert optimizer.step(closure).isnan()
+    assert theta.tolist() == [1.0, 2.0]
+    assert closure.count == 1
+
+
+def test_everything_frozen():
+    theta = nn.Parameter(torch.tensor([1.0, 2.0]), requires_grad=False)
+    assert SSBroyden([theta]).step(lambda: 3.0) == 3.0
+
+
 def test_what_is_too_large_is_refused():
     with pytest.raises(ValueError, match=r"at most 4 GiB, got 30000 .* takes 6.7 GiB.*LBFGS"):
         SSBroyden([nn.Parameter(torch.zeros(30_000).double())])

@@ -19,6 +19,7 @@ from pinncurv.problems import (
     PeriodicEmbedding,
     dirichlet,
     neumann,
+    nls,
     periodic,
     point,
     robin,
@@ -168,3 +169,33 @@ def _square_of_second(x: Tensor) -> Tensor:
 
 def _all(x: Tensor, u: Tensor, u_x: Tensor, u_y: Tensor) -> Tensor:
     return torch.cat([u, u_x, u_y], 1)
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        lambda points: dirichlet(_first, points),
+        lambda points: neumann(_first, BOX.normal, points),
+        lambda points: robin(_first, 0.3, BOX.normal, points),
+        lambda points: point(torch.zeros(9, 1), torch.rand(9, 2)),
+        lambda points: dirichlet(_values, points, components=(1,)),
+    ],
+    ids=["dirichlet", "neumann", "robin", "point", "components"],
+)
+def test_as_many_values_as_components(condition) -> None:
+    """They would be broadcast: one value for all components, or one component for all values."""
+    term = condition(BOX.faces(9))
+    with pytest.raises(ValueError, match=r"for each of the \d components, got \d\. Return as many"):
+        Objective.sample(_network(), [term])
+
+
+@pytest.mark.parametrize("components", [(), (2,), (-1,)])
+def test_components_of_the_unknown(components) -> None:
+    term = dirichlet(_first, BOX.faces(9), components=components)
+    with pytest.raises(ValueError, match=r"in the unknown, from 0 to 1, at least one, got \("):
+        Objective.sample(_network(), [term])
+
+
+def test_a_problem_of_two_components_needs_two_outputs() -> None:
+    with pytest.raises(ValueError, match="for each of the 1 components, got 2"):
+        Objective.sample(_network(2, 1), nls(20, 10, 10).terms)

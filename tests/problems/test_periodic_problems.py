@@ -204,6 +204,12 @@ def test_without_a_folder_nothing_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert reference(torch.zeros(1, 2, dtype=torch.float64)).item() == pytest.approx(1)
 
 
+def test_reference_knows_no_other_times() -> None:
+    times = torch.tensor([-1e-9, 0.0, 0.5, 1.0, 1.0 + 1e-9], dtype=torch.float64)
+    values = kdv().solution(torch.stack([times, times], 1))
+    assert values.isnan().flatten().tolist() == [True, False, False, False, True]
+
+
 def test_times_and_initial_values_belong_together() -> None:
     with pytest.raises(ValueError, match=r"0 <= start < end <= 1\.0, got start=0\.0, end=2\.0"):
         kdv(end=2.0)

@@ -106,9 +106,11 @@ def test_windows_in_order() -> None:
         with pytest.raises(ValueError, match=r"two or more times that increase, got \(0\.0"):
             Windows(edges)
     windows = Windows((0.0, 1.0))
-    with pytest.raises(ValueError, match=r"windows that are trained, \[0.0, 0.0\], got 0.5 to 0.5"):
-        windows(torch.tensor([[0.5, 0.0]]))
+    with pytest.raises(ValueError, match=r"a window that is trained, got none of \(0\.0, 1\.0\)"):
+        windows(torch.tensor([[0.0, 0.0]]))
     windows.append(_network())
+    with pytest.raises(ValueError, match=r"windows that are trained, \[0.0, 1.0\], got 1.5 to 1.5"):
+        windows(torch.tensor([[1.5, 0.0]]))
     with pytest.raises(ValueError, match=r"a window left to train, got all 1 of \(0\.0, 1\.0\)"):
         windows.append(_network())
     with pytest.raises(ValueError, match="a window left to train"):
@@ -210,6 +212,15 @@ def test_resampling_where_nothing_is_left(generator: torch.Generator) -> None:
     nn.init.zeros_(model.value)
     term = LossTerm({"u": Value()}, _step, Box.unit(1).interior(100))
     assert ResidualBased(term, model, 10).sample(generator, torch.float64, "cpu").shape == (10, 1)
+
+
+def test_resampling_needs_finite_residuals(generator: torch.Generator) -> None:
+    model = _Constant()
+    nn.init.constant_(model.value, torch.nan)
+    term = LossTerm({"u": Value()}, _step, Box.unit(1).interior(100), name="steps")
+    sampler = ResidualBased(term, model, 10)
+    with pytest.raises(FloatingPointError, match=r"finite .* term 'steps' with a mean of nan"):
+        sampler.sample(generator, torch.float64, "cpu")
 
 
 def test_resampling_needs_candidates() -> None:

@@ -367,23 +367,25 @@ class Objective:
         return [bound for bound in self._bound if not bound.structure.entrywise]
 
     def linearize_some(self, rows: int, generator: torch.Generator) -> LinearizedObjective:
-        """Linearize at random points of each term, about as many residuals as asked for.
+        """Linearize at random points of each term, at most as many residuals as asked for.
 
-        J and r̃ are those of the objective at these points alone, losses those of all points. A term
-        without points (``L2``) is linearized as a whole.
+        J and r̃ are those of the objective at these points alone, losses those of all points. Each
+        term gets its share, a point at least; one without points (``L2``) is linearized as a whole.
 
         Args:
             rows: How many residuals, fewer than ``rows`` of the objective.
             generator: Draws the points, on the CPU.
         """
         space = self.space  # follows what has changed
-        share, chosen = min(1.0, rows / self.rows), []
+        fewest = sum(b.structure.components for b in self._of_points())  # of a point of each
+        further, all_further, chosen = max(0, rows - fewest), self.rows - fewest, []
         for bound in self._bound:
             if bound.structure.entrywise:
                 chosen.append(Linearization(bound))
                 continue
             N = len(bound.x)
-            points = torch.randperm(N, generator=generator)[: max(1, round(share * N))].sort()
+            count = 1 + (N - 1) * further // max(1, all_further)
+            points = torch.randperm(N, generator=generator)[:count].sort()
             chosen.append(linearize_some(bound, points.values.to(bound.x.device)))
         with torch.no_grad():
             losses = {name: float(loss) for name, loss in self.term_losses().items()}

@@ -127,8 +127,13 @@ class CurvatureOptimizer(Optimizer):
                 "the rule no retries, for instance LevenbergMarquardt(max_retries=0)."
             )
         adapts = not isinstance(damping_rule, ConstantDamping | None)
-        adapts = adapts or getattr(step_size, "sets_damping", False)
-        if adapts and not is_dataclass(inverse):
+        sets = getattr(step_size, "sets_damping", False)
+        if adapts and sets:
+            raise ValueError(
+                f"The damping must be set by one part, got the step size {step_size} and the "
+                f"damping rule {damping_rule}. Leave the rule out."
+            )
+        if (adapts or sets) and not is_dataclass(inverse):
             raise TypeError(
                 "With a damping that adapts, the inverse must be a dataclass with a field damping, "
                 f"got {type(inverse).__name__}. Decorate it with @dataclass(frozen=True)."
@@ -196,8 +201,9 @@ class CurvatureOptimizer(Optimizer):
                 record = self._take(trial, record, update, gradient)
                 if record.accepted or record.stalled:
                     break
-                damping = self.damping_rule.rejected(record.damping)
-                self.preconditioner.state["damping"] = damping
+                if not isinstance(self.damping_rule, ConstantDamping):  # else what was asked for
+                    damping = self.damping_rule.rejected(record.damping)
+                    self.preconditioner.state["damping"] = damping
                 if left and not outlives:
                     linearized = sample or _linearize(objective)
                     self.preconditioner.relinearize(linearized)
@@ -386,9 +392,10 @@ class CurvatureOptimizer(Optimizer):
                 mine["momentum_buffer"] = direction[i]
         halvings = 0
         if record.accepted:
-            predicted = record.predicted_decrease
-            ratio = (record.loss - record.new_loss) / predicted if predicted else math.nan
-            state["damping"] = self.damping_rule.accepted(record.damping, ratio, record.scale)
+            if not isinstance(self.damping_rule, ConstantDamping):  # else what was asked for
+                predicted = record.predicted_decrease
+                ratio = (record.loss - record.new_loss) / predicted if predicted else math.nan
+                state["damping"] = self.damping_rule.accepted(record.damping, ratio, record.scale)
             halvings = round(-math.log2(record.scale))
         if proposal.next_damping is not None and not record.stalled:
             state["damping"] = proposal.next_damping

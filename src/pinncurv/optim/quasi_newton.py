@@ -58,7 +58,10 @@ class _SelfScaled(Optimizer):
             state["sizes"] = sizes
         evaluate = torch.enable_grad()(closure)
         first = evaluate()
-        loss, gradient = float(first), _flat_gradient(parameters)
+        loss = float(first)
+        if not parameters or not math.isfinite(loss):  # there is nowhere to go, or to come from
+            return first
+        gradient = _flat_gradient(parameters)
         for _ in range(max_iter):
             if not gradient.any():
                 break

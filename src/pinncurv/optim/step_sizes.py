@@ -315,10 +315,11 @@ class GeodesicFlow(StepSize):
 
     def __post_init__(self) -> None:
         within = 0 < self.shortest <= 1 and self.factor > 1 and self.tries >= 1
+        within = within and self.longest > 0 and self.calm >= 0 and 0 <= self.sufficient < 1
         if not (within and self.minimum > 0):
             raise ValueError(
-                "Must hold: 0 < shortest <= 1, factor > 1, tries >= 1 and minimum > 0, got "
-                f"{self.shortest}, {self.factor}, {self.tries}, {self.minimum}."
+                "Must hold: 0 < shortest <= 1, factor > 1, tries >= 1, minimum > 0, longest > 0, "
+                f"calm >= 0 and 0 <= sufficient < 1, got {self}."
             )
 
     def propose(self, situation: Situation) -> Proposal:
@@ -362,7 +363,7 @@ class GeodesicFlow(StepSize):
         if r is not None:  # the model may be of some points only
             batch = 0.5 * dot(r, r)
             share = at.loss / batch if batch else 0.0
-        best, tau = Proposal(0.0, new_loss=math.inf), at.start
+        best, tau = Proposal(0.0, new_loss=math.inf), max(at.start, self.shortest)
         while tau >= self.shortest / 4:
             chosen = velocity
             if bend is not None:

@@ -192,22 +192,38 @@ class _Periodic(nn.Module):
 
 
 def _chosen(components: Sequence[int] | None, u: Tensor) -> Tensor:
+    known = range(u.shape[1])
+    if components is not None and not (components and set(components) <= set(known)):
+        raise ValueError(
+            f"Components must be positions in the unknown, from 0 to {known[-1]}, at least one, "
+            f"got {tuple(components)}. Leave them out for all."
+        )
     return u if components is None else torch.stack([u[:, i] for i in components], 1)
 
 
+def _minus(u: Tensor, values: Tensor) -> Tensor:
+    """Return the difference of what would broadcast with one column for several components."""
+    if getattr(values, "ndim", 0) == 2 and values.shape[1] != u.shape[1]:
+        raise ValueError(
+            f"Prescribed values must have one column for each of the {u.shape[1]} components, got "
+            f"{values.shape[1]}. Return as many, or give the network as many outputs."
+        )
+    return u - values
+
+
 def _difference(values: Field, components: Sequence[int] | None, x: Tensor, u: Tensor) -> Tensor:
-    return _chosen(components, u) - values(x)
+    return _minus(_chosen(components, u), values(x))
 
 
 def _data_difference(components: Sequence[int] | None, x: Tensor, u: Tensor, y: Tensor) -> Tensor:
-    return _chosen(components, u) - y
+    return _minus(_chosen(components, u), y)
 
 
 def _flux_difference(values: Field, x: Tensor, u_n: Tensor) -> Tensor:
-    return u_n - values(x)
+    return _minus(u_n, values(x))
 
 
 def _robin_difference(
     values: Field, coefficient: float, x: Tensor, u: Tensor, u_n: Tensor
 ) -> Tensor:
-    return u_n + coefficient * u - values(x)
+    return _minus(u_n + coefficient * u, values(x))

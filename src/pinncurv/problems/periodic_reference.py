@@ -45,7 +45,7 @@ class PeriodicReference:
     snapshots: int
 
     def __call__(self, x: Float[Tensor, "N 2"]) -> Float[Tensor, "N 1"]:
-        """Evaluate the solution at points (t, x)."""
+        """Evaluate the solution at points (t, x); it is NaN at times outside of [0, end]."""
         table = _table(self).to(x.device)
         points = x.to(torch.float64)
         period = self.equation.upper - self.equation.lower
@@ -54,7 +54,9 @@ class PeriodicReference:
         rows, row_weights = _nearest(in_time, table.shape[0] - _NODES)
         columns, column_weights = _nearest(in_space, None)
         values = table[rows[:, :, None], columns[:, None, :] % table.shape[1]]
-        return torch.einsum("nij,ni,nj->n", values, row_weights, column_weights)[:, None].to(x)
+        u = torch.einsum("nij,ni,nj->n", values, row_weights, column_weights)
+        known = (points[:, 0] >= 0) & (points[:, 0] <= self.end)  # polynomials run away beyond
+        return torch.where(known, u, torch.nan)[:, None].to(x)
 
 
 def _nearest(position: Tensor, last: int | None) -> tuple[Tensor, Tensor]:

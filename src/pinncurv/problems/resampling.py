@@ -63,11 +63,21 @@ class ResidualBased:
     def sample(
         self, generator: Generator, dtype: torch.dtype, device: torch.device | str
     ) -> Float[Tensor, "{self.n} {self.dim}"]:
-        """Draw candidates, and choose among them."""
+        """Draw candidates, and choose among them.
+
+        Raises:
+            FloatingPointError: If a residual is not finite.
+        """
         candidates = self.term.points.sample(generator, dtype, device)
         with torch.no_grad():
             size = self.term.evaluate(self.model, candidates).norm(dim=1).double() ** self.power
         mean = size.mean()
+        if not mean.isfinite():
+            raise FloatingPointError(
+                f"Residuals must be finite where points are chosen by them, got those of term "
+                f"'{self.term.name}' with a mean of {float(mean)}. The training has diverged: "
+                "start anew with smaller steps."
+            )
         density = size / torch.where(mean > 0, mean, 1) + self.floor
         chosen = torch.multinomial(density.to(generator.device), self.n, generator=generator)
         return candidates[chosen.to(candidates.device)]

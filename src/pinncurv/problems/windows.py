@@ -100,8 +100,13 @@ class Windows(nn.Module):
         """Evaluate the solution at points (t, x) in the slabs that have been trained.
 
         Raises:
-            ValueError: If a time lies outside of them.
+            ValueError: If a time lies outside of them, or there is none yet.
         """
+        if not self.networks:
+            raise ValueError(
+                f"There must be a window that is trained, got none of {self.edges}. Train a "
+                "network on the problem of the first one, and append it."
+            )
         first, last = self.edges[0], self.edges[len(self.networks)]
         times = x.detach()[:, 0]
         if not ((times >= first) & (times <= last)).all():
