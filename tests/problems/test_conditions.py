@@ -168,3 +168,22 @@ def _square_of_second(x: Tensor) -> Tensor:
 
 def _all(x: Tensor, u: Tensor, u_x: Tensor, u_y: Tensor) -> Tensor:
     return torch.cat([u, u_x, u_y], 1)
+
+
+def test_values_of_another_shape(generator: torch.Generator, shapes_unchecked: None) -> None:
+    """Nothing is broadcast: a column too few, one too many, none, a number."""
+    points, one = BOX.faces(6), _network(d_out=1)
+    message = r"shape \[16, 2\], got \[16, 1\].*components="
+    with pytest.raises(ValueError, match=message):
+        Objective.sample(_network(), [dirichlet(_first, BOX.faces(40))], generator)
+    x = points.sample(generator, torch.float64, "cpu")
+    with pytest.raises(ValueError, match=r"shape \[6, 1\], got \[6, 2\]"):
+        robin(_values, 1.0, BOX.normal, points).evaluate(one, x)
+    with pytest.raises(ValueError, match=r"shape \[6, 1\], got \[6\]"):
+        neumann(lambda x: x[:, 0], BOX.normal, points).evaluate(one, x)
+    with pytest.raises(ValueError, match=r"shape \[6, 1\], got \[\]"):
+        dirichlet(lambda x: 0.0, points).evaluate(one, x)
+    with pytest.raises(ValueError, match=r"shape \[6, 2\], got \[6, 1\]"):
+        point(x[:, :1], x).evaluate(_network(), x)
+    with pytest.raises(TypeError, match=r"'wall'.*must be a function.*got float"):
+        dirichlet(0.0, points, name="wall")
