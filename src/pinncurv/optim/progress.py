@@ -73,5 +73,6 @@ class Progress:
         return (
             "The steps were not short: what this network can represent at these points, in this "
             "precision, may be reached. Take more points if the held-out loss is much larger, else "
-            "a larger network, another weight of the terms, or float64."
+            "a larger network, one whose output has the scale of the solution, another weight of "
+            "the terms, or float64."
         )
