@@ -118,6 +118,14 @@ def test_type_errors(mistake, shapes_unchecked):
         make()
 
 
+def test_a_network_of_another_dimension():
+    """Torch's own error, with a note on what the network was called with."""
+    net = nn.Linear(3, 1).double()
+    with pytest.raises(RuntimeError, match="cannot be multiplied") as caught:
+        objective(net)
+    assert any("points [N, d], of shape [5, 2]" in note for note in caught.value.__notes__)
+
+
 def test_layers_in_a_list():
     with pytest.raises(ValueError, match=r"are layers in a list, not an nn\.ModuleList"):
         objective(Listed())

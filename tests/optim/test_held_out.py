@@ -59,6 +59,15 @@ def test_the_rule(losses, told):
     assert bool(exhausted(losses)) is told
 
 
+def test_a_negative_energy():
+    """Told if it rises elsewhere by more than it falls; not if it falls, too, or rises less."""
+    words = exhausted([(-1.0, -0.9), (-1.1, -0.5), (-1.2, 0.3)])
+    assert "3.00e-01 and rises, while it falls, to -1.20e+00, on those that are" in words
+    assert not exhausted([(-1.0, -0.9), (-1.1, -0.95), (-1.2, -0.8)])
+    assert not exhausted([(-1.0, -0.9), (-1.1, -0.88), (-1.2, -0.85)])
+    assert not exhausted([(-1.1, -0.5), (-1.2, 0.3)])
+
+
 def test_the_loss_after_the_step_counts_where_it_is_known():
     model = network()
     held_out = HeldOut(poisson(model), every=1)

@@ -171,24 +171,6 @@ def _all(x: Tensor, u: Tensor, u_x: Tensor, u_y: Tensor) -> Tensor:
     return torch.cat([u, u_x, u_y], 1)
 
 
-@pytest.mark.parametrize(
-    "condition",
-    [
-        lambda points: dirichlet(_first, points),
-        lambda points: neumann(_first, BOX.normal, points),
-        lambda points: robin(_first, 0.3, BOX.normal, points),
-        lambda points: point(torch.zeros(9, 1), torch.rand(9, 2)),
-        lambda points: dirichlet(_values, points, components=(1,)),
-    ],
-    ids=["dirichlet", "neumann", "robin", "point", "components"],
-)
-def test_as_many_values_as_components(condition) -> None:
-    """They would be broadcast: one value for all components, or one component for all values."""
-    term = condition(BOX.faces(9))
-    with pytest.raises(ValueError, match=r"for each of the \d components, got \d\. Return as many"):
-        Objective.sample(_network(), [term])
-
-
 @pytest.mark.parametrize("components", [(), (2,), (-1,)])
 def test_components_of_the_unknown(components) -> None:
     term = dirichlet(_first, BOX.faces(9), components=components)
@@ -197,5 +179,24 @@ def test_components_of_the_unknown(components) -> None:
 
 
 def test_a_problem_of_two_components_needs_two_outputs() -> None:
-    with pytest.raises(ValueError, match="for each of the 1 components, got 2"):
+    with pytest.raises(ValueError, match="one column per component"):
         Objective.sample(_network(2, 1), nls(20, 10, 10).terms)
+
+
+def test_values_of_another_shape(generator: torch.Generator, shapes_unchecked: None) -> None:
+    """Nothing is broadcast: a column too few, one too many, none, a number."""
+    points, one = BOX.faces(6), _network(d_out=1)
+    message = r"shape \[16, 2\], got \[16, 1\].*components="
+    with pytest.raises(ValueError, match=message):
+        Objective.sample(_network(), [dirichlet(_first, BOX.faces(40))], generator)
+    x = points.sample(generator, torch.float64, "cpu")
+    with pytest.raises(ValueError, match=r"shape \[6, 1\], got \[6, 2\]"):
+        robin(_values, 1.0, BOX.normal, points).evaluate(one, x)
+    with pytest.raises(ValueError, match=r"shape \[6, 1\], got \[6\]"):
+        neumann(lambda x: x[:, 0], BOX.normal, points).evaluate(one, x)
+    with pytest.raises(ValueError, match=r"shape \[6, 1\], got \[\]"):
+        dirichlet(lambda x: 0.0, points).evaluate(one, x)
+    with pytest.raises(ValueError, match=r"shape \[6, 2\], got \[6, 1\]"):
+        point(x[:, :1], x).evaluate(_network(), x)
+    with pytest.raises(TypeError, match=r"'wall'.*must be a function.*got float"):
+        dirichlet(0.0, points, name="wall")

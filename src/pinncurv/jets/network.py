@@ -143,6 +143,10 @@ def _on_jet(network: Network, x: Float[Tensor, "N d"]) -> Any:
         try:
             network(x.clone())
         except Exception as same:
+            same.add_note(
+                f"The network {_name(network)} was called with points [N, d], of shape "
+                f"{list(x.shape)}: d is the number of coordinates, time included."
+            )
             raise same from None
         where = raising_module(error)
         if type(error) not in _EXPLAINED or f"in {where})" in str(error):

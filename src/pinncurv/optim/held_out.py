@@ -7,6 +7,7 @@ import warnings
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ FACTOR, TIMES = 100.0, 3
 def exhausted(losses: Sequence[tuple[float, float]]) -> str:
     """Say whether a network fits its points and not the equation.
 
-    L_held_out > 100 L, three times in a row
+    L_held_out > 100 L, three times in a row; if L < 0, L_held_out rises by more than L falls
 
     Args:
         losses: L where it is minimized and L on other points, of the last measurements.
@@ -30,14 +31,23 @@ def exhausted(losses: Sequence[tuple[float, float]]) -> str:
         A sentence and what to do, or nothing.
     """
     last = list(losses)[-TIMES:]
-    # an energy may be negative, of which no multiple is a measure
-    if len(last) < TIMES or not all(loss >= 0 and other > FACTOR * loss for loss, other in last):
+    if len(last) < TIMES:
         return ""
     loss, other = last[-1]
+    if any(loss < 0 for loss, _ in last):  # an energy, of which no multiple is a measure
+        falls = [a[0] - b[0] for a, b in pairwise(last)]
+        rises = [b[1] - a[1] for a, b in pairwise(last)]
+        if min(*falls, *rises) <= 0 or sum(rises) <= sum(falls):
+            return ""
+        compared = f"{other:.2e} and rises, while it falls, to {loss:.2e}, on those that are"
+    elif all(other > FACTOR * loss for loss, other in last):
+        compared = f"{other:.1e}, more than {FACTOR:.0f} times the {loss:.1e} on those that are"
+    else:
+        return ""
     return (
-        f"The loss on points that are not trained on is {other:.1e}, more than {FACTOR:.0f} times "
-        f"the {loss:.1e} on those that are: the network fits its points, no longer the equation, "
-        "and more steps do not help. Take more points, or draw new ones while training."
+        f"The loss on points that are not trained on is {compared}: the network fits its points, "
+        "no longer the equation, and more steps do not help. Take more points, or draw new ones "
+        "while training."
     )
 
 
@@ -51,7 +61,8 @@ class HeldOut:
     see ``exhausted``.
 
     Args:
-        objective: The loss on the second batch, of the same network.
+        objective: The loss on the second batch, of the same network. Where points are ``Fixed``,
+            those of ``resampled`` are the same.
         every: Steps between two measurements.
 
     Raises:

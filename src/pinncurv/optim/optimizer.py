@@ -235,8 +235,9 @@ class CurvatureOptimizer(Optimizer):
             raise ValueError(
                 "The optimizer must have exactly the parameters of the objective that require a "
                 f"gradient, got {len(mine - theirs)} that the objective lacks and lacks "
-                f"{len(theirs - mine)} of the objective's. Build the optimizer from "
-                "model.parameters() of the same model."
+                f"{len(theirs - mine)} of the objective's. Pass objective.parameters(), those of "
+                "residuals and coefficients included, and freeze with requires_grad_(False) "
+                "what shall not be trained."
             )
         state, known = self.preconditioner.state, names_of(linearized)
         names = names_in_groups(self.param_groups, zip(known, linearized.parameters, strict=True))

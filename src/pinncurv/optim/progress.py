@@ -33,6 +33,7 @@ class Progress:
         self._steps = _FIRST_ORDER_STEPS if first_order else _CURVATURE_STEPS
         self._records: deque[tuple[float, bool]] = deque(maxlen=2 * self._steps)
         self._told = False
+        self._level = 3 if first_order else 5  # torch wraps the step of its optimizers twice
 
     def observe(self, record: StepRecord) -> None:
         """Look at one more step, and warn if it is time."""
@@ -51,7 +52,7 @@ class Progress:
             f"The loss has fallen by less than 1 % in {self._steps} steps, to {now:.3g}. "
             + self._advice(record, losses[self._steps :], short_ones),
             StoppedProgress,
-            stacklevel=4,
+            stacklevel=self._level,
         )
 
     def _advice(self, record: StepRecord, losses: list[float], short: int) -> str:
@@ -63,7 +64,7 @@ class Progress:
             return (
                 f"{short} of these steps were rejected or shortened to less than {_SHORT:.0e} of "
                 f"their length, with a damping of {record.damping:.1e}. Take more damping, one "
-                "that adapts (damping_rule=ShortStepDamping()), or presets.auto."
+                "that adapts (damping_rule=pinncurv.optim.ShortStepDamping()), or presets.auto."
             )
         if spread > 2:
             return (
@@ -73,5 +74,6 @@ class Progress:
         return (
             "The steps were not short: what this network can represent at these points, in this "
             "precision, may be reached. Take more points if the held-out loss is much larger, else "
-            "a larger network, another weight of the terms, or float64."
+            "a larger network, one whose output has the scale of the solution, another weight of "
+            "the terms, or float64."
         )

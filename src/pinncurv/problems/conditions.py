@@ -33,10 +33,13 @@ def dirichlet(
         weight: The weight of the term.
         name: The name of the term.
         components: Which components of u are prescribed; None for all.
+
+    Raises:
+        TypeError: If the values are no function.
     """
     return LossTerm(
         operators={"u": Value()},
-        residual=partial(_difference, values, components),
+        residual=partial(_difference, _checked(values, name), components),
         points=points,
         weight=weight,
         name=name,
@@ -78,10 +81,13 @@ def neumann(
         points: Where the condition holds.
         weight: The weight of the term.
         name: The name of the term.
+
+    Raises:
+        TypeError: If the values are no function.
     """
     return LossTerm(
         operators={"u_n": Directional(normal)},
-        residual=partial(_flux_difference, values),
+        residual=partial(_flux_difference, _checked(values, name)),
         points=points,
         weight=weight,
         name=name,
@@ -107,10 +113,13 @@ def robin(
         points: Where the condition holds.
         weight: The weight of the term.
         name: The name of the term.
+
+    Raises:
+        TypeError: If the values are no function.
     """
     return LossTerm(
         operators={"u": Value(), "u_n": Directional(normal)},
-        residual=partial(_robin_difference, values, coefficient),
+        residual=partial(_robin_difference, _checked(values, name), coefficient),
         points=points,
         weight=weight,
         name=name,
@@ -191,6 +200,15 @@ class _Periodic(nn.Module):
         return torch.cat([u - there[0], slope - there[1]], 1)
 
 
+def _checked(values: Field, term: str) -> Field:
+    if not callable(values):
+        raise TypeError(
+            f"Term '{term}': the prescribed values must be a function of the points [N, d_in], got "
+            f"{type(values).__name__}. Write lambda x: torch.zeros_like(x[:, :1]) for zeros."
+        )
+    return values
+
+
 def _chosen(components: Sequence[int] | None, u: Tensor) -> Tensor:
     known = range(u.shape[1])
     if components is not None and not (components and set(components) <= set(known)):
@@ -199,16 +217,6 @@ def _chosen(components: Sequence[int] | None, u: Tensor) -> Tensor:
             f"got {tuple(components)}. Leave them out for all."
         )
     return u if components is None else torch.stack([u[:, i] for i in components], 1)
-
-
-def _minus(u: Tensor, values: Tensor) -> Tensor:
-    """Return the difference of what would broadcast with one column for several components."""
-    if getattr(values, "ndim", 0) == 2 and values.shape[1] != u.shape[1]:
-        raise ValueError(
-            f"Prescribed values must have one column for each of the {u.shape[1]} components, got "
-            f"{values.shape[1]}. Return as many, or give the network as many outputs."
-        )
-    return u - values
 
 
 def _difference(values: Field, components: Sequence[int] | None, x: Tensor, u: Tensor) -> Tensor:
@@ -227,3 +235,15 @@ def _robin_difference(
     values: Field, coefficient: float, x: Tensor, u: Tensor, u_n: Tensor
 ) -> Tensor:
     return _minus(u_n + coefficient * u, values(x))
+
+
+def _minus(u: TensorOrJet, values: TensorOrJet) -> TensorOrJet:
+    """Subtract prescribed values; a column less or more would be broadcast in silence."""
+    shape = list(getattr(values, "shape", ()))
+    if shape != list(u.shape):
+        raise ValueError(
+            "The prescribed values must have one row per point and one column per component that "
+            f"is prescribed, shape {list(u.shape)}, got {shape}. Write e.g. g(x)[:, None], or "
+            "torch.zeros_like(x[:, :1]) for zeros, or name the components by components=."
+        )
+    return u - values
