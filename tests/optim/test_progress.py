@@ -1,0 +1,62 @@
+"""An optimizer says once, in words, that it has stopped making progress."""
+
+import warnings
+
+import pytest
+import torch
+
+from pinncurv.optim import FirstOrder, StepRecord, StoppedProgress
+from pinncurv.optim.progress import Progress
+from tests.optim.cases import fixed, network, poisson
+
+
+def observe(progress, losses, **fields):
+    for loss in losses:
+        record = StepRecord(loss, {"term": loss}, step_size=1.0, damping=1e-3)
+        progress.observe(StepRecord(**{**vars(record), **fields}))
+
+
+@pytest.mark.parametrize(
+    ("losses", "fields", "advice"),
+    [
+        ([1.0] * 200, {"accepted": False}, "100 of these steps were rejected.*damping of 1.0e-03"),
+        ([1.0] * 200, {"scale": 2.0**-9}, r"ShortStepDamping\(\)"),
+        ([1.0, 3.0] * 100, {}, "varies by a factor of 3: what is left is the choice of points"),
+        ([1.0] * 200, {}, "The steps were not short.*larger network"),
+    ],
+)
+def test_what_is_said(losses, fields, advice):
+    progress = Progress()
+    observe(progress, losses[:-1], **fields)
+    with pytest.warns(StoppedProgress, match=f"less than 1 % in 100 steps.*{advice}"):
+        observe(progress, losses[-1:], **fields)
+    with warnings.catch_warnings():  # once
+        warnings.simplefilter("error")
+        observe(progress, losses, **fields)
+
+
+def test_progress_is_not_told_of():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        observe(Progress(), [0.999**k for k in range(500)])
+        observe(Progress(), [0.0] * 300)  # nothing is left to gain
+        observe(Progress(first_order=True), [1.0] * 3999)
+
+
+def test_optimizers_tell():
+    model = network()
+    objective = poisson(model)
+    optimizer = fixed(model.parameters(), step=1e-12)
+    with pytest.warns(StoppedProgress, match="rejected or shortened"):
+        for _ in range(201):
+            optimizer.step(objective)
+
+
+def test_methods_of_the_first_order(monkeypatch):
+    monkeypatch.setattr("pinncurv.optim.progress._FIRST_ORDER_STEPS", 5)
+    model = network()
+    objective = poisson(model)
+    optimizer = FirstOrder(torch.optim.SGD(model.parameters(), lr=1e-12))
+    with pytest.warns(StoppedProgress, match="Lower the learning rate"):
+        for _ in range(11):
+            optimizer.step(objective)
