@@ -43,13 +43,17 @@ def test_progress_is_not_told_of():
         observe(Progress(first_order=True), [1.0] * 3999)
 
 
+def take(optimizer, objective, steps):
+    for _ in range(steps):
+        optimizer.step(objective)
+
+
 def test_optimizers_tell():
     model = network()
     objective = poisson(model)
     optimizer = fixed(model.parameters(), step=1e-12)
     with pytest.warns(StoppedProgress, match="rejected or shortened"):
-        for _ in range(201):
-            optimizer.step(objective)
+        take(optimizer, objective, 201)
 
 
 def test_methods_of_the_first_order(monkeypatch):
@@ -58,5 +62,4 @@ def test_methods_of_the_first_order(monkeypatch):
     objective = poisson(model)
     optimizer = FirstOrder(torch.optim.SGD(model.parameters(), lr=1e-12))
     with pytest.warns(StoppedProgress, match="Lower the learning rate"):
-        for _ in range(11):
-            optimizer.step(objective)
+        take(optimizer, objective, 11)
