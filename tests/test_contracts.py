@@ -81,7 +81,7 @@ def _single(seed):
 AMPLIFIED = {
     "value": lambda x, u, lap: torch.sin(1e5 * u),
     "laplacian": lambda x, u, lap: torch.sin(1e4 * lap) + u,
-    "product": lambda x, u, lap: torch.sin(1e5 * (x @ torch.rand(2, 1).fill_(0.7))) * u + lap,
+    "product": lambda x, u, lap: torch.sin(1e5 * (x @ torch.full((2, 1), 0.7).to(x))) * u + lap,
     "difference": lambda x, u, lap: 1e6 * (u - u.detach()),
 }
 
