@@ -32,8 +32,9 @@ METRICS = "metrics.csv"
 CURRENT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 FINISHED, INTERRUPTED, PRUNED = "finished", "interrupted", "pruned"
 
-# Seeds of what all trainings share: no training draws its points with them.
-_EVALUATION, _HELD_OUT = (1 << 40) + 1, (1 << 40) + 2
+# Seeds of what all trainings share, far from those that trainings draw their points with. The CPU's
+# generator takes their lower 32 bits alone.
+_EVALUATION, _HELD_OUT = 3_735_928_559, 3_735_928_495
 
 # The hexadecimal SHA-256 of all that stands before it, and a newline. torch.load ignores it.
 _CHECKSUM_BYTES = 65

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 
-from experiments import figures, results, tracking
+from experiments import figures, results, tracking, training
 from experiments.command import Interruption, run_program
 from experiments.folder import RunFolder, describe_environment
 from experiments.training import Trainer, is_recorded
@@ -487,3 +487,11 @@ def test_points_that_are_exhausted_are_told_while_training_and_after(tmp_path, c
     arguments = [str(run), "--csv", str(tmp_path / "all.csv")]
     assert run_program(lambda: results.main(arguments)) == 0
     assert "more than 100 times" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shared", [training._EVALUATION, training._HELD_OUT])
+def test_no_training_draws_the_points_that_it_is_judged_by(shared):
+    """Generators on the CPU take the lower 32 bits of a seed alone."""
+    draws = [torch.rand(4, generator=torch.Generator().manual_seed(s)) for s in range(200)]
+    judged = torch.rand(4, generator=torch.Generator().manual_seed(shared))
+    assert not any(torch.equal(judged, drawn) for drawn in draws)
