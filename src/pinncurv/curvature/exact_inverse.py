@@ -16,6 +16,7 @@ from pinncurv.curvature.woodbury import (
     check_positive,
     from_data,
     kernel_of,
+    refined,
     to_data,
 )
 from pinncurv.linearization import Linearization
@@ -67,7 +68,7 @@ class ParameterInverseLinearOperator(SymmetricLinearOperator):
         right = _joined(X)
         y = self._solve(right)
         product = _joined(from_data(self.jacobian, to_data(self.jacobian, self._parts(y))))
-        return self._parts(self._improve(y, right - product - self.damping * y))
+        return self._parts(refined(y, self._solve(right - product - self.damping * y)))
 
     def solve_residual(self, residual: Sequence[Tensor]) -> list[Tensor]:
         """Return (JᵀJ + λI)⁻¹ Jᵀ u, refined by Jᵀ(u - J y) - λy, which loses fewer digits.
@@ -79,15 +80,7 @@ class ParameterInverseLinearOperator(SymmetricLinearOperator):
         y = self._solve(_joined(from_data(self.jacobian, u)))
         rest = u - to_data(self.jacobian, self._parts(y))
         error = _joined(from_data(self.jacobian, rest)) - self.damping * y
-        return [part.squeeze(-1) for part in self._parts(self._improve(y, error))]
-
-    def _improve(
-        self, y: Float[Tensor, "D k"], error: Float[Tensor, "D k"]
-    ) -> Float[Tensor, "D k"]:
-        """Return y + S error, where that is a small correction as it should be."""
-        correction = self._solve(error)
-        norms = torch.linalg.vector_norm(torch.stack([correction, y]), dim=1)
-        return torch.where(norms[0] <= 0.5 * norms[1], y + correction, y)
+        return [part.squeeze(-1) for part in self._parts(refined(y, self._solve(error)))]
 
     def _solve(self, y: Float[Tensor, "D k"]) -> Float[Tensor, "D k"]:
         return self.factorization.solve(y.to(self.factorization.dtype)).to(self.dtype)

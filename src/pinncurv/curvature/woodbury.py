@@ -86,7 +86,7 @@ class KernelInverseLinearOperator(SymmetricLinearOperator):
         rest = self._subtract(X, y)
         if self.refine:
             error = to_data(self.jacobian, rest) - self.damping * y
-            rest = self._subtract(X, self._improve(y, error))
+            rest = self._subtract(X, refined(y, self._solve(error)))
         result = [part.div_(self.damping) for part in rest]
         self._check_positive(X, result)
         return result
@@ -123,7 +123,7 @@ class KernelInverseLinearOperator(SymmetricLinearOperator):
         x = from_data(self.jacobian, y)
         if self.refine:
             error = u - to_data(self.jacobian, x) - self.damping * y
-            x = from_data(self.jacobian, self._improve(y, error))
+            x = from_data(self.jacobian, refined(y, self._solve(error)))
         return [part.squeeze(-1) for part in x]
 
     def _subtract(self, X: list[Tensor], y: Tensor) -> list[Tensor]:
@@ -133,16 +133,14 @@ class KernelInverseLinearOperator(SymmetricLinearOperator):
     def _solve(self, y: Float[Tensor, "R k"]) -> Float[Tensor, "R k"]:
         return self.factorization.solve(y.to(self.factorization.dtype)).to(self.dtype)
 
-    def _improve(
-        self, y: Float[Tensor, "R k"], error: Float[Tensor, "R k"]
-    ) -> Float[Tensor, "R k"]:
-        """Return y + (K + λI)⁻¹ error, where that is a small correction as it should be.
 
-        It is not if λ is so far below ε ‖K‖ that the factorization is no approximation.
-        """
-        correction = self._solve(error)
-        norms = torch.linalg.vector_norm(torch.stack([correction, y]), dim=1)
-        return torch.where(norms[0] <= 0.5 * norms[1], y + correction, y)
+def refined(y: Float[Tensor, "n k"], correction: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+    """Return y + correction, column by column, where that is a small one as it should be.
+
+    It is not if λ is so far below rounding that a factorization is no approximation.
+    """
+    norms = torch.linalg.vector_norm(torch.stack([correction, y]), dim=1)
+    return torch.where(norms[0] <= 0.5 * norms[1], y + correction, y)
 
 
 def _trace(factorization: Factorization, damping: float) -> float:
