@@ -17,7 +17,9 @@ from pinncurv.problems import (
     Fixed,
     LossTerm,
     PeriodicEmbedding,
+    SpaceTimeBox,
     dirichlet,
+    initial_and_lateral,
     neumann,
     nls,
     periodic,
@@ -74,6 +76,62 @@ def test_components(generator: torch.Generator) -> None:
     torch.testing.assert_close(term.evaluate(network, corner), network(corner)[:, 1:2] - 7)
     term = point(_values(x), x)
     torch.testing.assert_close(term.evaluate(_network(), x), _network()(x) - _values(x))
+
+
+class _Flow(nn.Module):
+    """Two components u and one p, by name, from a network of three."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        columns = self.network(x)
+        return {"u": columns[:, 1:], "p": columns[:, :1]}
+
+
+@pytest.mark.parametrize("components", [1, (1,), (1, 0)])
+def test_components_and_outputs_of_every_condition(components, generator: torch.Generator) -> None:
+    """Those of all of u, of which only some columns are taken; an output is found by its name."""
+    network, points = _network(d_out=3), BOX.faces(6)
+    flow, x = _Flow(network), points.sample(generator, torch.float64, "cpu")
+    chosen = [components] if isinstance(components, int) else list(components)
+    width = len(chosen)
+
+    def some(x: Tensor) -> Tensor:
+        return _values(x)[:, :width]
+
+    def everything(x: Tensor) -> Tensor:
+        return torch.zeros(len(x), 3, dtype=x.dtype)
+
+    def build(model: nn.Module, values, y: Tensor, **which) -> list[LossTerm]:
+        space = SpaceTimeBox(Box.unit(1))
+        return [
+            dirichlet(values, points, **which),
+            neumann(values, BOX.normal, points, **which),
+            robin(values, 0.3, BOX.normal, points, **which),
+            point(y, x, **which),
+            *initial_and_lateral(values, space, 4, 4, **which),
+            periodic(model, 0, 2.0, Fixed(x), **which),
+        ]
+
+    whole = build(network, everything, everything(x))
+    parts = build(flow, some, some(x), components=components, of="u")
+    for of_all, part in zip(whole, parts, strict=True):
+        columns = [of_all.evaluate(network, x)[:, 1 + i] for i in chosen]
+        expected = torch.stack(columns, 1) - some(x)
+        if part.name == "periodic":
+            r = of_all.evaluate(network, x)
+            expected = r[:, [1 + i for i in chosen] + [4 + i for i in chosen]]
+        torch.testing.assert_close(part.evaluate(flow, x), expected)
+
+
+def test_periods_and_coefficients_are_numbers() -> None:
+    for period in (0.0, torch.nan, torch.inf):
+        with pytest.raises(ValueError, match="size of a period must be positive and finite"):
+            periodic(_network(), 0, period, BOX.faces(3))
+    with pytest.raises(ValueError, match="coefficient of a Robin condition must be finite, got na"):
+        robin(_values, torch.nan, BOX.normal, BOX.faces(3))
 
 
 def test_periodic_pairs(generator: torch.Generator) -> None:

@@ -10,10 +10,13 @@ from pinncurv.diffops import Directional, Partial, Value
 from pinncurv.jets import derivative
 from pinncurv.problems.domains import SpaceTimeBox
 from pinncurv.problems.loss_term import LossTerm, Weight
+from pinncurv.problems.numbers import check_finite, check_positive
 from pinncurv.problems.problem import TensorOrJet
 from pinncurv.problems.samplers import Fixed, Sampler
 
 Field = Callable[[Tensor], Tensor]
+Components = int | Sequence[int] | None
+Of = int | str | None
 
 
 def dirichlet(
@@ -21,7 +24,8 @@ def dirichlet(
     points: Sampler,
     weight: Weight = 1.0,
     name: str = "boundary",
-    components: Sequence[int] | None = None,
+    components: Components = None,
+    of: Of = None,
 ) -> LossTerm:
     """Prescribe the values of u at points (of a boundary, a start, a measurement).
 
@@ -32,36 +36,40 @@ def dirichlet(
         points: Where the condition holds.
         weight: The weight of the term.
         name: The name of the term.
-        components: Which components of u are prescribed; None for all.
+        components: Which components of u are prescribed, one or several; None for all.
+        of: Which output of the network is u, if that returns a tuple or a dictionary.
 
     Raises:
         TypeError: If the values are no function.
     """
-    return LossTerm(
-        operators={"u": Value()},
-        residual=partial(_difference, _checked(values, name), components),
-        points=points,
-        weight=weight,
-        name=name,
-    )
+    residual = partial(_difference, _checked(values, name), components)
+    return LossTerm({"u": Value(of=of)}, residual, points, weight, name)
 
 
 def initial_and_lateral(
-    values: Field, domain: SpaceTimeBox, n_initial: int, n_boundary: int
+    values: Field,
+    domain: SpaceTimeBox,
+    n_initial: int,
+    n_boundary: int,
+    components: Components = None,
+    of: Of = None,
 ) -> tuple[LossTerm, ...]:
     """Prescribe the values of u at the start of a box in space and time, and on its spatial faces.
 
     u = g
 
     Args:
-        values: The function g, [N, 1 + d] -> [N, d_out].
+        values: The function g, [N, 1 + d] -> [N, d_out], one column per prescribed component.
         domain: The box.
         n_initial: Number of points at the start.
         n_boundary: Number of points on the spatial faces; 0 leaves that condition out, for networks
             that are periodic by themselves.
+        components: Which components of u are prescribed, one or several; None for all.
+        of: Which output of the network is u, if that returns a tuple or a dictionary.
     """
-    start = dirichlet(values, domain.initial(n_initial), name="initial")
-    return (start, dirichlet(values, domain.lateral(n_boundary))) if n_boundary else (start,)
+    prescribe = partial(dirichlet, values, components=components, of=of)
+    start = prescribe(domain.initial(n_initial), name="initial")
+    return (start, prescribe(domain.lateral(n_boundary))) if n_boundary else (start,)
 
 
 def neumann(
@@ -70,28 +78,28 @@ def neumann(
     points: Sampler,
     weight: Weight = 1.0,
     name: str = "boundary",
+    components: Components = None,
+    of: Of = None,
 ) -> LossTerm:
     """Prescribe the derivative of u along the normal.
 
     ∂u/∂n = g
 
     Args:
-        values: The function g, [N, d_in] -> [N, d_out].
+        values: The function g, [N, d_in] -> [N, d_out], one column per prescribed component.
         normal: n, [d_in], or a function [N, d_in] -> [N, d_in], such as `Box.normal`.
         points: Where the condition holds.
         weight: The weight of the term.
         name: The name of the term.
+        components: Which components of u are prescribed, one or several; None for all.
+        of: Which output of the network is u, if that returns a tuple or a dictionary.
 
     Raises:
         TypeError: If the values are no function.
     """
-    return LossTerm(
-        operators={"u_n": Directional(normal)},
-        residual=partial(_flux_difference, _checked(values, name)),
-        points=points,
-        weight=weight,
-        name=name,
-    )
+    operators = {"u_n": Directional(normal, of=of)}
+    residual = partial(_flux_difference, _checked(values, name), components)
+    return LossTerm(operators, residual, points, weight, name)
 
 
 def robin(
@@ -101,29 +109,31 @@ def robin(
     points: Sampler,
     weight: Weight = 1.0,
     name: str = "boundary",
+    components: Components = None,
+    of: Of = None,
 ) -> LossTerm:
     """Prescribe a sum of u and its derivative along the normal.
 
     ∂u/∂n + α u = g
 
     Args:
-        values: The function g, [N, d_in] -> [N, d_out].
+        values: The function g, [N, d_in] -> [N, d_out], one column per prescribed component.
         coefficient: The number α.
         normal: n, [d_in], or a function [N, d_in] -> [N, d_in], such as `Disk.normal`.
         points: Where the condition holds.
         weight: The weight of the term.
         name: The name of the term.
+        components: Which components of u are prescribed, one or several; None for all.
+        of: Which output of the network is u, if that returns a tuple or a dictionary.
 
     Raises:
         TypeError: If the values are no function.
+        ValueError: If the coefficient is not finite.
     """
-    return LossTerm(
-        operators={"u": Value(), "u_n": Directional(normal)},
-        residual=partial(_robin_difference, _checked(values, name), coefficient),
-        points=points,
-        weight=weight,
-        name=name,
-    )
+    check_finite("coefficient of a Robin condition", coefficient)
+    operators = {"u": Value(of=of), "u_n": Directional(normal, of=of)}
+    residual = partial(_robin_difference, _checked(values, name), components, coefficient)
+    return LossTerm(operators, residual, points, weight, name)
 
 
 def periodic(
@@ -133,6 +143,8 @@ def periodic(
     points: Sampler,
     weight: Weight = 1.0,
     name: str = "periodic",
+    components: Components = None,
+    of: Of = None,
 ) -> LossTerm:
     """Let u and its derivative along a coordinate agree at pairs of points, a period apart.
 
@@ -148,10 +160,16 @@ def periodic(
         points: The first point of every pair.
         weight: The weight of the term.
         name: The name of the term.
+        components: Which components of u are periodic, one or several; None for all.
+        of: Which output of the network is u, if that returns a tuple or a dictionary.
+
+    Raises:
+        ValueError: If the period is zero or not finite.
     """
+    check_positive("size of a period", abs(period))
     return LossTerm(
-        operators={"u": Value(), "slope": Partial(dim)},
-        residual=_Periodic(network, dim, period),
+        operators={"u": Value(of=of), "slope": Partial(dim, of=of)},
+        residual=PeriodicPairs(network, dim, period, components, of),
         points=points,
         weight=weight,
         name=name,
@@ -163,7 +181,8 @@ def point(
     x: Tensor,
     weight: Weight = 1.0,
     name: str = "point",
-    components: Sequence[int] | None = None,
+    components: Components = None,
+    of: Of = None,
 ) -> LossTerm:
     """Prescribe the values of u at single points, such as a pressure of 0 in a corner.
 
@@ -174,10 +193,11 @@ def point(
         x: The points, [K, d_in].
         weight: The weight of the term.
         name: The name of the term.
-        components: Which components of u are prescribed; None for all.
+        components: Which components of u are prescribed, one or several; None for all.
+        of: Which output of the network is u, if that returns a tuple or a dictionary.
     """
     return LossTerm(
-        operators={"u": Value()},
+        operators={"u": Value(of=of)},
         residual=partial(_data_difference, components),
         points=Fixed(x),
         weight=weight,
@@ -186,18 +206,26 @@ def point(
     )
 
 
-class _Periodic(nn.Module):
+class PeriodicPairs(nn.Module):
     """The residual of a periodic condition, which owns the network."""
 
-    def __init__(self, network: nn.Module, dim: int, period: float) -> None:
+    def __init__(
+        self, network: nn.Module, dim: int, period: float, components: Components, of: Of
+    ) -> None:
         super().__init__()
         self.network, self.dim, self.period = network, dim, period
+        self.components, self.of = components, of
 
     def forward(self, x: TensorOrJet, u: TensorOrJet, slope: TensorOrJet) -> TensorOrJet:
         before, after = x[:, : self.dim], x[:, self.dim + 1 :]
         partner = torch.cat([before, x[:, self.dim : self.dim + 1] + self.period, after], 1)
-        there = self.network(partner), derivative(self.network, partner, self.dim)
-        return torch.cat([u - there[0], slope - there[1]], 1)
+        there = self._u(partner), derivative(self._u, partner, self.dim)
+        differences = u - there[0], slope - there[1]
+        return torch.cat([_chosen(self.components, part) for part in differences], 1)
+
+    def _u(self, x: TensorOrJet) -> TensorOrJet:
+        output = self.network(x)
+        return output if self.of is None else output[self.of]
 
 
 def _checked(values: Field, term: str) -> Field:
@@ -209,32 +237,35 @@ def _checked(values: Field, term: str) -> Field:
     return values
 
 
-def _chosen(components: Sequence[int] | None, u: Tensor) -> Tensor:
+def _chosen(components: Components, u: TensorOrJet) -> TensorOrJet:
+    if components is None:
+        return u
+    chosen = (components,) if isinstance(components, int) else tuple(components)
     known = range(u.shape[1])
-    if components is not None and not (components and set(components) <= set(known)):
+    if not (chosen and set(chosen) <= set(known)):
         raise ValueError(
             f"Components must be positions in the unknown, from 0 to {known[-1]}, at least one, "
-            f"got {tuple(components)}. Leave them out for all."
+            f"got {chosen}. Leave them out for all."
         )
-    return u if components is None else torch.stack([u[:, i] for i in components], 1)
+    return torch.stack([u[:, i] for i in chosen], 1)
 
 
-def _difference(values: Field, components: Sequence[int] | None, x: Tensor, u: Tensor) -> Tensor:
+def _difference(values: Field, components: Components, x: Tensor, u: Tensor) -> Tensor:
     return _minus(_chosen(components, u), values(x))
 
 
-def _data_difference(components: Sequence[int] | None, x: Tensor, u: Tensor, y: Tensor) -> Tensor:
-    return _minus(_chosen(components, u), y)
-
-
-def _flux_difference(values: Field, x: Tensor, u_n: Tensor) -> Tensor:
-    return _minus(u_n, values(x))
+def _flux_difference(values: Field, components: Components, x: Tensor, u_n: Tensor) -> Tensor:
+    return _difference(values, components, x, u_n)
 
 
 def _robin_difference(
-    values: Field, coefficient: float, x: Tensor, u: Tensor, u_n: Tensor
+    values: Field, components: Components, coefficient: float, x: Tensor, u: Tensor, u_n: Tensor
 ) -> Tensor:
-    return _minus(u_n + coefficient * u, values(x))
+    return _difference(values, components, x, u_n + coefficient * u)
+
+
+def _data_difference(components: Components, x: Tensor, u: Tensor, y: Tensor) -> Tensor:
+    return _minus(_chosen(components, u), y)
 
 
 def _minus(u: TensorOrJet, values: TensorOrJet) -> TensorOrJet:
