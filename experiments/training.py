@@ -26,7 +26,7 @@ from experiments.objects import UserError, first_line, short, told
 from pinncurv.curvature import GaussNewton, Objective
 from pinncurv.linops import FactorizationError
 from pinncurv.optim import CurvatureOptimizer, HeldOut, StepRecord
-from pinncurv.problems import Errors
+from pinncurv.problems import Errors, warn_unless_periodic
 
 METRICS = "metrics.csv"
 CURRENT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
@@ -70,6 +70,7 @@ class Trainer:
         try:
             self._draw()
             points = self._sample(_HELD_OUT)
+            warn_unless_periodic(self.problem, self.model, points)
             self._held_out = HeldOut(
                 Objective(
                     self.model, self.problem.terms, points, experiment.chunk_size, check=False

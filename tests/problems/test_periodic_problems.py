@@ -12,7 +12,22 @@ from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 from torch.func import grad
 
-from pinncurv.problems import Problem, allen_cahn, kdv, kuramoto_sivashinsky
+from pinncurv.curvature import Objective
+from pinncurv.problems import (
+    Ansatz,
+    Fixed,
+    NotPeriodic,
+    PeriodicEmbedding,
+    Problem,
+    allen_cahn,
+    convection,
+    helmholtz,
+    kdv,
+    kuramoto_sivashinsky,
+    nls,
+    periodic,
+    warn_unless_periodic,
+)
 from pinncurv.problems.periodic_reference import PeriodicReference, _table
 from tests.problems.oracles import terms_of
 
@@ -224,3 +239,53 @@ def test_a_window_has_its_own_initial_values(generator: torch.Generator) -> None
     assert (start[:, 0] == 0.25).all()
     residual = problem.terms[1].apply(start, {"u": torch.ones(10, 1, dtype=torch.float64)})
     torch.testing.assert_close(residual, torch.full_like(residual, 0.25))
+
+
+# --- the condition at the ends --------------------------------------------------------------------
+
+LEFT_TO_THE_NETWORK = {
+    "allen_cahn": (lambda: allen_cahn(30, 20), 2.0),
+    "kdv": (lambda: kdv(30, 20), 2.0),
+    "kuramoto_sivashinsky": (lambda: kuramoto_sivashinsky(30, 20), 2 * PI),
+    "convection": (lambda: convection(n_interior=30, n_boundary=0), 2 * PI),
+    "nls": (lambda: nls(30, 0, 20), 30.0),
+}
+
+
+def _layers(d_in: int, d_out: int, dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(d_in, 5), nn.Tanh(), nn.Linear(5, d_out)).to(dtype)
+
+
+@pytest.mark.parametrize("name", LEFT_TO_THE_NETWORK)
+def test_networks_that_are_not_periodic_are_noticed(name: str, generator: torch.Generator) -> None:
+    """One that is periodic, a term, or initial values by construction on top of one, are not."""
+    build, period = LEFT_TO_THE_NETWORK[name]
+    problem = build()
+    plain, points = _layers(2, problem.d_out), problem.sample(generator, torch.float64, "cpu")
+    with pytest.warns(NotPeriodic, match="coordinate 1, .*PeriodicEmbedding, or add a term"):
+        Objective.sample(plain, problem, check=False)
+    for dtype in (torch.float32, torch.float64):
+        embedding = PeriodicEmbedding((None, period), modes=5)
+        embedded = nn.Sequential(embedding, _layers(embedding.d_out, problem.d_out, dtype))
+        warn_unless_periodic(problem, embedded, [x.to(dtype) for x in points])
+    warn_unless_periodic(problem, Ansatz(embedded, _time, problem.solution), points)
+    start = points[-1] * torch.tensor([1.0, 0.0]) + torch.tensor([0.0, problem.periodic[1][0]])
+    term = periodic(plain, 1, period, Fixed(start))
+    warn_unless_periodic(replace(problem, terms=(*problem.terms, term)), plain, points)
+
+
+def _time(x: Tensor) -> Tensor:
+    return x[:, :1]
+
+
+def test_which_problems_are_periodic() -> None:
+    """None whose ends have a condition; those without one in every coordinate."""
+    Objective.sample(_layers(2, 1), convection(n_interior=30, n_boundary=10), check=False)
+    with pytest.warns(NotPeriodic) as told:
+        Objective.sample(
+            _layers(3, 1), helmholtz((1, 2, 1), n_interior=30, n_boundary=0), check=False
+        )
+    assert [f"coordinate {i}" in str(told[i].message) for i in range(3)] == [True] * 3
+    with pytest.raises(ValueError, match=r"coordinates, from 0 to 1, got \{2: \(0.0, 1.0\)\}"):
+        replace(kdv(), periodic={2: (0.0, 1.0)})

@@ -28,7 +28,7 @@ from pinncurv.linearization import (
     visit_all,
 )
 from pinncurv.linops import all_finite
-from pinncurv.problems import Energy, LossTerm, Problem
+from pinncurv.problems import Energy, LossTerm, Problem, warn_unless_periodic
 
 
 class LinearizedObjective(Sequence[Linearization]):
@@ -261,6 +261,8 @@ class Objective:
     ) -> Objective:
         """Draw the points of every term from its sampler, in the network's dtype and device.
 
+        Warns with `NotPeriodic` if a problem leaves it to the network to be periodic and it is not.
+
         Args:
             model: The network.
             terms: A problem, or the loss terms.
@@ -279,7 +281,10 @@ class Objective:
             )
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         points = [term.points.sample(generator, like.dtype, like.device) for term in chosen]
-        return cls(model, chosen, points, chunk_size, check)
+        made = cls(model, chosen, points, chunk_size, check)
+        if isinstance(terms, Problem):
+            warn_unless_periodic(terms, model, points)
+        return made
 
     def resampled(self, generator: torch.Generator) -> Objective:
         """Return the objective at new points from the samplers of its terms.

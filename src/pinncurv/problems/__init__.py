@@ -65,6 +65,10 @@ from pinncurv.problems.periodic_problems import (
     kdv as kdv,
     kuramoto_sivashinsky as kuramoto_sivashinsky,
 )
+from pinncurv.problems.periodicity import (
+    NotPeriodic as NotPeriodic,
+    warn_unless_periodic as warn_unless_periodic,
+)
 from pinncurv.problems.plate import biharmonic_plate as biharmonic_plate
 from pinncurv.problems.poisson import (
     poisson as poisson,

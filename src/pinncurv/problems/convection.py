@@ -45,6 +45,7 @@ def convection(
         evaluation=domain.interior(10_000),
         solution=solution,
         coordinates=("$t$", "$x$"),
+        periodic={} if n_boundary else {1: (0.0, 2 * math.pi)},
     )
 
 

@@ -51,6 +51,7 @@ def helmholtz(
         d_in=domain.dim,
         evaluation=domain.interior(10_000),
         solution=solution,
+        periodic={} if n_boundary else dict.fromkeys(range(domain.dim), (-1.0, 1.0)),
     )
 
 

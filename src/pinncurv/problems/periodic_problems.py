@@ -161,6 +161,7 @@ def _problem(
         evaluation=domain.interior(10 * n_interior),
         solution=reference,
         coordinates=("$t$", "$x$"),
+        periodic={1: (equation.lower, equation.upper)},
     )
 
 

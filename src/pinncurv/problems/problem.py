@@ -1,7 +1,7 @@
 """A PDE problem: the terms of its loss, its solution, and the error of a network."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -56,10 +56,13 @@ class Problem:
         coordinates: What figures call the coordinates, the first of them at least.
         free_constants: Components of u, from 0, that the terms determine up to a constant only,
             such as a pressure.
+        periodic: Coordinates in which u has the same values at both ends, (lower, upper), though no
+            term says so: the network must be periodic by itself. A network that is not gets the
+            warning `NotPeriodic` from ``Objective.sample``.
 
     Raises:
-        ValueError: If there is no term, two share a name, dimensions disagree, or a component does
-            not exist.
+        ValueError: If there is no term, two share a name, dimensions disagree, or a component or
+            a periodic coordinate does not exist.
     """
 
     name: str
@@ -70,6 +73,7 @@ class Problem:
     solution: Callable[[Tensor], Tensor] | None = None
     coordinates: tuple[str, ...] = ()
     free_constants: tuple[int, ...] = ()
+    periodic: Mapping[int, tuple[float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check that the parts fit together."""
@@ -91,6 +95,11 @@ class Problem:
             raise ValueError(
                 f"Problem '{self.name}': free_constants must name components of the unknown, from "
                 f"0 to {self.d_out - 1}, got {self.free_constants}. Pass their positions."
+            )
+        if not set(self.periodic) <= set(range(self.d_in)):
+            raise ValueError(
+                f"Problem '{self.name}': periodic must name coordinates, from 0 to "
+                f"{self.d_in - 1}, got {dict(self.periodic)}. Pass e.g. {{1: (-1.0, 1.0)}}."
             )
 
     def sample(

@@ -46,6 +46,7 @@ def nls(n_interior: int = 4000, n_boundary: int = 100, n_initial: int = 200) -> 
         d_out=2,
         solution=_breather,
         coordinates=("$t$", "$x$"),
+        periodic={} if n_boundary else {1: (-15.0, 15.0)},
     )
 
 
