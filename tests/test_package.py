@@ -57,3 +57,12 @@ def test_shape_annotations_are_checked_in_some_of_many_calls(shapes):
 
 def test_an_int_is_a_float(shapes):
     assert shapes.trace(torch.eye(2, dtype=torch.float64), scale=3) == 6
+
+
+def test_packages_and_names_are_listed_and_found():
+    folders = Path(pinncurv.__file__).parent.glob("*/__init__.py")
+    packages = {path.parent.name for path in folders}
+    assert packages <= set(dir(pinncurv))
+    for name in packages:
+        assert pinncurv.__getattr__(name) is importlib.import_module(f"pinncurv.{name}")
+    assert all(getattr(pinncurv, name) for name in dir(pinncurv))

@@ -8,7 +8,18 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for type checkers and editors; at run time see __getattr__
-    from pinncurv import presets as presets, problems as problems
+    from pinncurv import (
+        comparison as comparison,
+        curvature as curvature,
+        diffops as diffops,
+        jets as jets,
+        linearization as linearization,
+        linops as linops,
+        optim as optim,
+        presets as presets,
+        problems as problems,
+        verification as verification,
+    )
     from pinncurv.comparison import compare as compare
     from pinncurv.curvature import (
         EKFAC as EKFAC,
@@ -65,16 +76,17 @@ _HOMES = {
     "verification": "verify",
 }
 _MODULES = {name: home for home, names in _HOMES.items() for name in names.split()}
+_PACKAGES = {*_HOMES, "presets"}
 
 
 def __getattr__(name: str) -> Any:
     """Import a name when it is asked for, since importing all of torch takes seconds."""
     if name in _MODULES:
         return getattr(import_module(f"pinncurv.{_MODULES[name]}"), name)
-    if name in ("presets", "problems", "linops", "comparison"):
+    if name in _PACKAGES:
         return import_module(f"pinncurv.{name}")
     raise AttributeError(f"module 'pinncurv' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*_MODULES, "__version__", "presets", "problems"])
+    return sorted({*_MODULES, *_PACKAGES, "__version__"})

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pinncurv.diffops import Value
 from pinncurv.problems import Box, LossTerm, Problem, dirichlet, heat1d, poisson, poisson2d
@@ -28,6 +28,25 @@ def test_sample_gives_one_batch_per_term(generator: torch.Generator) -> None:
     again = problem.sample(torch.Generator().manual_seed(0), torch.float32, "cpu")
     assert all(torch.equal(x, y) for x, y in zip(batches, again, strict=True))
     assert not torch.equal(problem.sample(generator, torch.float32, "cpu")[0], batches[0])
+
+
+@pytest.mark.parametrize("points", [torch.float32, torch.float64])
+@pytest.mark.parametrize("network", [torch.float32, torch.float64])
+def test_errors_of_any_dtypes(network, points, generator: torch.Generator) -> None:
+    """The network in its own dtype, the solution and the difference in the finer one of the two."""
+    problem = poisson2d()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 1)).to(network)
+    x = problem.evaluation.sample(generator, points, "cpu")
+    finer = torch.promote_types(network, points)
+    expected = problem.solution(x.to(finer))
+    difference = model(x.to(network)).to(finer) - expected
+    relative = (difference.norm() / expected.norm()).item()
+    assert problem.errors(model, x).relative == pytest.approx(relative, rel=1e-6)
+    asked = []
+    told = replace(problem, solution=lambda x: asked.append(x.dtype) or problem.solution(x))
+    told.errors(model, x)
+    assert asked == [finer]
 
 
 def test_errors(generator: torch.Generator) -> None:

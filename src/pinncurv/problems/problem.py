@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from pinncurv.problems.l2 import L2
 from pinncurv.problems.loss_term import LossTerm
@@ -112,6 +112,9 @@ class Problem:
     def errors(self, model: Callable[[Tensor], Tensor], x: Tensor) -> Errors:
         """Measure the error of a network u, [N, d_in] -> [N, d_out], at points x, see `Errors`.
 
+        The network is evaluated in the dtype of its parameters, the solution in the finer one of
+        that and the points'.
+
         Raises:
             ValueError: If the solution is not known or the network's shape differs from its.
         """
@@ -120,7 +123,9 @@ class Problem:
                 f"The errors of problem '{self.name}' need its solution, got solution=None. "
                 "Pass Problem(..., solution=...), e.g. an interpolated numerical reference."
             )
-        u, expected = model(x), self.solution(x)
+        like = next(model.parameters(), x) if isinstance(model, nn.Module) else x
+        x = x.to(torch.promote_types(x.dtype, like.dtype))
+        u, expected = model(x.to(like.dtype)), self.solution(x)
         if u.shape != (x.shape[0], self.d_out) or expected.shape != u.shape:
             raise ValueError(
                 f"Problem '{self.name}': network and solution must return shape "
