@@ -98,5 +98,5 @@ def test_float32(generator: torch.Generator) -> None:
 
 
 def test_viscosity_is_positive() -> None:
-    with pytest.raises(ValueError, match=r"must be positive, got 0\.0. Without"):
+    with pytest.raises(ValueError, match=r"viscosity must be positive and finite, got 0\.0"):
         burgers(0.0)

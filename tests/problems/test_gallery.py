@@ -4,6 +4,8 @@ An equation is a function of u, of one point with a vector as its value, and of 
 returns the terms of the equation, one row per component of the residual.
 """
 
+import inspect
+import math
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacfwd, vmap
 
+from pinncurv import problems
 from tests.problems.shipped import GALLERY
 from tests.problems.test_solutions import Known
 
@@ -243,3 +246,33 @@ def test_float32(name: str, generator: torch.Generator) -> None:
         double = term.evaluate(model.double(), x.float().double())
         tolerance = 1e-3 * double.abs().max().item()
         torch.testing.assert_close(single.double(), double, rtol=1e-3, atol=tolerance)
+
+
+# Numbers that may be negative, or zero; all others must be positive.
+ANY_SIGN = {"rate", "speed", "wave_number"}
+OR_ZERO = {
+    *("noise", "start"),
+    *(f"{name}.n_boundary" for name in ("convection", "helmholtz", "nls", "reaction")),
+}
+
+
+def _numbers() -> list[tuple[str, str]]:
+    """Return the numbers that problems have as defaults, where nothing else must be given."""
+    found = []
+    for name, build in vars(problems).items():
+        given = inspect.signature(build).parameters if inspect.isfunction(build) else {}
+        defaults = {key: parameter.default for key, parameter in given.items()}
+        if inspect.Parameter.empty not in defaults.values():
+            found += [(name, key) for key, x in defaults.items() if type(x) in (int, float)]
+    return [(name, key) for name, key in found if key not in ("dim", "end")]
+
+
+@pytest.mark.parametrize(("name", "argument"), _numbers())
+def test_numbers_of_a_problem_are_checked(name: str, argument: str, shapes_unchecked: None) -> None:
+    """Nothing that cannot be meant is left to the first step, or to an error of torch."""
+    bad = [math.nan, math.inf]
+    if argument not in ANY_SIGN:
+        bad += [-1] if {argument, f"{name}.{argument}"} & OR_ZERO else [-1, 0]
+    for value in bad:
+        with pytest.raises(ValueError, match=" must "):
+            getattr(problems, name)(**{argument: value})

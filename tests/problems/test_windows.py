@@ -159,9 +159,12 @@ def test_an_objective_follows_causal_weights() -> None:
     assert len(pickle.loads(pickle.dumps(causal)).by_slab) == 8
 
 
-def test_causal_weights_need_a_slab() -> None:
-    with pytest.raises(ValueError, match=r"at least one slab, got start=1\.0, end=0\.0, slabs=32"):
+def test_causal_weights_need_a_slab(shapes_unchecked: None) -> None:
+    with pytest.raises(ValueError, match=r"a start before .*, got start=1\.0, end=0\.0, slabs=32"):
         CausalWeights(1.0, 0.0)
+    for wrong in ({"slabs": 0}, {"slabs": 2.0}, {"tolerance": -1.0}, {"tolerance": torch.nan}):
+        with pytest.raises(ValueError, match=r"a finite tolerance >= 0, got start=0\.0, end=1\.0"):
+            CausalWeights(0.0, 1.0, **wrong)
 
 
 def _step(x: Tensor, u: Tensor) -> Tensor:
@@ -223,9 +226,17 @@ def test_resampling_needs_finite_residuals(generator: torch.Generator) -> None:
         sampler.sample(generator, torch.float64, "cpu")
 
 
-def test_resampling_needs_candidates() -> None:
+def test_resampling_needs_candidates(shapes_unchecked: None) -> None:
     term = LossTerm({"u": Value()}, _step, Box.unit(1).interior(10))
     with pytest.raises(ValueError, match="among as many candidates or more, got n=11 of 10"):
         ResidualBased(term, _Constant(), 11)
-    with pytest.raises(ValueError, match=r"The floor must be positive, .* got 0\. Pass"):
-        ResidualBased(term, _Constant(), 5, floor=0)
+    for floor in (0, -1.0, torch.nan):
+        with pytest.raises(
+            ValueError, match=r"The floor must be positive and finite, got .*\. Pass"
+        ):
+            ResidualBased(term, _Constant(), 5, floor=floor)
+    with pytest.raises(ValueError, match=r"The power must be finite, got nan\. Pass"):
+        ResidualBased(term, _Constant(), 5, power=torch.nan)
+    for n in (0, 2.0):
+        with pytest.raises(ValueError, match="must be an int of at least 1, got n="):
+            ResidualBased(term, _Constant(), n)

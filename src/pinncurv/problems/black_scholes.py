@@ -10,6 +10,7 @@ from pinncurv.diffops import Partial, Value
 from pinncurv.problems.conditions import dirichlet
 from pinncurv.problems.domains import Box, SpaceTimeBox
 from pinncurv.problems.loss_term import LossTerm
+from pinncurv.problems.numbers import check_finite, check_positive
 from pinncurv.problems.problem import Problem, TensorOrJet
 
 
@@ -35,8 +36,13 @@ def black_scholes(
         n_boundary: Number of points at S = 0 and S = 3.
         n_initial: Number of points at τ = 0.
 
+    Raises:
+        ValueError: If the volatility is not positive, or a number not finite.
+
     Source: F. Black, M. Scholes, The pricing of options and corporate liabilities, 1973.
     """
+    check_finite("rate", rate)
+    check_positive("volatility", volatility)
     domain = SpaceTimeBox(Box((0.0,), (3.0,)))
     solution = partial(_call, rate, volatility)
     interior = LossTerm(

@@ -10,6 +10,7 @@ from pinncurv.diffops import Partial, Value
 from pinncurv.problems.conditions import dirichlet
 from pinncurv.problems.domains import Box, SpaceTimeBox
 from pinncurv.problems.loss_term import LossTerm
+from pinncurv.problems.numbers import check_positive
 from pinncurv.problems.problem import Problem, TensorOrJet
 
 
@@ -30,15 +31,12 @@ def burgers(
         n_boundary: Number of points at both ends of the interval.
 
     Raises:
-        ValueError: If the viscosity is not positive.
+        ValueError: If the viscosity is not positive and finite.
 
     Source: Raissi, Perdikaris, Karniadakis 2019, section 3.1.1; the solution is that of Basdevant
     et al. 1986.
     """
-    if not viscosity > 0:
-        raise ValueError(
-            f"The viscosity must be positive, got {viscosity}. Without one there is a shock."
-        )
+    check_positive("viscosity", viscosity)
     domain = SpaceTimeBox(Box.cube(1, -1.0, 1.0))
     interior = LossTerm(
         operators={"u": Value(), "u_t": Partial(0), "u_x": Partial(1), "u_xx": Partial(1, 1)},

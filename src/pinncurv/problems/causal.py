@@ -1,5 +1,6 @@
 """Causal weights: later times count once the earlier ones are solved."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -26,7 +27,8 @@ class CausalWeights:
         tolerance: The number ε.
 
     Raises:
-        ValueError: If the times do not increase, or there is no slab.
+        ValueError: If the times do not increase, there is no slab, the tolerance is negative, or a
+            number is not finite.
 
     Source: Wang, Sankaran, Perdikaris 2022 (arXiv 2203.07404), algorithm 1.
     """
@@ -39,10 +41,12 @@ class CausalWeights:
 
     def __post_init__(self) -> None:
         """Begin with ones."""
-        if not (self.start < self.end and self.slabs > 0):
+        given = -math.inf < self.start < self.end < math.inf and 0 <= self.tolerance < math.inf
+        if not (given and isinstance(self.slabs, int) and self.slabs > 0):
             raise ValueError(
-                "Causal weights must have a start before their end and at least one slab, got "
-                f"start={self.start}, end={self.end}, slabs={self.slabs}. Pass those of the domain."
+                "Causal weights must have a start before their end, at least one slab and a finite "
+                f"tolerance >= 0, got start={self.start}, end={self.end}, slabs={self.slabs!r}, "
+                f"tolerance={self.tolerance}. Pass the times of the domain."
             )
         object.__setattr__(self, "by_slab", torch.ones(self.slabs, dtype=torch.float64))
 

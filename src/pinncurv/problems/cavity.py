@@ -7,6 +7,7 @@ from pinncurv.problems.cavity_reference import CavityReference
 from pinncurv.problems.conditions import dirichlet, point
 from pinncurv.problems.domains import Box
 from pinncurv.problems.navier_stokes import navier_stokes
+from pinncurv.problems.numbers import check_positive
 from pinncurv.problems.problem import Problem
 
 
@@ -25,8 +26,12 @@ def cavity(n_interior: int = 2000, n_boundary: int = 400, reynolds: float = 100.
         n_boundary: Number of points on the walls.
         reynolds: The Reynolds number Re; the reference is for up to a few hundred.
 
+    Raises:
+        ValueError: If the Reynolds number is not positive and finite.
+
     Source: PINNacle (arXiv 2306.08827), problem NS2d-C.
     """
+    check_positive("Reynolds number", reynolds)
     domain = Box.unit(2)
     origin = torch.zeros(1, 2, dtype=torch.float64)
     return Problem(

@@ -10,6 +10,7 @@ from pinncurv.diffops import Partial
 from pinncurv.problems.conditions import initial_and_lateral
 from pinncurv.problems.domains import Box, SpaceTimeBox
 from pinncurv.problems.loss_term import LossTerm
+from pinncurv.problems.numbers import check_finite
 from pinncurv.problems.problem import Problem, TensorOrJet
 
 
@@ -27,9 +28,13 @@ def convection(
             the period 2π by themselves.
         n_initial: Number of points at the start.
 
+    Raises:
+        ValueError: If the speed is not finite.
+
     Source: A. S. Krishnapriyan et al., Characterizing possible failure modes in physics-informed
     neural networks, NeurIPS 2021 (arXiv 2109.01050).
     """
+    check_finite("speed", speed)
     domain = SpaceTimeBox(Box((0.0,), (2 * math.pi,)))
     solution = partial(_moved_sine, speed)
     interior = LossTerm(

@@ -11,6 +11,7 @@ from pinncurv.diffops import Laplacian, Partial
 from pinncurv.problems.conditions import dirichlet
 from pinncurv.problems.domains import SpaceTimeBox
 from pinncurv.problems.loss_term import LossTerm
+from pinncurv.problems.numbers import check_positive
 from pinncurv.problems.problem import Problem, TensorOrJet
 
 
@@ -36,7 +37,11 @@ def heat(
             times, half at the start.
         solution: The solution, if it is known.
         name: The name of the problem.
+
+    Raises:
+        ValueError: If the conductivity is not positive and finite.
     """
+    check_positive("conductivity", conductivity)
     interior = LossTerm(
         operators={"u_t": Partial(0), "lap_u": Laplacian(dims=tuple(range(1, domain.dim)))},
         residual=partial(_residual, conductivity),

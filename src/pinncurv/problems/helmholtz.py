@@ -11,6 +11,7 @@ from pinncurv.diffops import Laplacian, Value
 from pinncurv.problems.conditions import dirichlet
 from pinncurv.problems.domains import Box
 from pinncurv.problems.loss_term import LossTerm
+from pinncurv.problems.numbers import check_finite
 from pinncurv.problems.problem import Problem, TensorOrJet
 
 
@@ -32,9 +33,14 @@ def helmholtz(
             for networks that are periodic by themselves, with period 2 (and whole numbers a_i): the
             solution is unique there, too, unless k² / π² is a sum of d squares of whole numbers.
 
+    Raises:
+        ValueError: If a frequency or the wave number is not finite.
+
     Source: S. Wang, Y. Teng, P. Perdikaris, arXiv 2001.04536, with (1, 4) and k = 1.
     """
     a = tuple(float(frequency) for frequency in frequencies)
+    for number in (*a, wave_number):
+        check_finite("frequencies and the wave number", number)
     domain = Box.cube(len(a), -1.0, 1.0)
     solution = partial(_sines, a)
     strength = wave_number**2 - math.pi**2 * sum(f * f for f in a)

@@ -176,9 +176,9 @@ def _measurements(u: Callable[[Tensor], Tensor], points: Sampler, noise: float) 
     """Return the term of values of u at points, with errors, the same ones whenever it is called.
 
     Raises:
-        ValueError: If the noise is negative.
+        ValueError: If the noise is negative or not finite.
     """
-    if not noise >= 0:
+    if not 0 <= noise < math.inf:
         raise ValueError(
             f"The noise of measurements must be a standard deviation >= 0, got {noise}. Use 0 for "
             "exact ones."

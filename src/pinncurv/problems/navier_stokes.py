@@ -10,6 +10,7 @@ from pinncurv.diffops import Gradient, Laplacian, Partial, Value
 from pinncurv.problems.conditions import dirichlet
 from pinncurv.problems.domains import Box, SpaceTimeBox
 from pinncurv.problems.loss_term import LossTerm
+from pinncurv.problems.numbers import check_positive
 from pinncurv.problems.problem import Problem, TensorOrJet
 from pinncurv.problems.samplers import Sampler
 
@@ -53,8 +54,12 @@ def kovasznay(n_interior: int = 2601, n_boundary: int = 400, reynolds: float = 4
         n_boundary: Number of points on the faces.
         reynolds: The Reynolds number Re.
 
+    Raises:
+        ValueError: If the Reynolds number is not positive and finite.
+
     Source: L. I. G. Kovasznay, Laminar flow behind a two-dimensional grid, 1948.
     """
+    check_positive("Reynolds number", reynolds)
     domain = Box((-0.5, -0.5), (1.0, 1.5))
     rate = reynolds / 2 - math.sqrt(reynolds**2 / 4 + 4 * math.pi**2)
     velocity = partial(_kovasznay_velocity, rate)

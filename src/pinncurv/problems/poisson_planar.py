@@ -14,7 +14,7 @@ from pinncurv.problems.energy import Energy
 from pinncurv.problems.loss_term import LossTerm
 from pinncurv.problems.polygon import Polygon
 from pinncurv.problems.problem import Problem, TensorOrJet
-from pinncurv.problems.samplers import Fixed, Sampler
+from pinncurv.problems.samplers import Fixed, Sampler, check_count
 
 
 def poisson_disk(n_interior: int = 900, n_boundary: int = 120) -> Problem:
@@ -55,6 +55,8 @@ def poisson_disk_ritz(n_radii: int = 24, n_angles: int = 48) -> Problem:
 
     Source: E and Yu 2018.
     """
+    for count in (n_radii, n_angles):
+        check_count(count)
     nodes, weights = (torch.from_numpy(part) for part in roots_legendre(n_radii))
     radii, angles = (1 + nodes) / 2, torch.arange(n_angles).double() * (2 * math.pi / n_angles)
     circle = torch.stack([angles.cos(), angles.sin()], 1)

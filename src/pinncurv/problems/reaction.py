@@ -10,6 +10,7 @@ from pinncurv.diffops import Partial, Value
 from pinncurv.problems.conditions import initial_and_lateral
 from pinncurv.problems.domains import Box, SpaceTimeBox
 from pinncurv.problems.loss_term import LossTerm
+from pinncurv.problems.numbers import check_finite
 from pinncurv.problems.problem import Problem, TensorOrJet
 
 
@@ -28,9 +29,13 @@ def reaction(
             start determines u. A network of period 2π cannot match it: h has a kink of 3e-3 there.
         n_initial: Number of points at the start.
 
+    Raises:
+        ValueError: If the rate is not finite.
+
     Source: A. S. Krishnapriyan et al., Characterizing possible failure modes in physics-informed
     neural networks, NeurIPS 2021 (arXiv 2109.01050).
     """
+    check_finite("rate", rate)
     domain = SpaceTimeBox(Box((0.0,), (2 * math.pi,)))
     solution = partial(_logistic, rate)
     interior = LossTerm(

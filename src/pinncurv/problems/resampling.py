@@ -8,6 +8,8 @@ from torch import Generator, Tensor, nn
 
 from pinncurv.problems.energy import check_squares
 from pinncurv.problems.loss_term import LossTerm
+from pinncurv.problems.numbers import check_finite, check_positive
+from pinncurv.problems.samplers import check_count
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +32,7 @@ class ResidualBased:
     Raises:
         TypeError: If the term is an energy, which has no residual.
         ValueError: If there are fewer candidates than points to choose, or the floor is not
-            positive.
+            positive, or a number not finite.
 
     Source: Wu, Zhu, Tan, Kartha, Lu 2023 (arXiv 2207.10289), section 2.4: RAD.
     """
@@ -44,16 +46,14 @@ class ResidualBased:
     def __post_init__(self) -> None:
         """Check that there are residuals and a choice."""
         check_squares([self.term])
-        if not 0 < self.n <= self.term.points.n:
+        check_count(self.n)
+        if not self.n <= self.term.points.n:
             raise ValueError(
                 f"The points must be chosen among as many candidates or more, got n={self.n} of "
                 f"{self.term.points.n}. Give the term '{self.term.name}' more points."
             )
-        if not self.floor > 0:
-            raise ValueError(
-                f"The floor must be positive, so that every point can be drawn, got {self.floor}."
-                " Pass a small number."
-            )
+        check_positive("floor", self.floor)  # so that every point can be drawn
+        check_finite("power", self.power)
 
     @property
     def dim(self) -> int:

@@ -10,7 +10,7 @@ from pinncurv.problems.conditions import initial_and_lateral, neumann
 from pinncurv.problems.domains import Box, SpaceTimeBox
 from pinncurv.problems.loss_term import LossTerm
 from pinncurv.problems.problem import Problem, TensorOrJet
-from pinncurv.problems.samplers import Fixed, Product
+from pinncurv.problems.samplers import Fixed, Product, check_count
 
 _C1, _C2 = 6.0, 2.0  # the speeds
 _R1, _R2 = math.sqrt(_C1), math.sqrt(_C2)
@@ -36,6 +36,8 @@ def kdv_two_solitons(
 
     Source: arXiv 2405.04230 (the two-soliton problem of its experiments).
     """
+    for count in (n_boundary, n_slope):
+        check_count(count)
     domain = SpaceTimeBox(Box((0.0,), (20.0,)), end=5.0)
     interior = LossTerm(
         operators={"u": Value(), "u_t": Partial(0), "u_x": Partial(1), "u_xxx": Partial(1, 1, 1)},
