@@ -36,6 +36,12 @@ class Muon(Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         parameters = list(params)
+        if not all(isinstance(p, Tensor) for p in parameters):
+            raise UserError(
+                "muon must have the parameters themselves, which it groups by their shapes, got "
+                f"{', '.join(sorted({type(p).__name__ for p in parameters}))}. Pass "
+                "model.parameters()."
+            )
         matrices = [p for p in parameters if p.dim() == 2]
         others = [p for p in parameters if p.dim() != 2]
         shared: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}

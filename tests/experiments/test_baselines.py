@@ -40,6 +40,14 @@ def test_muon_of_one_kind_of_parameters(kinds):
     assert all(bool((p < 1).all()) for p in parameters)
 
 
+@pytest.mark.parametrize("kind", ["groups", "names"])
+def test_muon_makes_its_groups_itself(kind):
+    model = network(2, 5, 1)
+    given = {"groups": [{"params": model.parameters()}], "names": model.named_parameters()}
+    with pytest.raises(UserError, match=r"must have the parameters themselves.*got (dict|tuple)\."):
+        baselines.Muon(given[kind])
+
+
 @pytest.mark.usefixtures("_no_figure")
 @pytest.mark.parametrize(("label", "steps"), [("muon", 5), ("soap", 24), ("ssbroyden", 5)])
 def test_a_run_continues_to_the_same_bits(label, steps, tmp_path):

@@ -6,8 +6,12 @@ import warnings
 import pytest
 import torch
 
+from pinncurv.curvature import Objective
+from pinncurv.diffops import Value
 from pinncurv.optim import FirstOrder, HeldOut, StepRecord, exhausted
 from pinncurv.presets import gauss_newton
+from pinncurv.problems import Fixed, LossTerm
+from tests.networks import points
 from tests.optim.cases import network, poisson
 
 
@@ -52,6 +56,9 @@ def test_exhausted_points_are_told_once():
         ([(1.0, 99.0)] + [(1.0, 101.0)] * 3, True),
         ([(1.0, 101.0)] * 3 + [(1.0, 99.0)], False),
         ([(-1.0, -0.5)] * 3, False),  # an energy
+        ([(0.0, 0.0)] * 3, False),
+        ([(1.0, 1.0 + 1e-7)] * 2, False),
+        ([(1.0, 1.0 + 1e-3)] * 3, False),
         ([(math.nan, 1.0)] * 3, False),
     ],
 )
@@ -66,6 +73,26 @@ def test_a_negative_energy():
     assert not exhausted([(-1.0, -0.9), (-1.1, -0.95), (-1.2, -0.8)])
     assert not exhausted([(-1.0, -0.9), (-1.1, -0.88), (-1.2, -0.85)])
     assert not exhausted([(-1.1, -0.5), (-1.2, 0.3)])
+
+
+@pytest.mark.parametrize("loss", [1.0, -0.5])
+def test_the_same_points_are_no_others(loss):
+    words = exhausted([(loss, loss * (1 + 1e-7))] * 3)
+    assert "these are the same, as ``Fixed`` ones always are" in words
+
+
+def test_fixed_points_stay_those_that_are_trained_on():
+    model, x = network(), points(20)
+    term = LossTerm({"u": Value()}, lambda x, u: u - x[:, :1], Fixed(x), name="fit")
+    objective = Objective(model, [term], [x])
+    held_out = HeldOut(objective.resampled(torch.Generator()), every=1)
+    optimizer = gauss_newton(objective.parameters(), 1e-3)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(5):
+            held_out(optimizer.step(objective))
+    (warning,) = told
+    assert "Pass HeldOut an objective at points of its own" in str(warning.message)
 
 
 def test_the_loss_after_the_step_counts_where_it_is_known():

@@ -43,6 +43,29 @@ def test_progress_is_not_told_of():
         observe(Progress(first_order=True), [1.0] * 3999)
 
 
+@pytest.mark.parametrize(
+    ("losses", "told"),
+    [
+        ([-0.5] * 200, True),
+        ([-0.5 - 1e-9 * k for k in range(200)], True),
+        ([-0.5 + 1e-4 * 0.98**k for k in range(200)], False),  # 2 % less distance a step
+        ([1.0 - 0.01 * k for k in range(200)], False),  # through zero
+        ([1.0] * 100 + [-1.0] * 100, False),
+        ([0.5] * 50 + [-1.0] * 50 + [-0.9, -0.8] * 50, True),  # rises
+        ([torch.inf] * 200, False),
+    ],
+)
+def test_energies_have_no_zero_to_compare_with(losses, told):
+    progress = Progress()
+    observe(progress, losses[:-1])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        observe(progress, losses[-1:])
+    assert bool(said) is told
+    if told:
+        assert "less than 0.0001 % in 100 steps, to -" in str(said[0].message)
+
+
 def take(optimizer, objective, steps):
     for _ in range(steps):
         optimizer.step(objective)

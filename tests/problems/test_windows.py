@@ -70,6 +70,28 @@ def test_windows_are_trained_one_after_the_other(hard: bool, generator: torch.Ge
         torch.testing.assert_close(left, right, rtol=0, atol=1e-13)
 
 
+def test_windows_of_an_ansatz_share_the_networks_before(generator: torch.Generator) -> None:
+    """Not a copy of the whole chain in every window; in the k-th, k networks are passed."""
+    windows = Windows((0.0, 1.0, 2.0, 3.0))
+    while not windows.complete:
+        model: nn.Module = _network()
+        if windows.state is not None:
+            model = Ansatz(model, windows.state.elapsed, windows.state)
+        windows.append(model)
+    count = sum(p.numel() for p in _network().parameters())
+    assert sum(p.numel() for p in windows.parameters()) == 3 * count
+    twin = pickle.loads(pickle.dumps(windows))
+    assert sum(p.numel() for p in twin.parameters()) == 3 * count
+    passes: list[nn.Module] = []
+    for module in windows.modules():
+        if isinstance(module, nn.Sequential):
+            module.register_forward_hook(lambda module, *_: passes.append(module))
+    for k, network in enumerate(windows.networks, 1):
+        passes.clear()
+        network(torch.rand(2, 2, generator=generator, dtype=torch.float64))
+        assert len(passes) == len(set(passes)) == k
+
+
 def test_points_go_to_the_network_of_their_window() -> None:
     windows = Windows((0.0, 1.0, 3.0))
     for value in (1.0, 2.0):

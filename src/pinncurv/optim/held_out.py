@@ -14,15 +14,20 @@ import torch
 
 from pinncurv.optim.protocols import StepRecord, check_part
 
+# Points are the same when the losses agree to this part, as often in a row.
+_SAME = 1e-5
+
 # The points are exhausted when the loss on others has been this many times larger, as often in
 # a row: residuals are then ten times larger between the points than at them.
 FACTOR, TIMES = 100.0, 3
 
 
 def exhausted(losses: Sequence[tuple[float, float]]) -> str:
-    """Say whether a network fits its points and not the equation.
+    """Say whether a network fits its points and not the equation, or others were never measured.
 
     L_held_out > 100 L, three times in a row; if L < 0, L_held_out rises by more than L falls
+
+    If they agree to five digits, three times in a row, they are of the same points.
 
     Args:
         losses: L where it is minimized and L on other points, of the last measurements.
@@ -34,6 +39,12 @@ def exhausted(losses: Sequence[tuple[float, float]]) -> str:
     if len(last) < TIMES:
         return ""
     loss, other = last[-1]
+    if all(abs(loss) > 0 and abs(other - loss) <= _SAME * abs(loss) for loss, other in last):
+        return (
+            "The loss on points that are not trained on is that on those that are: these are the "
+            "same, as ``Fixed`` ones always are, and it says nothing about the equation between "
+            "them. Pass HeldOut an objective at points of its own."
+        )
     if any(loss < 0 for loss, _ in last):  # an energy, of which no multiple is a measure
         falls = [a[0] - b[0] for a, b in pairwise(last)]
         rises = [b[1] - a[1] for a, b in pairwise(last)]
@@ -62,7 +73,8 @@ class HeldOut:
 
     Args:
         objective: The loss on the second batch, of the same network. Where points are ``Fixed``,
-            those of ``resampled`` are the same.
+            those of ``resampled`` are the same, and a warning says so where the record has the
+            loss after the step.
         every: Steps between two measurements.
 
     Raises:

@@ -8,9 +8,10 @@ from collections import deque
 
 from pinncurv.optim.protocols import StepRecord
 
-# Steps that are looked at together, and what their best loss must be of that of as many before.
+# Steps that are looked at together, and by which part their best loss must be less than that of as
+# many before; a negative one is an energy, of which only a part is its distance to the minimum.
 _CURVATURE_STEPS, _FIRST_ORDER_STEPS = 100, 2000
-_PROGRESS = 0.99
+_PROGRESS, _ENERGY_PROGRESS = 1e-2, 1e-6
 
 # Below this part of a full step, an update is called short.
 _SHORT = 2.0**-8
@@ -23,7 +24,8 @@ class StoppedProgress(UserWarning):
 class Progress:
     """Watches the records of an optimizer, and warns once when the loss has stopped falling.
 
-    min_{last k} L > 0.99 min_{k before} L,  k = 100 steps of curvature, 2000 of the first order
+    m - min_{last k} L < c |m|,  m = min_{k before} L,  k = 100 steps of curvature, 2000 of the
+    first order,  c = 1e-2, or 1e-6 for an energy that is negative
 
     Args:
         first_order: Whether it is an optimizer without curvature.
@@ -44,20 +46,21 @@ class Progress:
             return
         losses = [loss for loss, _ in self._records]
         before, now = min(losses[: self._steps]), min(losses[self._steps :])
-        if now <= _PROGRESS * before or before <= 0:
+        part = _ENERGY_PROGRESS if now < 0 else _PROGRESS
+        if not before - now < part * abs(before):
             return
         self._told = True
         short_ones = sum(short for _, short in list(self._records)[self._steps :])
         warnings.warn(
-            f"The loss has fallen by less than 1 % in {self._steps} steps, to {now:.3g}. "
-            + self._advice(record, losses[self._steps :], short_ones),
+            f"The loss has fallen by less than {100 * part:g} % in {self._steps} steps, to "
+            f"{now:.3g}. " + self._advice(record, losses[self._steps :], short_ones),
             StoppedProgress,
             stacklevel=self._level,
         )
 
     def _advice(self, record: StepRecord, losses: list[float], short: int) -> str:
         """Return what may be the cause, and what to change."""
-        spread = max(losses) / min(losses)
+        spread = max(losses) / min(losses) if min(losses) > 0 else 1.0
         if self._steps == _FIRST_ORDER_STEPS:
             return "Lower the learning rate, or go on with a method of curvature: presets.auto."
         if short > self._steps / 2:

@@ -15,7 +15,9 @@ class State(nn.Module):
     g(t, x) = u(time, x)
 
     As it does not depend on t, it serves as values of an initial term and as offset of an ansatz,
-    ``Ansatz(network, state.elapsed, state)``, which needs no such term.
+    ``Ansatz(network, state.elapsed, state)``, which needs no such term. A term costs a pass through
+    the network before, at the initial points alone. An ansatz leaves no jump, but its offset is the
+    ansatz of the window before: the k-th one passes k networks, at all points.
 
     Args:
         network: The network u.
@@ -88,13 +90,14 @@ class Windows(nn.Module):
         return build(start=start, end=end, initial=self.state)
 
     def append(self, network: nn.Module) -> None:
-        """Add a frozen copy of the network of the next slab.
+        """Add a frozen copy of the network of the next slab, which shares the networks before.
 
         Raises:
             ValueError: If there is no next slab.
         """
         self._check_not_complete()
-        self.networks.append(copy.deepcopy(network).requires_grad_(False))
+        shared = {id(known): known for known in self.networks}
+        self.networks.append(copy.deepcopy(network, shared).requires_grad_(False))
 
     def forward(self, x: Tensor) -> Tensor:
         """Evaluate the solution at points (t, x) in the slabs that have been trained.
