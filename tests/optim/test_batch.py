@@ -19,7 +19,7 @@ from pinncurv.optim import (
     GrowingBatch,
     QuadraticModel,
 )
-from pinncurv.problems import Fixed, LossTerm
+from pinncurv.problems import L2, Fixed, LossTerm
 from tests.networks import points
 from tests.optim.cases import Obstacle, flat, gram, linear_fit, network, poisson, same, values
 
@@ -259,6 +259,27 @@ def test_chunks_change_nothing():
         records = [stepper.step(objective) for stepper, objective in pairs]
         assert records[0].new_loss == pytest.approx(records[1].new_loss, rel=1e-9)
         assert records[0].damping == pytest.approx(records[1].damping, rel=1e-9)
+
+
+def test_records_tell_of_conjugate_gradients():
+    """Weight decay has a row per parameter: a few points are no smaller side any more."""
+    for decay in (False, True):
+        model = network(2, 6, 1)
+        plain = poisson(model)
+        x = torch.empty(1, 0, dtype=torch.float64)
+        terms, batch = ([L2(1e-3)], [x]) if decay else ([], [])
+        objective = Objective(model, [*plain.terms, *terms], [*plain.points, *batch])
+        inverse = CheaperSide(1e-2, largest=10)
+        stepper = CurvatureOptimizer(
+            model.parameters(),
+            MatrixFreeGaussNewton(),
+            inverse,
+            GeodesicFlow(),
+            batch=GrowingBatch(8, largest=10),
+        )
+        record = stepper.step(objective)
+        assert record.accepted
+        assert ("CG iterations" in str(record)) is decay
 
 
 def test_new_points_in_every_step():

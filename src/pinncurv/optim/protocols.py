@@ -129,13 +129,16 @@ class StepRecord:
     held_out: float = math.nan
 
     def __str__(self) -> str:
-        """Return what happened on one line; ``solver`` holds tensors and is left out."""
+        """Return what happened on one line; of ``solver``, only how often it iterated."""
         numbers = {
             "step": self.step_size,
             "momentum": self.momentum or math.nan,
             "damping": self.damping,
             "predicted": self.predicted_decrease,
             "held out": self.held_out,
+            "CG iterations": max(
+                (r.iterations for r in self.solver.get("last_records", ())), default=math.nan
+            ),
         }
         shown = [f"{name} {value:.3g}" for name, value in numbers.items() if not math.isnan(value)]
         terms = ", ".join(f"{name} {loss:.3g}" for name, loss in self.term_losses.items())

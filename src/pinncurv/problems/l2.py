@@ -43,7 +43,10 @@ class L2(LossTerm):
 
     It is a term like any other: in the loss, the gradient, the records, and exact in every
     operator, also in KFAC and EKFAC, of which w I is a Kronecker product. It stays exact under
-    every choice of the output gradients. In Jacobian and kernel it has a row per parameter.
+    every choice of the output gradients. In Jacobian and kernel it has a row per parameter: there
+    are then no fewer residuals than parameters, so that the side of the residuals is never the
+    cheaper one, and ``CheaperSide`` takes conjugate gradients as soon as there are more parameters
+    than its ``largest``, also at few points (``GrowingBatch``). Records tell by their iterations.
 
     Args:
         weight: w, a number >= 0.
