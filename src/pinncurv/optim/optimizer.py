@@ -41,14 +41,8 @@ from pinncurv.optim.protocols import (
     finite_loss,
     offers,
 )
-from pinncurv.optim.step_sizes import (
-    Proposal,
-    QuadraticModel,
-    Situation,
-    StepSize,
-    damping_of,
-    dot,
-)
+from pinncurv.optim.situation import Situation, damping_of, dot
+from pinncurv.optim.step_sizes import Proposal, QuadraticModel, StepSize
 from pinncurv.optim.trial import Trial
 
 # The key of the state that belongs to no single parameter.
