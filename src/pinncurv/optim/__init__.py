@@ -1,8 +1,9 @@
 """Optimization with any curvature operator, on any objective that is a sum of squares.
 
 ``optimizer.py`` composes a curvature with its average and inverse (``preconditioner.py``), a
-momentum (``momentum.py``), a step size (``step_sizes.py``) and a damping that may adapt
-(``damping.py``); ``trial.py`` tries an update before it is taken.
+momentum (``momentum.py``), a step size (``step_sizes.py``, ``geodesic_flow.py``) and a damping that
+may adapt (``damping.py``). What a momentum and a step size see is ``situation.py``; ``trial.py``
+tries an update before it is taken.
 ``protocols.py`` says what is asked of each, so that none needs to come from this package.
 ``identity.py`` says what a saved state belongs to. ``first_order.py`` steps optimizers of torch the
 same way, among them the self-scaled quasi-Newton methods of ``quasi_newton.py``. ``held_out.py``
@@ -17,6 +18,7 @@ from pinncurv.optim.damping import (
     ShortStepDamping as ShortStepDamping,
 )
 from pinncurv.optim.first_order import FirstOrder as FirstOrder
+from pinncurv.optim.geodesic_flow import GeodesicFlow as GeodesicFlow
 from pinncurv.optim.held_out import HeldOut as HeldOut, exhausted as exhausted
 from pinncurv.optim.momentum import (
     HeavyBall as HeavyBall,
@@ -44,14 +46,13 @@ from pinncurv.optim.protocols import (
     offers as offers,
 )
 from pinncurv.optim.quasi_newton import SSBFGS as SSBFGS, SSBroyden as SSBroyden
+from pinncurv.optim.situation import Situation as Situation
 from pinncurv.optim.step_sizes import (
     CGBacktracking as CGBacktracking,
     FixedStep as FixedStep,
-    GeodesicFlow as GeodesicFlow,
     GridLineSearch as GridLineSearch,
     NormConstrained as NormConstrained,
     Proposal as Proposal,
     QuadraticModel as QuadraticModel,
-    Situation as Situation,
     StepSize as StepSize,
 )

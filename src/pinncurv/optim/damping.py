@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, is_dataclass
+from typing import Any, ClassVar
+
+from pinncurv.optim.protocols import StepRecord
 
 
 class DampingRule(ABC):
@@ -16,6 +18,9 @@ class DampingRule(ABC):
 
     needs_ratio: ClassVar[bool] = True
     """Whether ``accepted`` looks at the ratio, which may cost one more product with J."""
+
+    adapts: ClassVar[bool] = True
+    """Whether λ changes at all; else it stays what was asked for, though an inverse takes more."""
 
     @property
     def retries(self) -> int:
@@ -40,12 +45,21 @@ class DampingRule(ABC):
     def rejected(self, damping: float) -> float:
         """Return λ after a step that raised the loss."""
 
+    def after(self, record: StepRecord) -> float:
+        """Return λ after a step that moved the parameters, whether it was taken or rejected."""
+        if not record.accepted:
+            return self.rejected(record.damping)
+        predicted = record.predicted_decrease
+        ratio = (record.loss - record.new_loss) / predicted if predicted else math.nan
+        return self.accepted(record.damping, ratio, record.scale)
+
 
 @dataclass(frozen=True)
 class ConstantDamping(DampingRule):
     """Always the damping of the inverse."""
 
     needs_ratio = False
+    adapts = False
 
     def accepted(self, damping: float, ratio: float, scale: float = 1.0) -> float:
         return damping
@@ -160,6 +174,42 @@ class ShortStepDamping(DampingRule):
 
     def rejected(self, damping: float) -> float:
         return _bounded(damping * self.factor, self.minimum, self.maximum)
+
+
+def check_adaption(
+    rule: DampingRule | None, step_size: Any, inverse: Any, max_halvings: int | None
+) -> None:
+    """Check that at most one part of an optimizer sets the damping, and that it can be set.
+
+    Args:
+        rule: The damping rule; None for a constant damping.
+        step_size: The step size, which may set it, too.
+        inverse: The damped inverse.
+        max_halvings: How often to halve an update; None leaves that to the rule.
+
+    Raises:
+        TypeError: If the damping is to adapt but cannot be set.
+        ValueError: If two parts set it, or ``max_halvings`` is negative or would not act.
+    """
+    if max_halvings is not None and max_halvings < 0:
+        raise ValueError(f"max_halvings must be at least 0, got {max_halvings}.")
+    if max_halvings is not None and rule is not None and rule.retries:
+        raise ValueError(
+            "max_halvings must be left out with a damping rule that tries a rejected step "
+            f"again with more damping instead, got {max_halvings} and {rule}. Give "
+            "the rule no retries, for instance LevenbergMarquardt(max_retries=0)."
+        )
+    adapts, sets = rule is not None and rule.adapts, getattr(step_size, "sets_damping", False)
+    if adapts and sets:
+        raise ValueError(
+            f"The damping must be set by one part, got the step size {step_size} and the "
+            f"damping rule {rule}. Leave the rule out."
+        )
+    if (adapts or sets) and not is_dataclass(inverse):
+        raise TypeError(
+            "With a damping that adapts, the inverse must be a dataclass with a field damping, "
+            f"got {type(inverse).__name__}. Decorate it with @dataclass(frozen=True)."
+        )
 
 
 def _check_bounds(minimum: float, maximum: float) -> None:

@@ -10,7 +10,6 @@ from torch.optim import Optimizer
 from pinncurv.optim.identity import (
     check_no_stray_gradients,
     check_numbers,
-    check_same_names,
     merged,
     names_in_groups,
 )
@@ -71,9 +70,7 @@ class FirstOrder:
         check_no_stray_gradients(parameters)
         if offers(objective, "named_parameters"):
             names = names_in_groups(groups, objective.named_parameters())
-            if self._loaded and self._names is not None:
-                check_same_names(self._names, names)
-            self._names = merged(self._names, names)
+            self._names = merged(self._names, names, self._loaded)
         evaluations: list[dict[str, float]] = []
 
         def closure() -> float:

@@ -5,9 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from itertools import chain
 from typing import Any
 
 from torch import Tensor
+
+from pinncurv.linops import check_damping
+
+# The key of what an optimizer remembers of no single parameter.
+SHARED = "curvature"
 
 # What schedulers of torch write into a group besides the learning rate.
 _OF_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "swa_lr"}
@@ -36,12 +42,56 @@ def describe(part: Any) -> str:
     return getattr(part, "__qualname__", type(part).__name__)
 
 
-def check_same_method(saved: Mapping[str, str], present: Mapping[str, str]) -> None:
-    """Check that a state was saved by the same method.
+def checked(
+    state: Mapping[str, Any],
+    method: Mapping[str, str],
+    entries: Iterable[str],
+    parameters: Iterable[Tensor],
+) -> dict[str, Any]:
+    """Check a state dictionary of a ``CurvatureOptimizer`` before it is loaded.
+
+    Args:
+        state: The dictionary.
+        method: The parts of the optimizer that is to go on with it, as ``describe`` says them.
+        entries: What it remembers of no single parameter.
+        parameters: Its parameters, in the order of the groups.
+
+    Returns:
+        The entries.
 
     Raises:
-        ValueError: If a part differs; names it.
+        ValueError: If the state is not of that class, of other parts, of another version or of
+            parameters of other shapes, or if a number in it is NaN or out of range.
     """
+    if SHARED not in state["state"]:
+        raise ValueError(
+            "The state must come from a CurvatureOptimizer, but it has no entry "
+            f"'{SHARED}'. Load the checkpoint of the same optimizer."
+        )
+    shared = dict(state["state"][SHARED])
+    _check_same_method(shared.pop("method", {}), method)
+    if set(shared) != set(entries):
+        raise ValueError(
+            f"The state must have the entries {sorted(entries)}, got {sorted(shared)}. It was "
+            "saved by another version: start without it."
+        )
+    check_numbers(state)
+    check_damping(shared["damping"])
+    for group in state["param_groups"]:
+        check_group(group, zero_rate=True)
+    saved = chain.from_iterable(group["params"] for group in state["param_groups"])
+    for index, parameter in zip(saved, parameters, strict=False):  # torch compares their numbers
+        for key, tensor in state["state"].get(index, {}).items():
+            if tensor.shape != parameter.shape:
+                raise ValueError(
+                    f"The state must belong to the same network, but '{key}' of parameter "
+                    f"{index} has shape {list(tensor.shape)}, the parameter has "
+                    f"{list(parameter.shape)}. Load the checkpoint of the same network."
+                )
+    return shared
+
+
+def _check_same_method(saved: Mapping[str, str], present: Mapping[str, str]) -> None:
     differing = [
         f"{name} {saved.get(name)} instead of {present.get(name)}"
         for name in {**present, **saved}
@@ -55,19 +105,24 @@ def check_same_method(saved: Mapping[str, str], present: Mapping[str, str]) -> N
         )
 
 
-def check_same_names(saved: Sequence[str | None], present: Sequence[str | None]) -> None:
-    """Check that what is remembered by position belongs to the parameters of the same names.
+def merged(
+    saved: Sequence[str | None] | None, present: Sequence[str | None], remembers: bool
+) -> list[str | None]:
+    """Return names of now, and of then for parameters that are frozen now.
 
     Args:
         saved: Names in the order of the groups; None where unknown.
         present: The same of now.
+        remembers: Whether something of then is remembered by position, so that it must be the same.
 
     Raises:
-        ValueError: If they differ; names the first.
+        ValueError: If they must be the same and are not; names the first.
     """
+    if saved is None:
+        return list(present)
     pairs = list(zip(saved, present, strict=False))
     differing = [(a, b) for a, b in pairs if a is not None and b is not None and a != b]
-    if len(saved) != len(present) or differing:
+    if remembers and (len(saved) != len(present) or differing):
         example = f"'{differing[0][0]}' is now '{differing[0][1]}'" if differing else "some are new"
         raise ValueError(
             "The state of an optimizer must go on with the same parameters in the same order, but "
@@ -75,13 +130,7 @@ def check_same_names(saved: Sequence[str | None], present: Sequence[str | None])
             f"{example}. Build the optimizer from the parameters in the order of the state, or "
             "start a new one."
         )
-
-
-def merged(saved: Sequence[str | None] | None, present: Sequence[str | None]) -> list[str | None]:
-    """Return names of now, and of then for parameters that are frozen now."""
-    if saved is None or len(saved) != len(present):
-        return list(present)
-    return [new or old for old, new in zip(saved, present, strict=True)]
+    return [b or a for a, b in pairs] if len(saved) == len(present) else list(present)
 
 
 def names_in_groups(

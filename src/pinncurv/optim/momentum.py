@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pinncurv.optim.protocols import offers
-from pinncurv.optim.step_sizes import Situation
+from pinncurv.optim.situation import Situation
 
 
 class Momentum(ABC):

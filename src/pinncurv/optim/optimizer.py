@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import is_dataclass, replace
+from dataclasses import replace
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pinncurv.linops import check_damping
 from pinncurv.optim.batch import GrowingBatch
-from pinncurv.optim.damping import ConstantDamping, DampingRule
+from pinncurv.optim.damping import ConstantDamping, DampingRule, check_adaption
 from pinncurv.optim.identity import (
+    SHARED,
     check_group,
     check_no_stray_gradients,
-    check_numbers,
-    check_same_method,
-    check_same_names,
+    checked,
     describe,
     merged,
     names_in_groups,
@@ -41,18 +38,9 @@ from pinncurv.optim.protocols import (
     finite_loss,
     offers,
 )
-from pinncurv.optim.step_sizes import (
-    Proposal,
-    QuadraticModel,
-    Situation,
-    StepSize,
-    damping_of,
-    dot,
-)
+from pinncurv.optim.situation import Situation, damping_of
+from pinncurv.optim.step_sizes import Proposal, QuadraticModel, StepSize
 from pinncurv.optim.trial import Trial
-
-# The key of the state that belongs to no single parameter.
-_SHARED = "curvature"
 
 
 class CurvatureOptimizer(Optimizer):
@@ -118,26 +106,7 @@ class CurvatureOptimizer(Optimizer):
             "damping_rule", damping_rule, "optim.LevenbergMarquardt()", "accepted", "rejected"
         )
         check_part("batch", batch, "optim.GrowingBatch()", "linearize", "grown")
-        if max_halvings is not None and max_halvings < 0:
-            raise ValueError(f"max_halvings must be at least 0, got {max_halvings}.")
-        if max_halvings is not None and damping_rule is not None and damping_rule.retries:
-            raise ValueError(
-                "max_halvings must be left out with a damping rule that tries a rejected step "
-                f"again with more damping instead, got {max_halvings} and {damping_rule}. Give "
-                "the rule no retries, for instance LevenbergMarquardt(max_retries=0)."
-            )
-        adapts = not isinstance(damping_rule, ConstantDamping | None)
-        sets = getattr(step_size, "sets_damping", False)
-        if adapts and sets:
-            raise ValueError(
-                f"The damping must be set by one part, got the step size {step_size} and the "
-                f"damping rule {damping_rule}. Leave the rule out."
-            )
-        if (adapts or sets) and not is_dataclass(inverse):
-            raise TypeError(
-                "With a damping that adapts, the inverse must be a dataclass with a field damping, "
-                f"got {type(inverse).__name__}. Decorate it with @dataclass(frozen=True)."
-            )
+        check_adaption(damping_rule, step_size, inverse, max_halvings)
         super().__init__(params, {"lr": lr})
         self.preconditioner = Preconditioner(
             curvature, inverse, average, Intervals() if intervals is None else intervals
@@ -152,7 +121,7 @@ class CurvatureOptimizer(Optimizer):
         self._last: Trial | None = None
         self._loaded = False
         self._progress = Progress()
-        self.state[_SHARED] = self.preconditioner.state  # type: ignore[index]
+        self.state[SHARED] = self.preconditioner.state  # type: ignore[index]
 
     @torch.no_grad()
     def step(self, objective: LeastSquares) -> StepRecord:  # type: ignore[override]
@@ -185,7 +154,8 @@ class CurvatureOptimizer(Optimizer):
         of_some = getattr(linearized, "of_some", False)
         sample = linearized if of_some else None
         trial = Trial(objective, linearized.parameters, keeps=not of_some)
-        before = dict(self.preconditioner.state)
+        before = dict(state := self.preconditioner.state)
+        halvings = 0 if self.damping_rule.retries else self.max_halvings
         try:
             self.preconditioner.refresh(linearized)
             gradient = linearized.gradient()
@@ -198,12 +168,11 @@ class CurvatureOptimizer(Optimizer):
                     del linearized  # frees Z and G before the loss is evaluated
                 if not left:
                     self.preconditioner.release()  # which may hold them, too
-                record = self._take(trial, record, update, gradient)
+                record = trial.take(record, update, gradient, state["halvings"], halvings)
+                if self.damping_rule.adapts and not record.stalled:
+                    state["damping"] = self.damping_rule.after(record)
                 if record.accepted or record.stalled:
                     break
-                if not isinstance(self.damping_rule, ConstantDamping):  # else what was asked for
-                    damping = self.damping_rule.rejected(record.damping)
-                    self.preconditioner.state["damping"] = damping
                 if left and not outlives:
                     linearized = sample or _linearize(objective)
                     self.preconditioner.relinearize(linearized)
@@ -242,9 +211,7 @@ class CurvatureOptimizer(Optimizer):
         state, known = self.preconditioner.state, names_of(linearized)
         names = names_in_groups(self.param_groups, zip(known, linearized.parameters, strict=True))
         remembers = self._loaded or state["average"] is not None or state["inverted"] is not None
-        if remembers and state["names"] is not None:
-            check_same_names(state["names"], names)
-        state["names"] = merged(state["names"], names)
+        state["names"] = merged(state["names"], names, remembers)
         return linearized
 
     def _propose(
@@ -306,54 +273,6 @@ class CurvatureOptimizer(Optimizer):
         )
         return record, proposal, direction, update
 
-    def _take(
-        self, trial: Trial, proposed: StepRecord, update: list[Tensor], gradient: list[Tensor]
-    ) -> StepRecord:
-        """Apply the update; shorten it while the loss rises, or reject it.
-
-        The first scale is what worked last, or one after a search.
-        """
-        loss, promised = proposed.loss, proposed.predicted_decrease
-        halvings = 0 if self.damping_rule.retries else self.max_halvings
-        searched = math.isfinite(proposed.new_loss)
-        first = 0 if searched else min(self.preconditioner.state["halvings"], halvings)
-        scale, new_loss = 1.0, math.nan
-        for halving in range(first, halvings + 1):
-            scale = 0.5**halving
-            new_loss = trial.move(update, scale, limit=loss if scale < 1 else None)
-            if new_loss <= loss:  # False for NaN
-                break
-        moved = new_loss < loss or trial.moved
-        if moved and math.isfinite(new_loss) and new_loss <= loss:
-            if scale < 1:
-                promised = float(scale**2 * promised - scale * (1 - scale) * dot(gradient, update))
-            return replace(
-                proposed,
-                new_loss=new_loss,
-                step_size=scale * proposed.step_size,
-                momentum=scale * proposed.momentum,
-                predicted_decrease=promised,
-                scale=scale * proposed.scale,
-                reason=f"shortened to {scale:g} of its length (more raised the loss)"
-                if scale < 1
-                else "",
-            )
-        trial.restore()
-        what = "raised the loss" if math.isfinite(new_loss) else "made the loss non-finite"
-        why = f"the update {what} even at {scale:g} of its length"
-        if not moved:
-            why = f"at {scale:g} of its length, the update no longer moves the parameters"
-        return replace(
-            proposed,
-            new_loss=loss,
-            step_size=0.0,
-            momentum=0.0,
-            accepted=False,
-            stalled=not moved and halving == first,
-            scale=0.0,
-            reason=f"rejected: {why}",
-        )
-
     def _grow(self, batch: GrowingBatch, sample: Any, record: StepRecord) -> None:
         """Find out whether the points that were linearized stand for all of them."""
         before = sum(float(part.square().sum()) for part in sample.residual)
@@ -391,13 +310,7 @@ class CurvatureOptimizer(Optimizer):
             mine["previous_update"] = update[i] if taken == 1 else taken * update[i]
             if self.momentum is not None:
                 mine["momentum_buffer"] = direction[i]
-        halvings = 0
-        if record.accepted:
-            if not isinstance(self.damping_rule, ConstantDamping):  # else what was asked for
-                predicted = record.predicted_decrease
-                ratio = (record.loss - record.new_loss) / predicted if predicted else math.nan
-                state["damping"] = self.damping_rule.accepted(record.damping, ratio, record.scale)
-            halvings = round(-math.log2(record.scale))
+        halvings = round(-math.log2(record.scale)) if record.accepted else 0
         if proposal.next_damping is not None and not record.stalled:
             state["damping"] = proposal.next_damping
         # the next step starts longer by a factor of two, or four if this one was not shortened more
@@ -429,34 +342,19 @@ class CurvatureOptimizer(Optimizer):
             ValueError: If the state is not of this class, of an optimizer of other parts (numbers
                 may differ), or of a network of other shapes, or a number in it is NaN.
         """
-        if _SHARED not in state_dict["state"]:
-            raise ValueError(
-                "The state must come from a CurvatureOptimizer, but it has no entry "
-                f"'{_SHARED}'. Load the checkpoint of the same optimizer."
-            )
-        shared = dict(state_dict["state"][_SHARED])
-        check_same_method(shared.pop("method", {}), self._method())
-        if set(shared) != set(self.preconditioner.state):
-            raise ValueError(
-                f"The state must have the entries {sorted(self.preconditioner.state)}, got "
-                f"{sorted(shared)}. It was saved by another version: start without it."
-            )
-        check_numbers(state_dict)
-        check_damping(shared["damping"])
-        for group in state_dict["param_groups"]:
-            check_group(group, zero_rate=True)
-        self._check_shapes(state_dict)
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        shared = checked(state_dict, self._method(), self.preconditioner.state, parameters)
         super().load_state_dict(state_dict)
         # torch shares this entry with the optimizer that it came from
         self.preconditioner.restore(shared)
-        self.state[_SHARED] = self.preconditioner.state  # type: ignore[index]
+        self.state[SHARED] = self.preconditioner.state  # type: ignore[index]
         self._last, self._loaded = None, True
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state: numbers, strings and tensors, by parameter and by names."""
         state = super().state_dict()
         shared = {**self.preconditioner.state, "method": self._method()}
-        return {**state, "state": {**state["state"], _SHARED: shared}}
+        return {**state, "state": {**state["state"], SHARED: shared}}
 
     def _method(self) -> dict[str, str]:
         """Describe the parts that a state belongs to."""
@@ -465,19 +363,6 @@ class CurvatureOptimizer(Optimizer):
         mine = self.preconditioner
         parts |= {"curvature": mine.curvature, "inverse": mine.inverse, "average": mine.average}
         return {name: describe(part) for name, part in parts.items()}
-
-    def _check_shapes(self, state_dict: dict[str, Any]) -> None:
-        """Check that what is remembered of each parameter has its shape, which torch does not."""
-        parameters = chain.from_iterable(group["params"] for group in self.param_groups)
-        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        for index, parameter in zip(saved, parameters, strict=False):
-            for key, tensor in state_dict["state"].get(index, {}).items():
-                if tensor.shape != parameter.shape:
-                    raise ValueError(
-                        f"The state must belong to the same network, but '{key}' of parameter "
-                        f"{index} has shape {list(tensor.shape)}, the parameter has "
-                        f"{list(parameter.shape)}. Load the checkpoint of the same network."
-                    )
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy needs: torch's attributes and those of this class."""

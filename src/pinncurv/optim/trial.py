@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pinncurv.optim.protocols import LeastSquares
+from pinncurv.optim.protocols import LeastSquares, StepRecord
+from pinncurv.optim.situation import dot
 
 
 class Trial:
@@ -72,6 +74,66 @@ class Trial:
         with torch.enable_grad():
             self.evaluation = evaluate()
         return float(self.evaluation.loss)
+
+    def take(
+        self,
+        proposed: StepRecord,
+        update: Sequence[Tensor],
+        gradient: Sequence[Tensor],
+        start: int,
+        halvings: int,
+    ) -> StepRecord:
+        """Apply an update; shorten it while the loss rises, or reject it.
+
+        Args:
+            proposed: The record of the step if the update is taken; its ``new_loss`` is known if it
+                comes from a search, which then has found its length.
+            update: The update.
+            gradient: ∇L.
+            start: How often it is halved at first, if not after a search.
+            halvings: How often it is halved at most.
+
+        Returns:
+            The record of what was done.
+        """
+        loss, promised = proposed.loss, proposed.predicted_decrease
+        first = 0 if math.isfinite(proposed.new_loss) else min(start, halvings)
+        scale, new_loss = 1.0, math.nan
+        for halving in range(first, halvings + 1):
+            scale = 0.5**halving
+            new_loss = self.move(update, scale, limit=loss if scale < 1 else None)
+            if new_loss <= loss:  # False for NaN
+                break
+        moved = new_loss < loss or self.moved
+        if moved and math.isfinite(new_loss) and new_loss <= loss:
+            if scale < 1:
+                promised = float(scale**2 * promised - scale * (1 - scale) * dot(gradient, update))
+            return replace(
+                proposed,
+                new_loss=new_loss,
+                step_size=scale * proposed.step_size,
+                momentum=scale * proposed.momentum,
+                predicted_decrease=promised,
+                scale=scale * proposed.scale,
+                reason=f"shortened to {scale:g} of its length (more raised the loss)"
+                if scale < 1
+                else "",
+            )
+        self.restore()
+        what = "raised the loss" if math.isfinite(new_loss) else "made the loss non-finite"
+        why = f"the update {what} even at {scale:g} of its length"
+        if not moved:
+            why = f"at {scale:g} of its length, the update no longer moves the parameters"
+        return replace(
+            proposed,
+            new_loss=loss,
+            step_size=0.0,
+            momentum=0.0,
+            accepted=False,
+            stalled=not moved and halving == first,
+            scale=0.0,
+            reason=f"rejected: {why}",
+        )
 
     @property
     def moved(self) -> bool:
