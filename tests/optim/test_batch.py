@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
 
 from pinncurv import linearization
 from pinncurv.curvature import CheaperSide, MatrixFreeGaussNewton, Objective
@@ -16,7 +17,9 @@ from pinncurv.optim import (
     CurvatureOptimizer,
     FixedStep,
     GeodesicFlow,
+    GridLineSearch,
     GrowingBatch,
+    LevenbergMarquardt,
     QuadraticModel,
 )
 from pinncurv.problems import L2, Fixed, LossTerm
@@ -259,6 +262,45 @@ def test_chunks_change_nothing():
         records = [stepper.step(objective) for stepper, objective in pairs]
         assert records[0].new_loss == pytest.approx(records[1].new_loss, rel=1e-9)
         assert records[0].damping == pytest.approx(records[1].damping, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("step_size", "scale"),
+    [
+        (FixedStep(), 1.0),
+        (FixedStep(3.0), 0.5),  # shortened
+        (QuadraticModel(), 1.0),
+        (GridLineSearch(-2, 0), 1.0),
+        (GeodesicFlow(), 1.0),
+    ],
+)
+def test_a_few_points_predict_for_all(step_size, scale):
+    """Residuals x (θ - 1) of all sizes: what part of them a step takes is the same at all points.
+
+    The damping rule learns that the model is right, though the points have other losses.
+    """
+    model = nn.Linear(1, 1, bias=False).double()
+    nn.init.constant_(model.weight, 3.0)
+    x = torch.logspace(-2, 0, 40, dtype=torch.float64)[:, None]
+    term = LossTerm({"u": Value()}, lambda x, u: u - x, Fixed(x), name="fit")
+    objective = Objective(model, [term], [x])
+    linearized = objective.linearize_some(4, torch.Generator().manual_seed(0))
+    seen = 0.5 * sum(float(r.square().sum()) for r in linearized.residual)
+    assert not 0.7 < seen / objective.loss().item() < 1.4
+    sets = isinstance(step_size, GeodesicFlow)
+    stepper = CurvatureOptimizer(
+        model.parameters(),
+        MatrixFreeGaussNewton(),
+        CheaperSide(1e-9),
+        step_size,
+        damping_rule=None if sets else LevenbergMarquardt(max_retries=0),
+        batch=GrowingBatch(4),
+    )
+    record = stepper.step(objective)
+    assert record.accepted
+    assert record.scale == scale
+    assert record.predicted_decrease == pytest.approx(record.loss - record.new_loss, rel=1e-4)
+    assert stepper.preconditioner.damping < 1e-9
 
 
 def test_records_tell_of_conjugate_gradients():

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pinncurv.optim.situation import Situation, dot
+from pinncurv.optim.situation import Situation, dot, share_of
 from pinncurv.optim.step_sizes import Proposal, StepSize
 
 _TINY = 1e-300
@@ -69,6 +69,7 @@ class GeodesicFlow(StepSize):
     def propose(self, situation: Situation) -> Proposal:
         at, bent = situation, math.inf
         best = lowest = Proposal(0.0, new_loss=math.inf)
+        share = share_of(at.linearized)
         for attempt in range(self.tries):
             velocity = list(at.direction) or at.step()
             taken = at.rated(velocity)
@@ -77,11 +78,12 @@ class GeodesicFlow(StepSize):
             best = self._search(at, velocity, bend, image)
             if bend is not None:
                 bent = math.sqrt(dot(bend, bend) / max(dot(velocity, velocity), _TINY))
-            enough = at.loss - best.new_loss > self.sufficient * best.predicted_decrease > 0
+            promised = share * best.predicted_decrease
+            enough = at.loss - best.new_loss > self.sufficient * promised > 0
             if enough and best.scale >= self.shortest / (2 if attempt else 1):
                 break
             resolved = torch.finfo(velocity[0].dtype).eps * abs(at.loss)
-            if abs(best.predicted_decrease) <= resolved:  # no damping makes that visible
+            if abs(promised) <= resolved:  # no damping makes that visible
                 break
             more = max(at.damping, self.minimum) * self.factor
             lowest = best if best.new_loss < lowest.new_loss else lowest
@@ -102,11 +104,8 @@ class GeodesicFlow(StepSize):
         image: Sequence[Tensor],
     ) -> Proposal:
         """Return the first τ, downwards, after which the loss rises again."""
-        r, curvature, share = at.linearized.residual, dot(image, image), 1.0
+        r, curvature = at.linearized.residual, dot(image, image)
         slope = dot(at.gradient, at.rated(velocity)) if r is None else dot(r, image)
-        if r is not None:  # the model may be of some points only
-            batch = 0.5 * dot(r, r)
-            share = at.loss / batch if batch else 0.0
         best, tau = Proposal(0.0, new_loss=math.inf), max(at.start, self.shortest)
         while tau >= self.shortest / 4:
             chosen = velocity
@@ -114,7 +113,7 @@ class GeodesicFlow(StepSize):
                 chosen = [v.add(a, alpha=0.5 * tau) for v, a in zip(velocity, bend, strict=True)]
             loss = at.try_update(at.rated(chosen), tau)
             if loss < best.new_loss or best.direction is None:
-                predicted = -share * (tau * slope + 0.5 * tau**2 * curvature)
+                predicted = -tau * slope - 0.5 * tau**2 * curvature
                 loss = loss if math.isfinite(loss) else math.inf
                 best = Proposal(tau, 0.0, predicted, loss, chosen, at.damping, scale=tau)
             elif best.new_loss < at.loss:

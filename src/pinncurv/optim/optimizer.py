@@ -38,7 +38,7 @@ from pinncurv.optim.protocols import (
     finite_loss,
     offers,
 )
-from pinncurv.optim.situation import Situation, damping_of
+from pinncurv.optim.situation import Situation, damping_of, share_of
 from pinncurv.optim.step_sizes import Proposal, QuadraticModel, StepSize
 from pinncurv.optim.trial import Trial
 
@@ -161,6 +161,7 @@ class CurvatureOptimizer(Optimizer):
             gradient = linearized.gradient()
             finite_loss(linearized.term_losses)
             finite_gradient(gradient)
+            share = share_of(linearized)
             for left in reversed(range(self.damping_rule.retries + 1)):
                 record, proposal, direction, update = self._propose(linearized, gradient, trial)
                 outlives = left and _is_kept(linearized) and self.preconditioner.is_kept
@@ -169,6 +170,7 @@ class CurvatureOptimizer(Optimizer):
                 if not left:
                     self.preconditioner.release()  # which may hold them, too
                 record = trial.take(record, update, gradient, state["halvings"], halvings)
+                record = replace(record, predicted_decrease=share * record.predicted_decrease)
                 if self.damping_rule.adapts and not record.stalled:
                     state["damping"] = self.damping_rule.after(record)
                 if record.accepted or record.stalled:

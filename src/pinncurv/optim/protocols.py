@@ -104,7 +104,8 @@ class StepRecord:
         momentum: μ, the multiple of the previous update that was taken.
         damping: λ of the inverse; NaN for optimizers without.
         predicted_decrease: What the exact quadratic model promised for the update that was taken,
-            or for the one that was rejected; NaN without a model.
+            or for the one that was rejected, times L over its part of the points that were
+            linearized; NaN without a model.
         accepted: Whether the parameters were changed.
         stalled: Whether the update was too small to change them, which leaves the damping alone.
         scale: Which part was taken of the longest update that the step size thought of.

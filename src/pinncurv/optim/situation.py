@@ -138,6 +138,18 @@ class Situation:
         return -dot(self.gradient, v) - 0.5 * (dot(image, image) + self.damping * dot(v, v))
 
 
+def share_of(linearized: LinearizedLoss) -> float:
+    """Return the factor from decreases of the points that are linearized to those of the loss.
+
+    L / ½‖r̃‖²,  one where all points are linearized
+    """
+    residual = linearized.residual if getattr(linearized, "of_some", False) else None
+    if residual is None:
+        return 1.0
+    batch = 0.5 * dot(residual, residual)
+    return sum(linearized.term_losses.values()) / batch if batch else 0.0
+
+
 def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     """Return the inner product of two lists of tensors."""
     return float(torch.stack([(a * b).sum() for a, b in zip(left, right, strict=True)]).sum())

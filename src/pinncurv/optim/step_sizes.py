@@ -22,7 +22,8 @@ class Proposal:
     Args:
         step_size: α.
         momentum: μ.
-        predicted_decrease: What a model promises; NaN without one.
+        predicted_decrease: What a model promises for the points that are linearized; NaN without
+            one.
         new_loss: L after the update if it was evaluated; NaN otherwise.
         direction: What to take in place of Δ, if not None.
         damping: λ of that direction, if it is another one.
