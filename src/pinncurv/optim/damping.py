@@ -7,6 +7,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
+from pinncurv.optim.protocols import StepRecord
+
 
 class DampingRule(ABC):
     """A rule for the damping λ, which starts at the inverse's own.
@@ -15,7 +17,7 @@ class DampingRule(ABC):
     """
 
     needs_ratio: ClassVar[bool] = True
-    """Whether ``accepted`` looks at the ratio, which may cost one more product with J."""
+    """Whether ``accepted`` looks at ``record.ratio``, which may cost one more product with J."""
 
     @property
     def retries(self) -> int:
@@ -26,15 +28,8 @@ class DampingRule(ABC):
         return 0
 
     @abstractmethod
-    def accepted(self, damping: float, ratio: float, scale: float = 1.0) -> float:
-        """Return λ after a step that was taken.
-
-        Args:
-            damping: λ of the step.
-            ratio: Actual decrease of the loss over the one that the damped model predicts for the
-                update that was taken; NaN if it predicts none.
-            scale: Which part of the proposed update was taken.
-        """
+    def accepted(self, record: StepRecord) -> float:
+        """Return λ after a step that was taken, from its record."""
 
     @abstractmethod
     def rejected(self, damping: float) -> float:
@@ -47,8 +42,8 @@ class ConstantDamping(DampingRule):
 
     needs_ratio = False
 
-    def accepted(self, damping: float, ratio: float, scale: float = 1.0) -> float:
-        return damping
+    def accepted(self, record: StepRecord) -> float:
+        return record.damping
 
     def rejected(self, damping: float) -> float:
         return damping
@@ -105,12 +100,12 @@ class LevenbergMarquardt(DampingRule):
     def retries(self) -> int:
         return self.max_retries
 
-    def accepted(self, damping: float, ratio: float, scale: float = 1.0) -> float:
-        if ratio > self.good:
-            return _bounded(damping / self.shrink, self.minimum, self.maximum)
-        if ratio < self.poor:
-            return _bounded(damping * self.grow, self.minimum, self.maximum)
-        return damping
+    def accepted(self, record: StepRecord) -> float:
+        if record.ratio > self.good:
+            return _bounded(record.damping / self.shrink, self.minimum, self.maximum)
+        if record.ratio < self.poor:
+            return _bounded(record.damping * self.grow, self.minimum, self.maximum)
+        return record.damping
 
     def rejected(self, damping: float) -> float:
         return _bounded(damping * self.reject, self.minimum, self.maximum)
@@ -152,14 +147,52 @@ class ShortStepDamping(DampingRule):
             )
         _check_bounds(self.minimum, self.maximum)
 
-    def accepted(self, damping: float, ratio: float, scale: float = 1.0) -> float:
-        if scale < self.short:
+    def accepted(self, record: StepRecord) -> float:
+        damping = record.damping
+        if record.scale < self.short:
             return self.rejected(damping)
-        shrinks = scale >= self.long
+        shrinks = record.scale >= self.long
         return _bounded(damping / self.factor if shrinks else damping, self.minimum, self.maximum)
 
     def rejected(self, damping: float) -> float:
         return _bounded(damping * self.factor, self.minimum, self.maximum)
+
+
+@dataclass(frozen=True)
+class LossDamping(DampingRule):
+    """A damping that follows the loss.
+
+    λ = min(max(factor · L, minimum), maximum),  L the loss after the last step that was taken
+
+    The first step has the damping of the inverse. After a step that raised the loss, λ is ten times
+    what it was, within the bounds, until one is taken.
+
+    Args:
+        factor: λ / L, > 0.
+        minimum: Smallest λ, > 0.
+        maximum: Largest λ.
+
+    Raises:
+        ValueError: If a setting is out of range.
+
+    Source: Yamashita and Fukushima 2001, with λ = ‖r̃‖² = 2 L, near a solution.
+    """
+
+    needs_ratio = False
+    factor: float = 1.0
+    minimum: float = 1e-12
+    maximum: float = 1e-2
+
+    def __post_init__(self) -> None:
+        if not 0 < self.factor < math.inf:
+            raise ValueError(f"factor must be positive and finite, got {self.factor}.")
+        _check_bounds(self.minimum, self.maximum)
+
+    def accepted(self, record: StepRecord) -> float:
+        return _bounded(self.factor * record.new_loss, self.minimum, self.maximum)
+
+    def rejected(self, damping: float) -> float:
+        return _bounded(10 * damping, self.minimum, self.maximum)
 
 
 def _check_bounds(minimum: float, maximum: float) -> None:

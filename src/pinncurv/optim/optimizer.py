@@ -394,9 +394,7 @@ class CurvatureOptimizer(Optimizer):
         halvings = 0
         if record.accepted:
             if not isinstance(self.damping_rule, ConstantDamping):  # else what was asked for
-                predicted = record.predicted_decrease
-                ratio = (record.loss - record.new_loss) / predicted if predicted else math.nan
-                state["damping"] = self.damping_rule.accepted(record.damping, ratio, record.scale)
+                state["damping"] = self.damping_rule.accepted(record)
             halvings = round(-math.log2(record.scale))
         if proposal.next_damping is not None and not record.stalled:
             state["damping"] = proposal.next_damping
