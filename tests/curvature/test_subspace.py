@@ -7,13 +7,19 @@ from torch import Tensor
 from pinncurv.curvature import (
     KFAC,
     InSubspace,
+    JacobianLinearOperator,
+    KernelLinearOperator,
     Objective,
     SubspaceGaussNewton,
+    pivoted_points,
+    uniform_points,
 )
 from pinncurv.curvature.subspace import sample_points
+from pinncurv.diffops import Value
 from pinncurv.linearization import Empirical, linearize
+from pinncurv.linops import pivoted_cholesky
 from pinncurv.optim import CurvatureOptimizer
-from pinncurv.problems import poisson2d
+from pinncurv.problems import Fixed, LossTerm, poisson2d
 from tests import oracles
 from tests.conformance import check_operator
 from tests.networks import KINDS, build, points
@@ -98,6 +104,84 @@ def test_points_are_drawn_by_the_seed_in_proportion():
     assert first.equal(again[0])
     assert not first.equal(sample_points([900, 100], 50, seed=4)[0])
     assert [len(part) for part in sample_points([3, 1], 100, 0)] == [3, 1]
+
+
+# --- points by randomly pivoted Cholesky ----------------------------------------------------------
+
+
+def pivots(made, points: int, seed: int, monkeypatch):
+    """Return the samples, what they were drawn by, and the diagonal that was drawn from."""
+    drawn = []
+
+    def spy(diagonal, *arguments):
+        partial = pivoted_cholesky(diagonal, *arguments)
+        drawn.extend([partial, diagonal])
+        return partial
+
+    monkeypatch.setattr("pinncurv.curvature.subspace.pivoted_cholesky", spy)
+    samples = pivoted_points(made, points, seed)
+    return samples, *drawn
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pivots_are_those_of_the_kernel(kind, monkeypatch):
+    """Diagonal and factor against the oracle's JJᵀ, for components and several terms."""
+    made, J = linearizations(kind)
+    samples, partial, diagonal = pivots(made, 5, 0, monkeypatch)
+    oracles.assert_close(diagonal, J.square().sum(1))
+    K, P = J @ J.mT, partial.pivots
+    expected = torch.linalg.solve_triangular(torch.linalg.cholesky(K[P][:, P]), K[P], upper=False)
+    atol = 1e-8 * float(expected.abs().max())
+    torch.testing.assert_close(partial.factor, expected.mT, rtol=1e-6, atol=atol)
+    first = V * N[0]
+    of_terms = [P[P.lt(first)] // V, P[P.ge(first)] - first]
+    batch = [
+        points(n, seed=i)[p.unique()] for i, (n, p) in enumerate(zip(N, of_terms, strict=True))
+    ]
+    assert [s.x.tolist() for s in samples] == [x.tolist() for x in batch if len(x)]
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk_size": 2}])
+def test_the_subspace_of_pivots_against_the_projected_oracle(options, monkeypatch):
+    made, J = linearizations(**options)
+    _, partial, _ = pivots(made, 2, 1, monkeypatch)
+    of_point = torch.tensor([i // V for i in range(V * N[0])] + [N[0] + i for i in range(N[1])])
+    rows = J[torch.isin(of_point, of_point[partial.pivots])]
+    Q = torch.linalg.qr(rows.mT).Q
+    expected = Q @ Q.mT @ J.mT @ J @ Q @ Q.mT
+    operator = SubspaceGaussNewton(2, 1, pivoted_points)(made)
+    atol = 1e-8 * float(expected.abs().max())
+    torch.testing.assert_close(operator.to_dense(), expected, rtol=1e-6, atol=atol)
+
+
+def test_a_term_that_does_not_matter_has_no_pivot():
+    """And a kernel of zeros is a matrix of zeros."""
+    model, x = build("tanh"), points(4)
+    zero = LossTerm({"u": Value()}, lambda x, u: 0 * u + 1, Fixed(x), name="constant")
+    made = [linearize(zero, model, x), linearize(TERMS["poisson"], model, x)]
+    recipe = SubspaceGaussNewton(3, 0, pivoted_points)
+    assert [len(lin.x) for lin in pivoted_points(made, 3, 0)] == [3]
+    assert len(recipe(made).singular_values) == 3
+    assert not recipe(made[:1]).to_dense().any()
+
+
+def test_pivots_of_clustered_points_leave_less_of_the_kernel():
+    """The trace of what the subspace misses, in the median of seeds."""
+    x = torch.rand(100, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[10:] *= 0.05
+    made = [linearize(TERMS["poisson"], build("tanh"), x)]
+    total = float(KernelLinearOperator(JacobianLinearOperator(made)).matrix.trace())
+
+    def missed(choice, seed):
+        return total - float(
+            SubspaceGaussNewton(8, seed, choice)(made).singular_values.square().sum()
+        )
+
+    median = {
+        choice: sorted(missed(choice, seed) for seed in range(7))[3]
+        for choice in (uniform_points, pivoted_points)
+    }
+    assert 0 < median[pivoted_points] < 0.1 * median[uniform_points]
 
 
 def test_a_sample_beyond_the_effective_dimension_is_nearly_exact():

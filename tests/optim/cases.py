@@ -23,6 +23,7 @@ from pinncurv.optim import (
     HeavyBall,
     Intervals,
     LevenbergMarquardt,
+    StepRecord,
     from_first,
     from_identity,
 )
@@ -73,6 +74,11 @@ OPTIMIZERS: dict[str, Callable[[Iterable[Any]], CurvatureOptimizer]] = {
         p, KFAC(), FactorDamping(1e-3), step_size=GeodesicFlow(), max_halvings=0
     ),
 }
+
+
+def taken(damping: float, ratio: float, scale: float = 1.0) -> StepRecord:
+    """Return the record of a step that lowered the loss by some part of what was predicted."""
+    return StepRecord(1.0, {}, 1 - ratio / 2, damping=damping, predicted_decrease=0.5, scale=scale)
 
 
 def network(

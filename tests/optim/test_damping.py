@@ -1,6 +1,7 @@
 """Damping that adapts: up when a step raises the loss, down when the model predicts well."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from pinncurv.optim import (
     CurvatureOptimizer,
     FixedStep,
     LevenbergMarquardt,
+    LossDamping,
     Proposal,
     QuadraticModel,
     ShortStepDamping,
@@ -29,6 +31,7 @@ from tests.optim.cases import (
     network,
     poisson,
     same,
+    taken,
     values,
 )
 
@@ -51,17 +54,17 @@ def adaptive(parameters, damping=1e-2, **settings) -> CurvatureOptimizer:
     [(1.0, 1.0), (0.76, 1.0), (0.75, 3.0), (0.5, 3.0), (0.25, 3.0), (0.24, 6.0), (-1.0, 6.0)],
 )
 def test_after_a_step_that_was_taken(ratio, expected):
-    assert LevenbergMarquardt().accepted(3.0, ratio) == expected
+    assert LevenbergMarquardt().accepted(taken(3.0, ratio)) == expected
 
 
 def test_without_a_prediction_the_damping_stays():
-    assert LevenbergMarquardt().accepted(3.0, math.nan) == 3.0
+    assert LevenbergMarquardt().accepted(taken(3.0, math.nan)) == 3.0
 
 
 def test_bounds():
     rule = LevenbergMarquardt(minimum=1e-3, maximum=1e3)
-    assert rule.accepted(2e-3, 1.0) == 1e-3
-    assert rule.accepted(900.0, 0.0) == 1e3
+    assert rule.accepted(taken(2e-3, 1.0)) == 1e-3
+    assert rule.accepted(taken(900.0, 0.0)) == 1e3
     assert rule.rejected(900.0) == 1e3
     assert rule.rejected(2.0) == 16.0
     assert rule.rejected(0.0) == 1e-3  # no factor would lead away from zero
@@ -86,7 +89,7 @@ def test_constant_is_what_was_asked_for_though_an_inverse_takes_more(accepted: b
 
 def test_constant():
     rule = ConstantDamping()
-    assert rule.accepted(3.0, 0.1) == rule.rejected(3.0) == 3.0
+    assert rule.accepted(taken(3.0, 0.1)) == rule.rejected(3.0) == 3.0
     assert rule.retries == 0
 
 
@@ -199,6 +202,55 @@ def test_adaptive_damping_with_a_fixed_step():
     assert [optimizer.step(objective).damping for _ in range(3)] == [1.0, 0.5, 0.25]
 
 
+FOLLOWERS = {
+    "gauss_newton": lambda p, rule: presets.gauss_newton(p, 1.0, damping_rule=rule),
+    "engd_w": lambda p, rule: presets.engd_w(p, 1.0, damping_rule=rule),
+    "gauss_newton_cg": lambda p, rule: presets.gauss_newton_cg(p, 1.0, damping_rule=rule),
+    "subspace": lambda p, rule: presets.subspace_gauss_newton(p, 5, 1.0, damping_rule=rule),
+    "kfac": lambda p, rule: CurvatureOptimizer(p, KFAC(), FactorDamping(1.0), damping_rule=rule),
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWERS)
+def test_a_damping_that_follows_the_loss(name):
+    """That of the last step that was taken, between two bounds, with any curvature."""
+    model = network()
+    objective = poisson(model)
+    rule = LossDamping(1e-2, 1e-9, maximum=0.9e-2 * objective.loss().item())
+    optimizer = FOLLOWERS[name](model.parameters(), rule)
+    expected = 1.0  # the inverse's own
+    for _ in range(4):
+        record = optimizer.step(objective)
+        assert record.accepted
+        assert record.damping == expected
+        expected = min(1e-2 * record.new_loss, rule.maximum)
+    assert expected < rule.maximum
+
+
+def test_bounds_of_a_damping_that_follows_the_loss():
+    rule = LossDamping(0.1, 1e-6, 1e-2)
+    for loss, expected in ((1e-7, 1e-6), (1e-3, 1e-4), (1.0, 1e-2)):
+        record = replace(taken(3.0, 1.0), new_loss=loss)
+        assert rule.accepted(record) == pytest.approx(expected)
+    assert rule.rejected(1e-5) == pytest.approx(1e-4)
+    assert (rule.rejected(1e-2), rule.rejected(0.0)) == (1e-2, 1e-6)
+    assert rule.retries == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"factor": 0.0}, "factor must be positive and finite, got 0.0"),
+        ({"factor": math.nan}, "factor must be positive"),
+        ({"factor": math.inf}, "factor must be positive"),
+        ({"minimum": 1.0, "maximum": 0.1}, "minimum <= maximum"),
+    ],
+)
+def test_bad_settings_of_a_damping_that_follows_the_loss(settings, message):
+    with pytest.raises(ValueError, match=message):
+        LossDamping(**settings)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -219,7 +271,7 @@ def test_bad_settings(settings, message):
 
 
 RULES = [ConstantDamping(), LevenbergMarquardt(), LevenbergMarquardt(max_retries=0)]
-RULES += [ShortStepDamping(), ShortStepDamping(short=0.4, long=0.5)]
+RULES += [ShortStepDamping(), ShortStepDamping(short=0.4, long=0.5), LossDamping()]
 STILL = ["warm-up", "below the resolution", "converged", "flat"]
 
 

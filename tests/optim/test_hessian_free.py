@@ -28,7 +28,16 @@ from pinncurv.optim import (
 from pinncurv.optim.damping import ShortStepDamping
 from pinncurv.optim.momentum import WarmStart
 from pinncurv.optim.step_sizes import CGBacktracking
-from tests.optim.cases import MatrixOperator, Obstacle, flat, linear_fit, network, poisson, set_flat
+from tests.optim.cases import (
+    MatrixOperator,
+    Obstacle,
+    flat,
+    linear_fit,
+    network,
+    poisson,
+    set_flat,
+    taken,
+)
 
 matrix_free = MatrixFreeGaussNewton()
 TRUNCATED = PreconditionedCG(1e-2, curvature=None, max_iterations=4, stop=None, spacing=1.3)
@@ -278,9 +287,9 @@ def plain_gauss_newton(linearizations):
 )
 def test_damping_of_short_steps(scale, expected):
     rule = ShortStepDamping()
-    assert rule.accepted(1e-4, math.nan, scale) == pytest.approx(expected)
+    assert rule.accepted(taken(1e-4, math.nan, scale)) == pytest.approx(expected)
     assert rule.rejected(1e-4) == pytest.approx(1e-3)
-    assert rule.accepted(1e-12, 1.0, 1.0) == 1e-12
+    assert rule.accepted(taken(1e-12, 1.0)) == 1e-12
     assert rule.rejected(1e8) == 1e8
     assert rule.retries == 0
 

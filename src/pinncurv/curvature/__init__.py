@@ -79,11 +79,14 @@ from pinncurv.curvature.optimal_kronecker import (
 )
 from pinncurv.curvature.parameters import ParameterSpace as ParameterSpace
 from pinncurv.curvature.subspace import (
+    Choice as Choice,
     InSubspace as InSubspace,
     SubspaceGaussNewton as SubspaceGaussNewton,
     SubspaceGaussNewtonLinearOperator as SubspaceGaussNewtonLinearOperator,
     SubspaceInverseLinearOperator as SubspaceInverseLinearOperator,
     SubspaceSolverLinearOperator as SubspaceSolverLinearOperator,
+    pivoted_points as pivoted_points,
+    uniform_points as uniform_points,
 )
 from pinncurv.curvature.treatment import (
     Coverage as Coverage,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,10 +14,12 @@ from pinncurv.curvature.kernel import Blocks, add_kernel_, point_ranges
 from pinncurv.curvature.parameters import ParameterSpace
 from pinncurv.curvature.woodbury import from_data, to_data
 from pinncurv.linearization import Chunk, Linearization, run
+from pinncurv.linearization.blocks import row_ranges
 from pinncurv.linops import (
     PyTorchLinearOperator,
     SymmetricLinearOperator,
     check_damping,
+    pivoted_cholesky,
     symmetrize,
 )
 
@@ -189,6 +191,85 @@ def _kernel(
     return torch.cat(rows)
 
 
+# A choice of points: at most so many of all terms, by a seed, linearized anew.
+Choice = Callable[[Sequence[Linearization], int, int], list[Linearization]]
+
+
+def uniform_points(
+    linearizations: Sequence[Linearization], points: int, seed: int
+) -> list[Linearization]:
+    """Choose all points alike, of each term in proportion."""
+    chosen = sample_points([len(lin.x) for lin in linearizations], points, seed)
+    pairs = zip(linearizations, chosen, strict=True)
+    return [lin.at(indices.to(lin.x.device)) for lin, indices in pairs]
+
+
+def pivoted_points(
+    linearizations: Sequence[Linearization], points: int, seed: int
+) -> list[Linearization]:
+    """Choose the points of the pivots of the kernel by randomly pivoted Cholesky.
+
+    P(i) ∝ ‖(I - Q Qᵀ) Jᵀe_i‖²,  Q spans the gradients that were drawn before
+
+    There are as many pivots as points are asked for, but residuals may share a point, and a term
+    that matters little may have none.
+
+    Cost: the norms of all rows, N V D, and the columns of the kernel a second time.
+
+    Source: Chen, Epperly, Tropp, Webber 2022.
+    """
+    space = ParameterSpace.of(linearizations)
+
+    def columns(rows: Int[Tensor, " b"]) -> Float[Tensor, "R b"]:
+        samples, known = _with_rows(linearizations, rows)
+        return cross_kernel(linearizations, samples, space)[:, torch.searchsorted(known, rows)]
+
+    generator = torch.Generator().manual_seed(seed)
+    diagonal = _squared_norms(linearizations, space)
+    pivots = pivoted_cholesky(diagonal, columns, points, generator).pivots
+    if not len(pivots):  # J = 0
+        return uniform_points(linearizations, 1, seed)
+    return _with_rows(linearizations, pivots)[0]
+
+
+def _with_rows(
+    linearizations: Sequence[Linearization], rows: Int[Tensor, " b"]
+) -> tuple[list[Linearization], Int[Tensor, " m"]]:
+    """Return the terms at the points of some rows of J, and all rows of these points, ascending."""
+    samples, known, first = [], [], 0
+    for lin in linearizations:
+        V, end = lin.num_components, first + len(lin.x) * lin.num_components
+        points = ((rows[(rows >= first) & (rows < end)] - first) // V).unique()
+        if len(points):
+            samples.append(lin.at(points))
+            components = torch.arange(V, device=rows.device)
+            known.append((first + V * points[:, None] + components).flatten())
+        first = end
+    return samples, torch.cat(known)
+
+
+def _squared_norms(
+    linearizations: Sequence[Linearization], space: ParameterSpace
+) -> Float[Tensor, " R"]:
+    """Return the diagonal of JJᵀ in float64."""
+    parts: list[Tensor] = []
+
+    def visit(t: int, chunk: Chunk) -> None:
+        n, V = chunk.residual.shape
+        total = torch.zeros(V, n, dtype=torch.float64, device=chunk.residual.device)
+        arranged = space.arrange(linearizations[t], chunk)
+        for place, block in zip(space.blocks, arranged, strict=True):
+            if block is None:
+                continue
+            for points in row_ranges(n, V * place.numel):
+                rows = block.joint_rows(points).to(torch.float64)
+                total[:, points] += rows.square().sum(1).view(V, -1)
+        parts.append(total.mT.flatten())
+
+    run(linearizations, visit)
+    return torch.cat(parts)
+
+
 @dataclass(frozen=True)
 class SubspaceGaussNewton:
     """Recipe: the exact Gauss-Newton matrix on the gradients of a few random points.
@@ -200,10 +281,12 @@ class SubspaceGaussNewton:
     Args:
         points: How many points to sample.
         seed: Which points.
+        choice: How to choose them: ``uniform_points`` or ``pivoted_points``.
     """
 
     points: int = 100
     seed: int = 0
+    choice: Choice = uniform_points
 
     def __post_init__(self) -> None:
         if self.points < 1:
@@ -223,11 +306,7 @@ class SubspaceGaussNewton:
         """
         check_exact(linearizations)
         space = ParameterSpace.of(linearizations)
-        chosen = sample_points([len(lin.x) for lin in linearizations], self.points, self.seed)
-        samples = [
-            lin.at(indices.to(lin.x.device))
-            for lin, indices in zip(linearizations, chosen, strict=True)
-        ]
+        samples = self.choice(linearizations, self.points, self.seed)
         T = _whitening(cross_kernel(samples, samples, space), torch.finfo(space.dtype).eps)
         P, sigma, Wt = torch.linalg.svd(
             cross_kernel(linearizations, samples, space) @ T, full_matrices=False

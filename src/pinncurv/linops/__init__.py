@@ -18,6 +18,7 @@ so blocks of n = d_in d_out, and D parameters in all; sums over layers are left 
 - ``restriction``: operators on some layers, and operators made of several such.
 - ``factor_damping``, ``simultaneous``: the inverse with damping in every Kronecker factor.
 - ``cg``, ``cg_inverse``: preconditioned conjugate gradients, and the inverse by them.
+- ``pivoted_cholesky``: a few columns that stand for a matrix.
 - ``psd``: the one path for factorizations of positive semidefinite matrices.
 """
 
@@ -82,6 +83,10 @@ from pinncurv.linops.operator import (
     PyTorchLinearOperator as PyTorchLinearOperator,
     SymmetricLinearOperator as SymmetricLinearOperator,
     check_damping as check_damping,
+)
+from pinncurv.linops.pivoted_cholesky import (
+    PartialCholesky as PartialCholesky,
+    pivoted_cholesky as pivoted_cholesky,
 )
 from pinncurv.linops.psd import (
     CholeskyFactorization as CholeskyFactorization,

@@ -15,6 +15,7 @@ from pinncurv.optim.damping import (
     ConstantDamping as ConstantDamping,
     DampingRule as DampingRule,
     LevenbergMarquardt as LevenbergMarquardt,
+    LossDamping as LossDamping,
     ShortStepDamping as ShortStepDamping,
 )
 from pinncurv.optim.first_order import FirstOrder as FirstOrder

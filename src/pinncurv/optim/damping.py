@@ -17,7 +17,7 @@ class DampingRule(ABC):
     """
 
     needs_ratio: ClassVar[bool] = True
-    """Whether ``accepted`` looks at the ratio, which may cost one more product with J."""
+    """Whether ``accepted`` looks at ``record.ratio``, which may cost one more product with J."""
 
     adapts: ClassVar[bool] = True
     """Whether λ changes at all; else it stays what was asked for, though an inverse takes more."""
@@ -31,15 +31,8 @@ class DampingRule(ABC):
         return 0
 
     @abstractmethod
-    def accepted(self, damping: float, ratio: float, scale: float = 1.0) -> float:
-        """Return λ after a step that was taken.
-
-        Args:
-            damping: λ of the step.
-            ratio: Actual decrease of the loss over the one that the damped model predicts for the
-                update that was taken; NaN if it predicts none.
-            scale: Which part of the proposed update was taken.
-        """
+    def accepted(self, record: StepRecord) -> float:
+        """Return λ after a step that was taken, from its record."""
 
     @abstractmethod
     def rejected(self, damping: float) -> float:
@@ -47,11 +40,7 @@ class DampingRule(ABC):
 
     def after(self, record: StepRecord) -> float:
         """Return λ after a step that moved the parameters, whether it was taken or rejected."""
-        if not record.accepted:
-            return self.rejected(record.damping)
-        predicted = record.predicted_decrease
-        ratio = (record.loss - record.new_loss) / predicted if predicted else math.nan
-        return self.accepted(record.damping, ratio, record.scale)
+        return self.accepted(record) if record.accepted else self.rejected(record.damping)
 
 
 @dataclass(frozen=True)
@@ -61,8 +50,8 @@ class ConstantDamping(DampingRule):
     needs_ratio = False
     adapts = False
 
-    def accepted(self, damping: float, ratio: float, scale: float = 1.0) -> float:
-        return damping
+    def accepted(self, record: StepRecord) -> float:
+        return record.damping
 
     def rejected(self, damping: float) -> float:
         return damping
@@ -119,12 +108,12 @@ class LevenbergMarquardt(DampingRule):
     def retries(self) -> int:
         return self.max_retries
 
-    def accepted(self, damping: float, ratio: float, scale: float = 1.0) -> float:
-        if ratio > self.good:
-            return _bounded(damping / self.shrink, self.minimum, self.maximum)
-        if ratio < self.poor:
-            return _bounded(damping * self.grow, self.minimum, self.maximum)
-        return damping
+    def accepted(self, record: StepRecord) -> float:
+        if record.ratio > self.good:
+            return _bounded(record.damping / self.shrink, self.minimum, self.maximum)
+        if record.ratio < self.poor:
+            return _bounded(record.damping * self.grow, self.minimum, self.maximum)
+        return record.damping
 
     def rejected(self, damping: float) -> float:
         return _bounded(damping * self.reject, self.minimum, self.maximum)
@@ -166,14 +155,52 @@ class ShortStepDamping(DampingRule):
             )
         _check_bounds(self.minimum, self.maximum)
 
-    def accepted(self, damping: float, ratio: float, scale: float = 1.0) -> float:
-        if scale < self.short:
+    def accepted(self, record: StepRecord) -> float:
+        damping = record.damping
+        if record.scale < self.short:
             return self.rejected(damping)
-        shrinks = scale >= self.long
+        shrinks = record.scale >= self.long
         return _bounded(damping / self.factor if shrinks else damping, self.minimum, self.maximum)
 
     def rejected(self, damping: float) -> float:
         return _bounded(damping * self.factor, self.minimum, self.maximum)
+
+
+@dataclass(frozen=True)
+class LossDamping(DampingRule):
+    """A damping that follows the loss.
+
+    λ = min(max(factor · L, minimum), maximum),  L the loss after the last step that was taken
+
+    The first step has the damping of the inverse. After a step that raised the loss, λ is ten times
+    what it was, within the bounds, until one is taken.
+
+    Args:
+        factor: λ / L, > 0.
+        minimum: Smallest λ, > 0.
+        maximum: Largest λ.
+
+    Raises:
+        ValueError: If a setting is out of range.
+
+    Source: Yamashita and Fukushima 2001, with λ = ‖r̃‖² = 2 L, near a solution.
+    """
+
+    needs_ratio = False
+    factor: float = 1.0
+    minimum: float = 1e-12
+    maximum: float = 1e-2
+
+    def __post_init__(self) -> None:
+        if not 0 < self.factor < math.inf:
+            raise ValueError(f"factor must be positive and finite, got {self.factor}.")
+        _check_bounds(self.minimum, self.maximum)
+
+    def accepted(self, record: StepRecord) -> float:
+        return _bounded(self.factor * record.new_loss, self.minimum, self.maximum)
+
+    def rejected(self, damping: float) -> float:
+        return _bounded(10 * damping, self.minimum, self.maximum)
 
 
 def check_adaption(

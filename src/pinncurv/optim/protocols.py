@@ -129,6 +129,12 @@ class StepRecord:
     solver: Mapping[str, Any] = field(default_factory=dict)
     held_out: float = math.nan
 
+    @property
+    def ratio(self) -> float:
+        """Actual over predicted decrease of the loss; NaN if none is predicted."""
+        predicted = self.predicted_decrease
+        return (self.loss - self.new_loss) / predicted if predicted else math.nan
+
     def __str__(self) -> str:
         """Return what happened on one line; of ``solver``, only how often it iterated."""
         numbers = {

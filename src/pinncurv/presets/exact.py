@@ -6,11 +6,13 @@ from typing import Any
 from pinncurv.curvature import (
     BlockDiagonalGaussNewton,
     CheaperSide,
+    Choice,
     DiagonalGaussNewton,
     GaussNewton,
     InSubspace,
     MatrixFreeGaussNewton,
     SubspaceGaussNewton,
+    uniform_points,
 )
 from pinncurv.linops import Damped
 from pinncurv.optim import (
@@ -162,6 +164,7 @@ def subspace_gauss_newton(
     damping: float | None = None,
     seed: int = 0,
     damping_rule: DampingRule | None = None,
+    choice: Choice = uniform_points,
 ) -> CurvatureOptimizer:
     """Return the exact Gauss-Newton method on the gradients at a few random points.
 
@@ -175,11 +178,12 @@ def subspace_gauss_newton(
         damping: λ of the first step; by default 1e-8 in float64, else 1e-4.
         seed: Which points are drawn.
         damping_rule: How λ adapts; by default it is raised while steps have to be shortened.
+        choice: How they are drawn: ``uniform_points`` or ``pivoted_points``.
     """
     groups = groups_of(params)
     return CurvatureOptimizer(
         groups,
-        curvature=SubspaceGaussNewton(points, seed),
+        curvature=SubspaceGaussNewton(points, seed, choice),
         inverse=InSubspace(default_damping(groups, 1e-8) if damping is None else damping),
         step_size=QuadraticModel(),
         damping_rule=damping_rule or ShortStepDamping(short=2.0**-4, long=0.5, minimum=1e-10),
