@@ -47,6 +47,7 @@ _OPTIONS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "steps": ("K", int, "the same in steps"),
     "seeds": ("I", int, "one training for each"),
     "resample_every": ("K", int, "steps after which new points are drawn; 0 for never"),
+    "windows": ("T", float, "times that divide the training: a network for each part"),
     "dtype": ("T", str, "float64 or float32"),
     "device": ("D", str, "cpu, cuda, ..."),
     "threads": ("K", int, "threads of the CPU"),
@@ -93,7 +94,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--preset", metavar="X", help="start from this experiment of presets.py")
         for name in self.fields:
             metavar, kind, text = _OPTIONS[name]
-            several = "+" if name in ("optimizers", "seeds") else None
+            several = "+" if name in ("optimizers", "seeds", "windows") else None
             flag = f"--{name.replace('_', '-')}"
             self.add_argument(flag, dest=name, metavar=metavar, type=kind, nargs=several, help=text)
         self.add_argument(

@@ -28,7 +28,7 @@ from experiments.objects import (
     short,
     told,
 )
-from pinncurv.problems import Problem
+from pinncurv.problems import Problem, Windows
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
@@ -63,6 +63,9 @@ class Experiment:
         steps: The same in steps; whichever is spent first ends the training.
         seeds: One training for each: s initializes the network, s − 1 draws the points.
         resample_every: Steps after which new points are drawn; 0 for one fixed batch.
+        windows: Times at which time windows begin and end, each with a network of its own that is
+            trained for an equal share of the budget, see ``pinncurv.problems.Windows``; none for
+            one network. The problem is a function of ``start``, ``end`` and ``initial``.
         dtype: ``float64`` or ``float32``.
         device: Where to compute: cpu, cuda, ...
         threads: Number of CPU threads; None for torch's default.
@@ -80,6 +83,7 @@ class Experiment:
     steps: int | None = None
     seeds: tuple[int, ...] = (1,)
     resample_every: int = 0
+    windows: tuple[float, ...] = ()
     dtype: str = "float64"
     device: str = "cpu"
     threads: int | None = None
@@ -136,6 +140,11 @@ class Experiment:
         for name in ("resample_every", "record_every"):
             if getattr(self, name) < 0:
                 raise UserError(f"{_flag(name)} must be 0 or more, got {getattr(self, name)}.")
+        if self.windows:
+            try:
+                Windows(self.windows)
+            except ValueError as error:
+                raise UserError(f"--windows: {error}") from None
         if self.threads is not None and self.threads > _MOST_THREADS:
             raise UserError(f"--threads must be at most {_MOST_THREADS}, got {self.threads}.")
         if self.dtype not in DTYPES:
@@ -205,12 +214,22 @@ class Experiment:
 
     # --- building ------------------------------------------------------------------------------
 
-    def build_problem(self) -> Problem:
-        """Build the problem anew, so that what its terms train is trained by one optimizer only."""
+    def build_problem(self, **window: Any) -> Problem:
+        """Build the problem anew, so that what its terms train is trained by one optimizer only.
+
+        Args:
+            window: Start, end and initial values, with time windows.
+        """
         found = resolve(self.problem, catalog.PROBLEMS, "problem")
         problem, settings = found, self.of("problem")
+        if missing := window.keys() - arguments(found):
+            raise UserError(
+                f"--windows needs a problem that is a function of {', '.join(window)}, got "
+                f"{self.problem} without {', '.join(sorted(missing))}."
+            )
         if not isinstance(found, Problem):
-            problem = _call(found, bind(found, settings, short(self.problem)), self.problem)
+            values = bind(found, settings, short(self.problem), window)
+            problem = _call(found, {**values, **window}, self.problem)
         elif settings:
             raise UserError(
                 f"{self.problem} is a Problem, which has no arguments to set; name a function that "
@@ -246,7 +265,9 @@ class Experiment:
                 f"{self.network} must return an nn.Module, got {type(network).__name__}."
             )
         # a copy, as the function may return the same one to every training
-        return copy.deepcopy(network).to(self.device, DTYPES[self.dtype])
+        network = copy.deepcopy(network)
+        network = network if problem.ansatz is None else problem.ansatz(network)
+        return network.to(self.device, DTYPES[self.dtype])
 
     def build_optimizer(self, label: str, parameters: Iterable[torch.Tensor]) -> Any:
         """Build the optimizer of a label; it has the methods step, state_dict, load_state_dict."""
@@ -277,6 +298,7 @@ class Experiment:
             | {"optimizer": self.of(label)},
             "dtype": self.dtype,
             "resample_every": self.resample_every,
+            **({"windows": list(self.windows)} if self.windows else {}),
             "seed": seed,
             "files": {name.rsplit(":", 1)[0]: digest(name) for name in own if is_own(name)},
         }

@@ -26,7 +26,7 @@ from experiments.objects import UserError, first_line, short, told
 from pinncurv.curvature import GaussNewton, Objective
 from pinncurv.linops import FactorizationError
 from pinncurv.optim import CurvatureOptimizer, HeldOut, StepRecord
-from pinncurv.problems import Errors, warn_unless_periodic
+from pinncurv.problems import Errors, Windows, warn_unless_periodic
 
 METRICS = "metrics.csv"
 CURRENT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
@@ -60,50 +60,64 @@ class Trainer:
         self.experiment = experiment = experiment.only(label)
         self.label, self.seed, self.device = label, seed, device
         self.dtype = DTYPES[experiment.dtype]
-        self.problem = experiment.build_problem()
+        self.windows = Windows(experiment.windows) if experiment.windows else None
         self.identity = experiment.identity(label, seed)  # now, as files may change later
-        self.model = experiment.build_network(self.problem, seed)
         self.step, self.seconds, self.rejected = 0, 0.0, 0
         self._generator = torch.Generator().manual_seed(seed - 1)
         # of torch's own generator, which the user's code may draw from
         self._random = torch.Generator().manual_seed(seed).get_state()
+        self._begin()
+
+    def _begin(self) -> None:
+        """Build what is trained, in the next time window if there are any."""
+        experiment, part, windows = self.experiment, self.experiment.build_problem, self.windows
+        self._part = windows.problem(part) if windows else part()
+        self.problem = self._part  # at all times so far, as is the model
+        self.network = self.model = experiment.build_network(self._part, self.seed)
+        if windows:
+            edges = windows.edges[: len(windows.networks) + 2]
+            self.problem = part(start=edges[0], end=edges[-1], initial=None)
+            self.model = Windows(edges)
+            self.model.networks.extend([*windows.networks, self.network])
         try:
             self._draw()
-            points = self._sample(_HELD_OUT)
-            warn_unless_periodic(self.problem, self.model, points)
-            self._held_out = HeldOut(
-                Objective(
-                    self.model, self.problem.terms, points, experiment.chunk_size, check=False
-                )
-            )
+            held_out = self._sample(torch.Generator().manual_seed(_HELD_OUT))
+            warn_unless_periodic(self._part, self.network, held_out)
+            self._held_out = HeldOut(self._objective(held_out, check=False))
             parameters = self.objective.parameters()
             evaluation = torch.Generator().manual_seed(_EVALUATION)
-            self._evaluation_points = self.problem.evaluation.sample(evaluation, self.dtype, device)
+            self._evaluation_points = self.problem.evaluation.sample(
+                evaluation, self.dtype, self.device
+            )
             shape, width = self.model(self._evaluation_points).shape, self.problem.d_out
             if shape != (len(self._evaluation_points), width):
                 raise ValueError(f"the network must return [N, {width}], got {list(shape)}")
         except (Exception, SystemExit) as error:  # of the user's own code it may be any
             raise UserError(f"{experiment.problem}: {told(error)}") from error
-        self.optimizer = experiment.build_optimizer(label, parameters)
-        _check_memory(label, self.optimizer, parameters)
+        self.optimizer = experiment.build_optimizer(self.label, parameters)
+        _check_memory(self.label, self.optimizer, parameters)
 
     def describe(self) -> str:
         """Return what is trained, in a few words."""
         count = sum(parameter.numel() for parameter in self.objective.parameters())
         settings = [f"{k}={v}" for k, v in self.experiment.of("network").items()]
         network = f"{short(self.experiment.network)}({', '.join(settings)})"
-        return f"{self.problem.name}, {network}, {count} parameters, {self.experiment.dtype}"
+        windows = f", {len(self.windows.edges) - 1} time windows" if self.windows else ""
+        dtype = self.experiment.dtype
+        return f"{self.problem.name}, {network}, {count} parameters, {dtype}{windows}"
 
     def begin(self) -> None:
         """Let what draws from torch's own generator draw as if no other training had."""
         torch.set_rng_state(self._random)
 
     def advance(self) -> StepRecord:
-        """Take one step, on new points if they are due, and count its time.
+        """Take one step, in a new time window or on new points if they are due, and count its time.
 
         Raises:
             FloatingPointError: If the loss was not finite before the step.
         """
+        if self.windows and spent(self) * (len(self.windows.edges) - 1) >= self._window + 1:
+            self._next_window()
         self._synchronize()
         start = time.perf_counter()
         every = self.experiment.resample_every
@@ -119,7 +133,11 @@ class Trainer:
 
     @torch.no_grad()
     def measure(self, record: StepRecord | None = None) -> Row:
-        """Return a row of the metrics: where the parameters are now, and what the last step did."""
+        """Return a row of the metrics: where the parameters are now, and what the last step did.
+
+        With time windows losses are those of the window that is trained; errors are those at all
+        times until its end.
+        """
         terms = {name: float(loss) for name, loss in self.objective.term_losses().items()}
         known = self.problem.solution is not None
         errors = (
@@ -134,6 +152,7 @@ class Trainer:
         return {
             "step": self.step,
             "seconds": self.seconds,
+            **({"until": self.windows.edges[self._window + 1]} if self.windows else {}),
             "loss": total,
             **{f"loss_{name}": loss for name, loss in terms.items()},
             "held_out_loss": held_out,
@@ -162,7 +181,7 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that is needed to continue exactly."""
-        own = {id(p) for p in self.model.parameters()}
+        own = {id(p) for p in self.network.parameters()}
         named = self.objective.named_parameters()
         return {
             "step": self.step,
@@ -170,14 +189,18 @@ class Trainer:
             "rejected": self.rejected,
             "before_batch": self._before_batch,
             "random": torch.get_rng_state(),
-            "model": self.model.state_dict(),
+            "windows": [net.state_dict() for net in self.windows.networks] if self.windows else [],
+            "model": self.network.state_dict(),
             "terms": {name: p.detach() for name, p in named if id(p) not in own},
             "optimizer": self.optimizer.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state."""
-        self.model.load_state_dict(state["model"])
+        for network in state.get("windows", []):
+            self.network.load_state_dict(network)
+            self._next_window()
+        self.network.load_state_dict(state["model"])
         for name, parameter in self.objective.named_parameters():
             if name in state["terms"]:
                 parameter.data.copy_(state["terms"][name])
@@ -187,16 +210,26 @@ class Trainer:
         self._draw()
         self.step, self.seconds, self.rejected = state["step"], state["seconds"], state["rejected"]
 
-    def _sample(self, seed: int) -> tuple[torch.Tensor, ...]:
-        return self.problem.sample(torch.Generator().manual_seed(seed), self.dtype, self.device)
+    @property
+    def _window(self) -> int:
+        return len(self.windows.networks) if self.windows else 0
+
+    def _next_window(self) -> None:
+        assert self.windows
+        self.windows.append(self.network)
+        self._begin()
+
+    def _sample(self, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        return self._part.sample(generator, self.dtype, self.device)
+
+    def _objective(self, points: Sequence[torch.Tensor], check: bool = True) -> Objective:
+        size = self.experiment.chunk_size
+        return Objective(self.network, self._part.terms, points, size, check=check)
 
     def _draw(self) -> None:
         """Draw a batch, and remember how to draw the same one again."""
         self._before_batch = self._generator.get_state()
-        points = self.problem.sample(self._generator, self.dtype, self.device)
-        self.objective = Objective(
-            self.model, self.problem.terms, points, self.experiment.chunk_size
-        )
+        self.objective = self._objective(self._sample(self._generator))
 
     def _synchronize(self) -> None:
         """Wait for the device, so that the clock counts what was computed."""

@@ -12,7 +12,8 @@ from pinncurv.problems.domains import Box, SpaceTimeBox
 from pinncurv.problems.loss_term import LossTerm
 from pinncurv.problems.periodic_equation import PeriodicEquation
 from pinncurv.problems.periodic_reference import PeriodicReference
-from pinncurv.problems.problem import Problem
+from pinncurv.problems.problem import Problem, TensorOrJet
+from pinncurv.problems.windows import State
 
 InitialValues = Callable[[Tensor], Tensor]
 
@@ -35,7 +36,7 @@ def allen_cahn(
 
     Args:
         n_interior: Number of points in the domain.
-        n_initial: Number of points at the start.
+        n_initial: Number of points at the start; 0 leaves the initial values to `Problem.ansatz`.
         start: The first time, of a time window.
         end: The last time.
         initial: The values at the first time, a function of points (t, x): e.g. the network of the
@@ -67,7 +68,7 @@ def kdv(
 
     Args:
         n_interior: Number of points in the domain.
-        n_initial: Number of points at the start.
+        n_initial: Number of points at the start; 0 leaves the initial values to `Problem.ansatz`.
         start: The first time, of a time window.
         end: The last time.
         initial: The values at the first time, a function of points (t, x): e.g. the network of the
@@ -99,7 +100,7 @@ def kuramoto_sivashinsky(
 
     Args:
         n_interior: Number of points in the domain.
-        n_initial: Number of points at the start.
+        n_initial: Number of points at the start; 0 leaves the initial values to `Problem.ansatz`.
         start: The first time, of a time window.
         end: The last time.
         initial: The values at the first time, a function of points (t, x): e.g. the network of the
@@ -152,16 +153,18 @@ def _problem(
         )
     equation = reference.equation
     domain = SpaceTimeBox(Box((equation.lower,), (equation.upper,)), start, end)
-    values = reference.initial if initial is None else initial
+    state = State(reference.initial if initial is None else initial, start)
+    conditions = [dirichlet(state, domain.initial(n_initial), name="initial")] if n_initial else []
     interior = LossTerm(operators, residual, domain.interior(n_interior), name="interior")
     return Problem(
         name=reference.name,
-        terms=(interior, dirichlet(values, domain.initial(n_initial), name="initial")),
+        terms=(interior, *conditions),
         d_in=2,
         evaluation=domain.interior(10 * n_interior),
         solution=reference,
         coordinates=("$t$", "$x$"),
         periodic={1: (equation.lower, equation.upper)},
+        ansatz=None if n_initial else state.ansatz,
     )
 
 
@@ -179,15 +182,15 @@ def _kuramoto_sivashinsky(
     return u_t + 100 / 16 * u * u_x + 100 / 16**2 * u_xx + 100 / 16**4 * u_xxxx
 
 
-def _squares(x: Tensor) -> Tensor:
+def _squares(x: TensorOrJet) -> TensorOrJet:
     return x[:, 1:] ** 2 * torch.cos(math.pi * x[:, 1:])
 
 
-def _cosine(x: Tensor) -> Tensor:
+def _cosine(x: TensorOrJet) -> TensorOrJet:
     return torch.cos(math.pi * x[:, 1:])
 
 
-def _waves(x: Tensor) -> Tensor:
+def _waves(x: TensorOrJet) -> TensorOrJet:
     return torch.cos(x[:, 1:]) * (1 + torch.sin(x[:, 1:]))
 
 

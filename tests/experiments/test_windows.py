@@ -1,0 +1,101 @@
+"""Time windows in a run: a network for each part of the time, errors at all times so far."""
+
+import re
+
+import pytest
+import torch
+
+from experiments.experiment import Experiment
+from experiments.training import Trainer
+from tests.experiments.runs import column, program, same
+
+EDGES = (0.0, 0.25, 1.0)
+SETTINGS = {
+    "network.widths": "(5,)",
+    "network.periods": "(None, 2.0)",
+    "problem.n_interior": "30",
+    "problem.n_initial": "0",
+}
+
+
+def _trainer(**settings: str) -> Trainer:
+    experiment = Experiment(
+        "allen_cahn",
+        "periodic_mlp",
+        ("adam",),
+        SETTINGS | settings,
+        None,
+        4,
+        (2,),
+        1,
+        windows=EDGES,
+    )
+    return Trainer(experiment.checked(), "adam", 2, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("n_initial", ["0", "10"])
+def test_windows_are_trained_for_equal_shares_and_continued_exactly(n_initial: str) -> None:
+    whole, first, second = (_trainer(**{"problem.n_initial": n_initial}) for _ in range(3))
+    names = [term.name for term in whole.problem.terms]
+    assert names == ["interior", "initial"][: 1 + (n_initial != "0")]
+    until = []
+    for step in range(4):
+        whole.advance()
+        until.append(whole.measure()["until"])
+        if step < 3:
+            first.advance()
+    second.load_state_dict(first.state_dict())
+    second.advance()
+    assert until == [0.25, 0.25, 1.0, 1.0]
+    assert same(whole.state_dict(), second.state_dict())
+
+
+def test_errors_are_those_of_all_networks_at_all_times_so_far() -> None:
+    trainer = _trainer()
+    for _ in range(3):
+        trainer.advance()
+    x = trainer.problem.evaluation.sample(torch.Generator().manual_seed(0), torch.float64, "cpu")
+    assert 0 < x[:, 0].min() < 0.05 < 0.95 < x[:, 0].max() < 1
+    early, late = x[x[:, 0] <= 0.25], x[x[:, 0] > 0.25]
+    assert trainer.windows is not None
+    with torch.no_grad():
+        assert torch.equal(trainer.model(early), trainer.windows.networks[0](early))
+        assert torch.equal(trainer.model(late), trainer.network(late))
+        edge = torch.tensor([[0.25, 0.3]], dtype=torch.float64)
+        torch.testing.assert_close(trainer.network(edge), trainer.windows.networks[0](edge))
+        error = trainer.measure()["relative_error"]
+        trainer.windows.networks[0].network[-1].bias.add_(100)
+        assert trainer.measure()["relative_error"] > 2 * error
+
+
+@pytest.mark.usefixtures("_no_figure")
+def test_a_run_with_windows(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = [f"{name}={value}" for name, value in SETTINGS.items()]
+    given = [
+        "--problem",
+        "allen_cahn",
+        "--network",
+        "periodic_mlp",
+        "--optimizers",
+        "adam",
+        "--steps",
+    ]
+    given += ["4", "--windows", "0", "0.5", "1", "--set", *settings, "--run-folder", str(tmp_path)]
+    assert program(*given) == 0
+    assert column(tmp_path, "adam", "until") == [0.5, 0.5, 0.5, 1.0, 1.0]
+    assert "float64, 2 time windows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["kdv", "--windows", "0", "1", "0.5"], "--windows: The edges .* increase, got"),
+        (["poisson2d", "--windows", "0", "1"], "function of start, end, initial, got poisson2d"),
+        (["kdv", "--windows", "0", "2"], "0 <= start < end <= 1.0, got start=0.0, end=2.0"),
+    ],
+)
+def test_windows_that_are_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path
+) -> None:
+    assert program("--problem", *arguments, "--run-folder", str(tmp_path / "run")) == 2
+    assert re.search(message, capsys.readouterr().err)
