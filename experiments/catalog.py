@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,11 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 def mlp(
-    d_in: int, d_out: int, widths: Sequence[int] = (64,), activation: Activation = "tanh"
+    d_in: int,
+    d_out: int,
+    widths: Sequence[int] = (64,),
+    activation: Activation = "tanh",
+    frequency: float = 1.0,
 ) -> nn.Sequential:
     """Return a multilayer perceptron with torch's initialization, the paper's network.
 
@@ -45,12 +49,16 @@ def mlp(
         d_out: Number of components of the unknown.
         widths: Widths of the hidden layers.
         activation: After every layer but the last.
+        frequency: By which the first layer's weights are multiplied; more than one for solutions
+            that oscillate (SIREN's ω₀).
     """
     if not all(width > 0 for width in widths):
         raise ValueError(f"widths must be positive, got {tuple(widths)}.")
     layers: list[nn.Module] = []
     for left, right in pairwise((d_in, *widths, d_out)):
         layers += [nn.Linear(left, right), _ACTIVATIONS[activation]()]
+    first = cast(nn.Linear, layers[0])
+    first.weight.data.mul_(frequency)
     return nn.Sequential(*layers[:-1])
 
 

@@ -47,6 +47,7 @@ _OPTIONS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "steps": ("K", int, "the same in steps"),
     "seeds": ("I", int, "one training for each"),
     "resample_every": ("K", int, "steps after which new points are drawn; 0 for never"),
+    "candidates": ("K", int, "points drawn for each of the first term, chosen by residual"),
     "windows": ("T", float, "times that divide the training: a network for each part"),
     "dtype": ("T", str, "float64 or float32"),
     "device": ("D", str, "cpu, cuda, ..."),

@@ -63,6 +63,8 @@ class Experiment:
         steps: The same in steps; whichever is spent first ends the training.
         seeds: One training for each: s initializes the network, s − 1 draws the points.
         resample_every: Steps after which new points are drawn; 0 for one fixed batch.
+        candidates: Points that are drawn for each one of the first term, which is kept by its
+            residual, see ``pinncurv.problems.ResidualBased``; 1 for keeping all.
         windows: Times at which time windows begin and end, each with a network of its own that is
             trained for an equal share of the budget, see ``pinncurv.problems.Windows``; none for
             one network. The problem is a function of ``start``, ``end`` and ``initial``.
@@ -83,6 +85,7 @@ class Experiment:
     steps: int | None = None
     seeds: tuple[int, ...] = (1,)
     resample_every: int = 0
+    candidates: int = 1
     windows: tuple[float, ...] = ()
     dtype: str = "float64"
     device: str = "cpu"
@@ -132,6 +135,7 @@ class Experiment:
             "steps",
             "threads",
             "chunk_size",
+            "candidates",
             "checkpoint_seconds",
             "checkpoint_steps",
         ):
@@ -298,6 +302,7 @@ class Experiment:
             | {"optimizer": self.of(label)},
             "dtype": self.dtype,
             "resample_every": self.resample_every,
+            **({"candidates": self.candidates} if self.candidates > 1 else {}),
             **({"windows": list(self.windows)} if self.windows else {}),
             "seed": seed,
             "files": {name.rsplit(":", 1)[0]: digest(name) for name in own if is_own(name)},

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from experiments.objects import UserError, first_line, short, told
 from pinncurv.curvature import GaussNewton, Objective
 from pinncurv.linops import FactorizationError
 from pinncurv.optim import CurvatureOptimizer, HeldOut, StepRecord
-from pinncurv.problems import Errors, Windows, warn_unless_periodic
+from pinncurv.problems import Errors, ResidualBased, Windows, warn_unless_periodic
 
 METRICS = "metrics.csv"
 CURRENT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
@@ -66,6 +66,7 @@ class Trainer:
         self._generator = torch.Generator().manual_seed(seed - 1)
         # of torch's own generator, which the user's code may draw from
         self._random = torch.Generator().manual_seed(seed).get_state()
+        self.objective: Objective
         self._begin()
 
     def _begin(self) -> None:
@@ -187,7 +188,8 @@ class Trainer:
             "step": self.step,
             "seconds": self.seconds,
             "rejected": self.rejected,
-            "before_batch": self._before_batch,
+            "generator": self._generator.get_state(),
+            "points": self.objective.points,
             "random": torch.get_rng_state(),
             "windows": [net.state_dict() for net in self.windows.networks] if self.windows else [],
             "model": self.network.state_dict(),
@@ -205,9 +207,10 @@ class Trainer:
             if name in state["terms"]:
                 parameter.data.copy_(state["terms"][name])
         self.optimizer.load_state_dict(state["optimizer"])
-        self._generator.set_state(state["before_batch"])
+        self._generator.set_state(state["generator"])
         self._random = state.get("random", self._random)
-        self._draw()
+        points = [x.to(self.device) for x in state["points"]]
+        self.objective = self._objective(points)
         self.step, self.seconds, self.rejected = state["step"], state["seconds"], state["rejected"]
 
     @property
@@ -227,9 +230,14 @@ class Trainer:
         return Objective(self.network, self._part.terms, points, size, check=check)
 
     def _draw(self) -> None:
-        """Draw a batch, and remember how to draw the same one again."""
-        self._before_batch = self._generator.get_state()
-        self.objective = self._objective(self._sample(self._generator))
+        """Draw a batch, of the first term by its residuals if there are more candidates."""
+        first, *others = self._part.terms
+        if (draws := self.experiment.candidates) > 1:
+            chosen = ResidualBased(first, self.network, first.points.n, draws=draws)
+            first = replace(first, points=chosen)
+        terms, where = (first, *others), (self.dtype, self.device)
+        points = [term.points.sample(self._generator, *where) for term in terms]
+        self.objective = self._objective(points)
 
     def _synchronize(self) -> None:
         """Wait for the device, so that the clock counts what was computed."""

@@ -249,10 +249,12 @@ def test_float32(name: str, generator: torch.Generator) -> None:
 
 
 # Numbers that may be negative, or zero; all others must be positive.
-ANY_SIGN = {"rate", "speed", "wave_number"}
+ANY_SIGN = {"rate", "speed", "wave_number", "kdv_two_solitons.start", "nls.start"}
 OR_ZERO = {
     *("noise", "start"),
-    *(f"{name}.n_boundary" for name in ("convection", "helmholtz", "nls", "reaction")),
+    *(f"{name}.n_boundary" for name in ("burgers", "convection", "helmholtz", "nls", "reaction")),
+    *(f"{name}.n_initial" for name in ("allen_cahn", "burgers", "kdv", "kdv_two_solitons")),
+    *(f"{name}.n_initial" for name in ("kuramoto_sivashinsky", "nls")),
 }
 
 
@@ -271,7 +273,7 @@ def _numbers() -> list[tuple[str, str]]:
 def test_numbers_of_a_problem_are_checked(name: str, argument: str, shapes_unchecked: None) -> None:
     """Nothing that cannot be meant is left to the first step, or to an error of torch."""
     bad = [math.nan, math.inf]
-    if argument not in ANY_SIGN:
+    if not {argument, f"{name}.{argument}"} & ANY_SIGN:
         bad += [-1] if {argument, f"{name}.{argument}"} & OR_ZERO else [-1, 0]
     for value in bad:
         with pytest.raises(ValueError, match=" must "):

@@ -12,6 +12,7 @@ from pinncurv.problems.domains import Box, SpaceTimeBox
 from pinncurv.problems.loss_term import LossTerm
 from pinncurv.problems.numbers import check_positive
 from pinncurv.problems.problem import Problem, TensorOrJet
+from pinncurv.problems.windows import at_start
 
 
 def burgers(
@@ -27,8 +28,9 @@ def burgers(
     Args:
         viscosity: The number ν > 0.
         n_interior: Number of points in the domain.
-        n_initial: Number of points at the start.
-        n_boundary: Number of points at both ends of the interval.
+        n_initial: Number of points at the start; 0 leaves the initial values to `Problem.ansatz`.
+        n_boundary: Number of points at both ends of the interval; 0 for networks that have the
+            period 2 by themselves. The solution is odd, and so is zero there.
 
     Raises:
         ValueError: If the viscosity is not positive and finite.
@@ -44,17 +46,17 @@ def burgers(
         points=domain.interior(n_interior),
         name="interior",
     )
+    initial, ansatz = at_start(_sine, domain, n_initial)
+    ends = (dirichlet(_zero, domain.lateral(n_boundary)),) if n_boundary else ()
     return Problem(
         name="burgers",
-        terms=(
-            interior,
-            dirichlet(_sine, domain.initial(n_initial), name="initial"),
-            dirichlet(_zero, domain.lateral(n_boundary)),
-        ),
+        terms=(interior, *initial, *ends),
         d_in=2,
         evaluation=domain.interior(10 * n_interior),
         solution=partial(cole_hopf, viscosity),
         coordinates=("$t$", "$x$"),
+        periodic={} if n_boundary else {1: (-1.0, 1.0)},
+        ansatz=ansatz,
     )
 
 

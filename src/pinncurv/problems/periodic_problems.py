@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 
 from pinncurv.diffops import DifferentialOperator, Partial, Value
-from pinncurv.problems.conditions import dirichlet
 from pinncurv.problems.domains import Box, SpaceTimeBox
 from pinncurv.problems.loss_term import LossTerm
 from pinncurv.problems.periodic_equation import PeriodicEquation
 from pinncurv.problems.periodic_reference import PeriodicReference
 from pinncurv.problems.problem import Problem, TensorOrJet
-from pinncurv.problems.windows import State
+from pinncurv.problems.windows import at_start
 
 InitialValues = Callable[[Tensor], Tensor]
 
@@ -153,8 +152,7 @@ def _problem(
         )
     equation = reference.equation
     domain = SpaceTimeBox(Box((equation.lower,), (equation.upper,)), start, end)
-    state = State(reference.initial if initial is None else initial, start)
-    conditions = [dirichlet(state, domain.initial(n_initial), name="initial")] if n_initial else []
+    conditions, ansatz = at_start(initial or reference.initial, domain, n_initial)
     interior = LossTerm(operators, residual, domain.interior(n_interior), name="interior")
     return Problem(
         name=reference.name,
@@ -164,7 +162,7 @@ def _problem(
         solution=reference,
         coordinates=("$t$", "$x$"),
         periodic={1: (equation.lower, equation.upper)},
-        ansatz=None if n_initial else state.ansatz,
+        ansatz=ansatz,
     )
 
 

@@ -28,6 +28,7 @@ class ResidualBased:
         n: Number of points to choose.
         power: The exponent k.
         floor: The number c; the larger, the more uniform.
+        draws: How often the sampler of the term is drawn for the candidates.
 
     Raises:
         TypeError: If the term is an energy, which has no residual.
@@ -42,15 +43,18 @@ class ResidualBased:
     n: int
     power: float = 1.0
     floor: float = 1.0
+    draws: int = 1
 
     def __post_init__(self) -> None:
         """Check that there are residuals and a choice."""
         check_squares([self.term])
         check_count(self.n)
-        if not self.n <= self.term.points.n:
+        check_count(self.draws)
+        if not self.n <= self.draws * self.term.points.n:
             raise ValueError(
                 f"The points must be chosen among as many candidates or more, got n={self.n} of "
-                f"{self.term.points.n}. Give the term '{self.term.name}' more points."
+                f"{self.draws * self.term.points.n}. Give the term '{self.term.name}' more points, "
+                "or draw more often."
             )
         check_positive("floor", self.floor)  # so that every point can be drawn
         check_finite("power", self.power)
@@ -68,7 +72,8 @@ class ResidualBased:
         Raises:
             FloatingPointError: If a residual is not finite.
         """
-        candidates = self.term.points.sample(generator, dtype, device)
+        drawn = [self.term.points.sample(generator, dtype, device) for _ in range(self.draws)]
+        candidates = torch.cat(drawn)
         with torch.no_grad():
             size = self.term.evaluate(self.model, candidates).norm(dim=1).double() ** self.power
         mean = size.mean()

@@ -11,7 +11,7 @@ from pinncurv.problems.conditions import dirichlet
 from pinncurv.problems.domains import Box, SpaceTimeBox
 from pinncurv.problems.loss_term import LossTerm
 from pinncurv.problems.problem import Problem, TensorOrJet
-from pinncurv.problems.windows import State
+from pinncurv.problems.windows import at_start
 
 
 def nls(
@@ -44,10 +44,8 @@ def nls(
     section 3.1.1; the closed form of J. Satsuma, N. Yajima, 1974.
     """
     domain = SpaceTimeBox(Box((-15.0,), (15.0,)), start, end)
-    state = State(initial or _breather, start)
-    conditions = [dirichlet(state, domain.initial(n_initial), name="initial")] if n_initial else []
-    if n_boundary:
-        conditions.append(dirichlet(_breather, domain.lateral(n_boundary)))
+    conditions, ansatz = at_start(initial or _breather, domain, n_initial)
+    ends = (dirichlet(_breather, domain.lateral(n_boundary)),) if n_boundary else ()
     interior = LossTerm(
         operators={"h": Value(), "h_t": Partial(0), "h_xx": Partial(1, 1)},
         residual=_residual,
@@ -56,14 +54,14 @@ def nls(
     )
     return Problem(
         name="nls",
-        terms=(interior, *conditions),
+        terms=(interior, *conditions, *ends),
         d_in=2,
         evaluation=domain.interior(10_000),
         d_out=2,
         solution=_breather,
         coordinates=("$t$", "$x$"),
         periodic={} if n_boundary else {1: (-15.0, 15.0)},
-        ansatz=None if n_initial else state.ansatz,
+        ansatz=ansatz,
     )
 
 

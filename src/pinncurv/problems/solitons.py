@@ -12,7 +12,7 @@ from pinncurv.problems.domains import Box, SpaceTimeBox
 from pinncurv.problems.loss_term import LossTerm
 from pinncurv.problems.problem import Problem, TensorOrJet
 from pinncurv.problems.samplers import Fixed, Product, check_count
-from pinncurv.problems.windows import State
+from pinncurv.problems.windows import at_start
 
 _C1, _C2 = 6.0, 2.0  # the speeds
 _R1, _R2 = math.sqrt(_C1), math.sqrt(_C2)
@@ -50,8 +50,7 @@ def kdv_two_solitons(
     for count in (n_boundary, n_slope):
         check_count(count)
     domain = SpaceTimeBox(Box((0.0,), (20.0,)), start, end)
-    state = State(initial or _two_solitons, start)
-    conditions = [dirichlet(state, domain.initial(n_initial), name="initial")] if n_initial else []
+    conditions, ansatz = at_start(initial or _two_solitons, domain, n_initial)
     interior = LossTerm(
         operators={"u": Value(), "u_t": Partial(0), "u_x": Partial(1), "u_xxx": Partial(1, 1, 1)},
         residual=_residual,
@@ -72,7 +71,7 @@ def kdv_two_solitons(
         evaluation=domain.interior(10_000),
         solution=_two_solitons,
         coordinates=("$t$", "$x$"),
-        ansatz=None if n_initial else state.ansatz,
+        ansatz=ansatz,
     )
 
 

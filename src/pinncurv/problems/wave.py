@@ -9,10 +9,13 @@ from pinncurv.diffops import Partial, Value
 from pinncurv.problems.conditions import dirichlet
 from pinncurv.problems.domains import SpaceTimeBox
 from pinncurv.problems.loss_term import LossTerm
+from pinncurv.problems.numbers import check_positive
 from pinncurv.problems.problem import Problem, TensorOrJet
 
 
-def wave1d(n_interior: int = 2500, n_boundary: int = 200, n_initial: int = 200) -> Problem:
+def wave1d(
+    n_interior: int = 2500, n_boundary: int = 200, n_initial: int = 200, weight: float = 1.0
+) -> Problem:
     """A string with two standing waves, released at rest.
 
     u_tt = 4 u_xx,    u = sin(πx) cos(2πt) + ½ sin(4πx) cos(8πt),    on [0, 1]²
@@ -23,9 +26,12 @@ def wave1d(n_interior: int = 2500, n_boundary: int = 200, n_initial: int = 200) 
         n_interior: Number of points in space and time.
         n_boundary: Number of points at both ends.
         n_initial: Number of points at the start.
+        weight: Weight of the conditions. The residual of the equation is larger than u by π² and
+            more: 1000 lets the conditions count from the first step on.
 
     Source: S. Wang, X. Yu, P. Perdikaris, arXiv 2007.14527.
     """
+    check_positive("weight", weight)
     domain = SpaceTimeBox.unit(1)
     interior = LossTerm(
         operators={"u_tt": Partial(0, 0), "u_xx": Partial(1, 1)},
@@ -37,11 +43,12 @@ def wave1d(n_interior: int = 2500, n_boundary: int = 200, n_initial: int = 200) 
         operators={"u": Value(), "u_t": Partial(0)},
         residual=_at_rest,
         points=domain.initial(n_initial),
+        weight=weight,
         name="initial",
     )
     return Problem(
         name="wave1d",
-        terms=(interior, dirichlet(_zero, domain.lateral(n_boundary)), initial),
+        terms=(interior, dirichlet(_zero, domain.lateral(n_boundary), weight), initial),
         d_in=2,
         evaluation=domain.interior(10_000),
         solution=_standing_waves,

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from pinncurv.problems.ansatz import Ansatz
+from pinncurv.problems.conditions import dirichlet
+from pinncurv.problems.domains import SpaceTimeBox
+from pinncurv.problems.loss_term import LossTerm
 from pinncurv.problems.problem import Problem, TensorOrJet
 
 
@@ -40,6 +43,26 @@ class State(nn.Module):
     def ansatz(self, network: nn.Module) -> Ansatz:
         """Return a network that has these values at this time, g(x) + (t - time) network(t, x)."""
         return Ansatz(network, self.elapsed, self)
+
+
+def at_start(
+    values: Callable[[TensorOrJet], TensorOrJet], domain: SpaceTimeBox, n: int, weight: float = 1.0
+) -> tuple[tuple[LossTerm, ...], Callable[[nn.Module], nn.Module] | None]:
+    """Prescribe u at the start of a box in space and time, by a term or by construction.
+
+    Args:
+        values: The function g, of which only g(start, x) is used; of torch functions.
+        domain: The box.
+        n: Number of points of the term; with 0 there is none.
+        weight: The weight of the term.
+
+    Returns:
+        The terms, and the `Problem.ansatz` in the place of one.
+    """
+    state = State(values, domain.start)
+    if n == 0:
+        return (), state.ansatz
+    return (dirichlet(state, domain.initial(n), weight, "initial"),), None
 
 
 class Windows(nn.Module):
