@@ -47,7 +47,12 @@ def dirichlet(
 
 
 def initial_and_lateral(
-    values: Field, domain: SpaceTimeBox, n_initial: int, n_boundary: int
+    values: Field,
+    domain: SpaceTimeBox,
+    n_initial: int,
+    n_boundary: int,
+    initial: Field | None = None,
+    initial_weight: float = 1.0,
 ) -> tuple[LossTerm, ...]:
     """Prescribe the values of u at the start of a box in space and time, and on its spatial faces.
 
@@ -59,8 +64,10 @@ def initial_and_lateral(
         n_initial: Number of points at the start.
         n_boundary: Number of points on the spatial faces; 0 leaves that condition out, for networks
             that are periodic by themselves.
+        initial: The values at the start, if others: those of the time window before.
+        initial_weight: The weight of the term at the start.
     """
-    start = dirichlet(values, domain.initial(n_initial), name="initial")
+    start = dirichlet(initial or values, domain.initial(n_initial), initial_weight, "initial")
     return (start, dirichlet(values, domain.lateral(n_boundary))) if n_boundary else (start,)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from pinncurv.problems.l2 import L2
 from pinncurv.problems.loss_term import LossTerm
@@ -56,7 +56,6 @@ class Problem:
         coordinates: What figures call the coordinates, the first of them at least.
         free_constants: Components of u, from 0, that the terms determine up to a constant only,
             such as a pressure.
-        ansatz: What gives a network the initial values if no term asks for them, `State.ansatz`.
 
     Raises:
         ValueError: If there is no term, two share a name, dimensions disagree, or a component does
@@ -71,7 +70,6 @@ class Problem:
     solution: Callable[[Tensor], Tensor] | None = None
     coordinates: tuple[str, ...] = ()
     free_constants: tuple[int, ...] = ()
-    ansatz: Callable[[nn.Module], nn.Module] | None = None
 
     def __post_init__(self) -> None:
         """Check that the parts fit together."""

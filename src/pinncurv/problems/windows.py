@@ -6,24 +6,23 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from pinncurv.problems.ansatz import Ansatz
 from pinncurv.problems.problem import Problem, TensorOrJet
 
 
 class State(nn.Module):
-    """A function at a fixed time, as initial values: a function of points (t, x).
+    """A trained network at a fixed time, as initial values: a function of points (t, x).
 
     g(t, x) = u(time, x)
 
-    As it does not depend on t, it serves as values of an initial term and as offset of an
-    `ansatz`, which needs no such term.
+    As it does not depend on t, it serves as values of an initial term and as offset of an ansatz,
+    ``Ansatz(network, state.elapsed, state)``, which needs no such term.
 
     Args:
-        network: The function u of points (t, x), such as a trained network.
+        network: The network u.
         time: The time.
     """
 
-    def __init__(self, network: Callable[[TensorOrJet], TensorOrJet], time: float) -> None:
+    def __init__(self, network: nn.Module, time: float) -> None:
         super().__init__()
         self.network, self.time = network, time
 
@@ -34,10 +33,6 @@ class State(nn.Module):
     def elapsed(self, x: TensorOrJet) -> TensorOrJet:
         """Return t - time at points (t, x)."""
         return x[:, :1] - self.time
-
-    def ansatz(self, network: nn.Module) -> Ansatz:
-        """Return a network that has these values at this time, g(x) + (t - time) network(t, x)."""
-        return Ansatz(network, self.elapsed, self)
 
 
 class Windows(nn.Module):
