@@ -50,7 +50,7 @@ def test_errors_are_those_of_all_networks_at_all_times_so_far() -> None:
         assert torch.equal(trainer.model(early), trainer.windows.networks[0](early))
         assert torch.equal(trainer.model(late), trainer.network(late))
         error = trainer.measure()["relative_error"]
-        trainer.windows.networks[0][-1].bias.add_(100)
+        trainer.windows.networks[0][-1][-1].bias.add_(100)
         assert trainer.measure()["relative_error"] > 2 * error
 
 

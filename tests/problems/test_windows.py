@@ -53,7 +53,7 @@ def test_windows_are_trained_one_after_the_other(hard: bool, generator: torch.Ge
     windows = Windows((0.0, 0.5, 1.0, 2.0))
     while not windows.complete:
         problem = windows.problem(_decay)
-        model: nn.Module = _network()
+        model: nn.Module = windows.scaled(_network())
         if hard and windows.state is not None:
             model = Ansatz(model, windows.state.elapsed, windows.state)
         objective = Objective.sample(model, problem, generator)
@@ -119,6 +119,13 @@ def test_problems_in_a_part_of_the_time(build, generator: torch.Generator) -> No
     assert (x[:, 0] == 0.25).all()
     ones = torch.ones(len(x), problem.d_out, dtype=torch.float64)
     assert torch.equal(term.apply(x, {"u": ones}), 1 - at_start(x))
+
+
+def test_time_of_a_window_goes_from_minus_one_to_one() -> None:
+    windows, points = Windows((0.0, 0.5, 2.0)), torch.tensor([[0.5, 3.0], [1.25, 4.0], [2.0, 5.0]])
+    windows.append(_network())
+    scaled = windows.scaled(nn.Identity())(points)
+    assert scaled.tolist() == [[-1.0, 3.0], [0.0, 4.0], [1.0, 5.0]]
 
 
 def test_windows_in_order() -> None:

@@ -35,13 +35,33 @@ class State(nn.Module):
         return x[:, :1] - self.time
 
 
+class SlabTime(nn.Module):
+    """Time as seen from the middle of a slab, for points (t, x); a first layer of networks.
+
+    t -> (2t - start - end) / (end - start),    from -1 to 1
+
+    Args:
+        start: Where the slab begins.
+        end: Where it ends.
+    """
+
+    def __init__(self, start: float, end: float) -> None:
+        super().__init__()
+        self.start, self.end = start, end
+
+    def forward(self, x: TensorOrJet) -> TensorOrJet:
+        """Scale the first coordinate."""
+        t = (2 * x[:, :1] - (self.start + self.end)) / (self.end - self.start)
+        return torch.cat([t, x[:, 1:]], 1)
+
+
 class Windows(nn.Module):
     """The solution in slabs of time, a network for each that has been trained.
 
     u(t, x) = u_k(t, x) for t in (edges_k, edges_k+1],    u_k(edges_k, x) ≈ u_k-1(edges_k, x)
 
     Until all slabs are trained: build the `problem` of the next one, train a network on it, and
-    `append` the network.
+    `append` the network. Give networks the time of their slab, see `scaled`: it is short.
 
     Args:
         edges: The times at which slabs begin and end, in order.
@@ -83,9 +103,16 @@ class Windows(nn.Module):
         Raises:
             ValueError: If there is no next slab.
         """
-        self._check_not_complete()
-        start, end = self.edges[len(self.networks) :][:2]
+        start, end = self._next()
         return build(start=start, end=end, initial=self.state)
+
+    def scaled(self, network: nn.Module) -> nn.Sequential:
+        """Return a network of the next slab, for which time goes from -1 to 1 there.
+
+        Raises:
+            ValueError: If there is no next slab.
+        """
+        return nn.Sequential(SlabTime(*self._next()), network)
 
     def append(self, network: nn.Module) -> None:
         """Add a frozen copy of the network of the next slab.
@@ -93,7 +120,7 @@ class Windows(nn.Module):
         Raises:
             ValueError: If there is no next slab.
         """
-        self._check_not_complete()
+        self._next()
         self.networks.append(copy.deepcopy(network).requires_grad_(False))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -122,9 +149,11 @@ class Windows(nn.Module):
         values = [net(part) for net, part in zip(self.networks, parts, strict=True)]
         return torch.cat(values)[order.argsort()]
 
-    def _check_not_complete(self) -> None:
+    def _next(self) -> tuple[float, float]:
         if self.complete:
             raise ValueError(
                 f"There must be a window left to train, got all {len(self.networks)} of "
                 f"{self.edges}. Make new Windows with later edges."
             )
+        start, end = self.edges[len(self.networks) :][:2]
+        return start, end
