@@ -269,9 +269,7 @@ class Experiment:
                 f"{self.network} must return an nn.Module, got {type(network).__name__}."
             )
         # a copy, as the function may return the same one to every training
-        network = copy.deepcopy(network)
-        network = network if problem.ansatz is None else problem.ansatz(network)
-        return network.to(self.device, DTYPES[self.dtype])
+        return copy.deepcopy(network).to(self.device, DTYPES[self.dtype])
 
     def build_optimizer(self, label: str, parameters: Iterable[torch.Tensor]) -> Any:
         """Build the optimizer of a label; it has the methods step, state_dict, load_state_dict."""

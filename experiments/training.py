@@ -76,6 +76,7 @@ class Trainer:
         self.problem = self._part  # at all times so far, as is the model
         self.network = self.model = experiment.build_network(self._part, self.seed)
         if windows:
+            self.network = windows.scaled(self.network)
             edges = windows.edges[: len(windows.networks) + 2]
             self.problem = part(start=edges[0], end=edges[-1], initial=None)
             self.model = Windows(edges)

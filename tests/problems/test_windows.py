@@ -25,6 +25,9 @@ from pinncurv.problems import (
     allen_cahn,
     dirichlet,
     kdv,
+    kdv_two_solitons,
+    kuramoto_sivashinsky,
+    nls,
 )
 
 SHIFT = torch.tensor([[0.1, 0.0]], dtype=torch.float64)
@@ -50,7 +53,7 @@ def test_windows_are_trained_one_after_the_other(hard: bool, generator: torch.Ge
     windows = Windows((0.0, 0.5, 1.0, 2.0))
     while not windows.complete:
         problem = windows.problem(_decay)
-        model: nn.Module = _network()
+        model: nn.Module = windows.scaled(_network())
         if hard and windows.state is not None:
             model = Ansatz(model, windows.state.elapsed, windows.state)
         objective = Objective.sample(model, problem, generator)
@@ -121,6 +124,30 @@ def test_state_is_the_network_at_the_edge(generator: torch.Generator) -> None:
         residual = problem.terms[1].apply(start, {"u": network(start)})
         assert residual.abs().max() < 1e-15
         torch.testing.assert_close(windows.state(x), network(start))
+
+
+@pytest.mark.parametrize("build", [allen_cahn, kdv, kuramoto_sivashinsky, nls, kdv_two_solitons])
+def test_problems_in_a_part_of_the_time(build, generator: torch.Generator) -> None:
+    def at_start(x: Tensor) -> Tensor:
+        return 2 * x[:, 1:].expand(-1, 1 + (build is nls))
+
+    problem = build(n_interior=30, start=0.25, end=0.5, initial=at_start, initial_weight=1e3)
+    points = dict(zip(problem.terms, problem.sample(generator, torch.float64, "cpu"), strict=True))
+    for term, x in points.items():
+        assert (x[:, 0] >= 0.25).all()
+        assert (x[:, 0] <= 0.5).all()
+        assert term.weight == (1e3 if term.name == "initial" else 1)
+    term, x = next((t, x) for t, x in points.items() if t.name == "initial")
+    assert (x[:, 0] == 0.25).all()
+    ones = torch.ones(len(x), problem.d_out, dtype=torch.float64)
+    assert torch.equal(term.apply(x, {"u": ones}), 1 - at_start(x))
+
+
+def test_time_of_a_window_goes_from_minus_one_to_one() -> None:
+    windows, points = Windows((0.0, 0.5, 2.0)), torch.tensor([[0.5, 3.0], [1.25, 4.0], [2.0, 5.0]])
+    windows.append(_network())
+    scaled = windows.scaled(nn.Identity())(points)
+    assert scaled.tolist() == [[-1.0, 3.0], [0.0, 4.0], [1.0, 5.0]]
 
 
 def test_windows_in_order() -> None:

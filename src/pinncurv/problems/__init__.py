@@ -96,4 +96,4 @@ from pinncurv.problems.samplers import (
 from pinncurv.problems.schroedinger import nls as nls
 from pinncurv.problems.solitons import kdv_two_solitons as kdv_two_solitons
 from pinncurv.problems.wave import wave1d as wave1d
-from pinncurv.problems.windows import State as State, Windows as Windows
+from pinncurv.problems.windows import Windows as Windows

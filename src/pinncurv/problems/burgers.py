@@ -11,8 +11,7 @@ from pinncurv.problems.conditions import dirichlet
 from pinncurv.problems.domains import Box, SpaceTimeBox
 from pinncurv.problems.loss_term import LossTerm
 from pinncurv.problems.numbers import check_positive
-from pinncurv.problems.problem import Problem, TensorOrJet
-from pinncurv.problems.windows import at_start
+from pinncurv.problems.problem import Problem, TensorOrJet, zero
 
 
 def burgers(
@@ -20,6 +19,7 @@ def burgers(
     n_interior: int = 2000,
     n_initial: int = 200,
     n_boundary: int = 200,
+    initial_weight: float = 1.0,
 ) -> Problem:
     """The viscous Burgers equation, in which a sine steepens to a layer at x = 0.
 
@@ -28,9 +28,9 @@ def burgers(
     Args:
         viscosity: The number ν > 0.
         n_interior: Number of points in the domain.
-        n_initial: Number of points at the start; 0 leaves the initial values to `Problem.ansatz`.
-        n_boundary: Number of points at both ends of the interval; 0 for networks that have the
-            period 2 by themselves. The solution is odd, and so is zero there.
+        n_initial: Number of points at the start.
+        n_boundary: Number of points at both ends of the interval.
+        initial_weight: Weight of the initial values.
 
     Raises:
         ValueError: If the viscosity is not positive and finite.
@@ -39,6 +39,7 @@ def burgers(
     et al. 1986.
     """
     check_positive("viscosity", viscosity)
+    check_positive("initial_weight", initial_weight)
     domain = SpaceTimeBox(Box.cube(1, -1.0, 1.0))
     interior = LossTerm(
         operators={"u": Value(), "u_t": Partial(0), "u_x": Partial(1), "u_xx": Partial(1, 1)},
@@ -46,17 +47,17 @@ def burgers(
         points=domain.interior(n_interior),
         name="interior",
     )
-    initial, ansatz = at_start(_sine, domain, n_initial)
-    ends = (dirichlet(_zero, domain.lateral(n_boundary)),) if n_boundary else ()
     return Problem(
         name="burgers",
-        terms=(interior, *initial, *ends),
+        terms=(
+            interior,
+            dirichlet(_sine, domain.initial(n_initial), initial_weight, "initial"),
+            dirichlet(zero, domain.lateral(n_boundary)),
+        ),
         d_in=2,
         evaluation=domain.interior(10 * n_interior),
         solution=partial(cole_hopf, viscosity),
         coordinates=("$t$", "$x$"),
-        periodic={} if n_boundary else {1: (-1.0, 1.0)},
-        ansatz=ansatz,
     )
 
 
@@ -93,7 +94,3 @@ def _residual(
 
 def _sine(x: TensorOrJet) -> TensorOrJet:
     return -torch.sin(math.pi * x[:, 1:])
-
-
-def _zero(x: Tensor) -> Tensor:
-    return torch.zeros_like(x[:, :1])

@@ -51,6 +51,8 @@ def initial_and_lateral(
     domain: SpaceTimeBox,
     n_initial: int,
     n_boundary: int,
+    initial: Field | None = None,
+    initial_weight: float = 1.0,
     components: Components = None,
     of: Of = None,
 ) -> tuple[LossTerm, ...]:
@@ -64,12 +66,14 @@ def initial_and_lateral(
         n_initial: Number of points at the start.
         n_boundary: Number of points on the spatial faces; 0 leaves that condition out, for networks
             that are periodic by themselves.
+        initial: The values at the start, if others: those of the time window before.
+        initial_weight: The weight of the term at the start.
         components: Which components of u are prescribed, one or several; None for all.
         of: Which output of the network is u, if that returns a tuple or a dictionary.
     """
-    prescribe = partial(dirichlet, values, components=components, of=of)
-    start = prescribe(domain.initial(n_initial), name="initial")
-    return (start, prescribe(domain.lateral(n_boundary))) if n_boundary else (start,)
+    prescribe = partial(dirichlet, components=components, of=of)
+    start = prescribe(initial or values, domain.initial(n_initial), initial_weight, "initial")
+    return (start, prescribe(values, domain.lateral(n_boundary))) if n_boundary else (start,)
 
 
 def neumann(

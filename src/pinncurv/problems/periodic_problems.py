@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from pinncurv.diffops import DifferentialOperator, Partial, Value
+from pinncurv.problems.conditions import dirichlet
 from pinncurv.problems.domains import Box, SpaceTimeBox
 from pinncurv.problems.loss_term import LossTerm
 from pinncurv.problems.periodic_equation import PeriodicEquation
 from pinncurv.problems.periodic_reference import PeriodicReference
-from pinncurv.problems.problem import Problem, TensorOrJet
-from pinncurv.problems.windows import at_start
+from pinncurv.problems.problem import Problem
 
 InitialValues = Callable[[Tensor], Tensor]
 
@@ -23,6 +23,7 @@ def allen_cahn(
     start: float = 0.0,
     end: float = 1.0,
     initial: InitialValues | None = None,
+    initial_weight: float = 1.0,
 ) -> Problem:
     """The Allen-Cahn equation, whose solution becomes ±1 with steep layers between.
 
@@ -35,11 +36,12 @@ def allen_cahn(
 
     Args:
         n_interior: Number of points in the domain.
-        n_initial: Number of points at the start; 0 leaves the initial values to `Problem.ansatz`.
+        n_initial: Number of points at the start.
         start: The first time, of a time window.
         end: The last time.
         initial: The values at the first time, a function of points (t, x): e.g. the network of the
             window before. Those of the equation by default, which hold at time 0.
+        initial_weight: The weight of the initial term.
 
     Raises:
         ValueError: If the times do not lie in [0, 1] or initial values are missing.
@@ -48,7 +50,14 @@ def allen_cahn(
     """
     operators = {"u": Value(), "u_t": Partial(0), "u_xx": Partial(1, 1)}
     return _problem(
-        ALLEN_CAHN, operators, _allen_cahn, n_interior, n_initial, (start, end), initial
+        ALLEN_CAHN,
+        operators,
+        _allen_cahn,
+        n_interior,
+        n_initial,
+        (start, end),
+        initial,
+        initial_weight,
     )
 
 
@@ -58,6 +67,7 @@ def kdv(
     start: float = 0.0,
     end: float = 1.0,
     initial: InitialValues | None = None,
+    initial_weight: float = 1.0,
 ) -> Problem:
     """The Korteweg-de Vries equation, in which a cosine becomes a train of solitons.
 
@@ -67,11 +77,12 @@ def kdv(
 
     Args:
         n_interior: Number of points in the domain.
-        n_initial: Number of points at the start; 0 leaves the initial values to `Problem.ansatz`.
+        n_initial: Number of points at the start.
         start: The first time, of a time window.
         end: The last time.
         initial: The values at the first time, a function of points (t, x): e.g. the network of the
             window before. Those of the equation by default, which hold at time 0.
+        initial_weight: The weight of the initial term.
 
     Raises:
         ValueError: If the times do not lie in [0, 1] or initial values are missing.
@@ -79,7 +90,9 @@ def kdv(
     Source: Zabusky and Kruskal 1965.
     """
     operators = {"u": Value(), "u_t": Partial(0), "u_x": Partial(1), "u_xxx": Partial(1, 1, 1)}
-    return _problem(KDV, operators, _kdv, n_interior, n_initial, (start, end), initial)
+    return _problem(
+        KDV, operators, _kdv, n_interior, n_initial, (start, end), initial, initial_weight
+    )
 
 
 def kuramoto_sivashinsky(
@@ -88,6 +101,7 @@ def kuramoto_sivashinsky(
     start: float = 0.0,
     end: float = 1.0,
     initial: InitialValues | None = None,
+    initial_weight: float = 1.0,
 ) -> Problem:
     """The Kuramoto-Sivashinsky equation until it is chaotic.
 
@@ -99,11 +113,12 @@ def kuramoto_sivashinsky(
 
     Args:
         n_interior: Number of points in the domain.
-        n_initial: Number of points at the start; 0 leaves the initial values to `Problem.ansatz`.
+        n_initial: Number of points at the start.
         start: The first time, of a time window.
         end: The last time.
         initial: The values at the first time, a function of points (t, x): e.g. the network of the
             window before. Those of the equation by default, which hold at time 0.
+        initial_weight: The weight of the initial term.
 
     Raises:
         ValueError: If the times do not lie in [0, 1] or initial values are missing.
@@ -125,6 +140,7 @@ def kuramoto_sivashinsky(
         n_initial,
         (start, end),
         initial,
+        initial_weight,
     )
 
 
@@ -136,6 +152,7 @@ def _problem(
     n_initial: int,
     times: tuple[float, float],
     initial: InitialValues | None,
+    initial_weight: float,
 ) -> Problem:
     """Build a problem with the equation, and initial values, in a part of the time."""
     start, end = times
@@ -152,17 +169,17 @@ def _problem(
         )
     equation = reference.equation
     domain = SpaceTimeBox(Box((equation.lower,), (equation.upper,)), start, end)
-    conditions, ansatz = at_start(initial or reference.initial, domain, n_initial)
+    values = reference.initial if initial is None else initial
     interior = LossTerm(operators, residual, domain.interior(n_interior), name="interior")
+    at_start = dirichlet(values, domain.initial(n_initial), initial_weight, "initial")
     return Problem(
         name=reference.name,
-        terms=(interior, *conditions),
+        terms=(interior, at_start),
         d_in=2,
         evaluation=domain.interior(10 * n_interior),
         solution=reference,
         coordinates=("$t$", "$x$"),
         periodic={1: (equation.lower, equation.upper)},
-        ansatz=ansatz,
     )
 
 
@@ -180,15 +197,15 @@ def _kuramoto_sivashinsky(
     return u_t + 100 / 16 * u * u_x + 100 / 16**2 * u_xx + 100 / 16**4 * u_xxxx
 
 
-def _squares(x: TensorOrJet) -> TensorOrJet:
+def _squares(x: Tensor) -> Tensor:
     return x[:, 1:] ** 2 * torch.cos(math.pi * x[:, 1:])
 
 
-def _cosine(x: TensorOrJet) -> TensorOrJet:
+def _cosine(x: Tensor) -> Tensor:
     return torch.cos(math.pi * x[:, 1:])
 
 
-def _waves(x: TensorOrJet) -> TensorOrJet:
+def _waves(x: Tensor) -> Tensor:
     return torch.cos(x[:, 1:]) * (1 + torch.sin(x[:, 1:]))
 
 

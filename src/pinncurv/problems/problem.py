@@ -59,7 +59,6 @@ class Problem:
         periodic: Coordinates in which u has the same values at both ends, (lower, upper), though no
             term says so: the network must be periodic by itself. A network that is not gets the
             warning `NotPeriodic` from ``Objective.sample``.
-        ansatz: What gives a network the initial values if no term asks for them, `State.ansatz`.
 
     Raises:
         ValueError: If there is no term, two share a name, dimensions disagree, or a component or
@@ -75,7 +74,6 @@ class Problem:
     coordinates: tuple[str, ...] = ()
     free_constants: tuple[int, ...] = ()
     periodic: Mapping[int, tuple[float, float]] = field(default_factory=dict)
-    ansatz: Callable[[nn.Module], nn.Module] | None = None
 
     def __post_init__(self) -> None:
         """Check that the parts fit together."""

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from pinncurv.diffops import Partial, Value
-from pinncurv.problems.conditions import dirichlet
+from pinncurv.problems.conditions import initial_and_lateral
 from pinncurv.problems.domains import Box, SpaceTimeBox
 from pinncurv.problems.loss_term import LossTerm
 from pinncurv.problems.problem import Problem, TensorOrJet
-from pinncurv.problems.windows import at_start
 
 
 def nls(
@@ -20,7 +19,8 @@ def nls(
     n_initial: int = 200,
     start: float = 0.0,
     end: float = math.pi / 2,
-    initial: Callable[[TensorOrJet], TensorOrJet] | None = None,
+    initial: Callable[[Tensor], Tensor] | None = None,
+    initial_weight: float = 1.0,
 ) -> Problem:
     """The two-soliton breather, h = u + iv.
 
@@ -35,17 +35,19 @@ def nls(
         n_interior: Number of points in space and time.
         n_boundary: Number of points at both ends, where h is prescribed; 0 for networks that have
             the period 30 by themselves.
-        n_initial: Number of points at the start; 0 leaves the initial values to `Problem.ansatz`.
+        n_initial: Number of points at the start.
         start: The first time, of a time window.
         end: The last time.
         initial: The values at the first time, those of the closed form by default.
+        initial_weight: The weight of the initial term.
 
     Source: M. Raissi, P. Perdikaris, G. E. Karniadakis, Physics-informed neural networks, 2019,
     section 3.1.1; the closed form of J. Satsuma, N. Yajima, 1974.
     """
     domain = SpaceTimeBox(Box((-15.0,), (15.0,)), start, end)
-    conditions, ansatz = at_start(initial or _breather, domain, n_initial)
-    ends = (dirichlet(_breather, domain.lateral(n_boundary)),) if n_boundary else ()
+    conditions = initial_and_lateral(
+        _breather, domain, n_initial, n_boundary, initial, initial_weight
+    )
     interior = LossTerm(
         operators={"h": Value(), "h_t": Partial(0), "h_xx": Partial(1, 1)},
         residual=_residual,
@@ -54,14 +56,13 @@ def nls(
     )
     return Problem(
         name="nls",
-        terms=(interior, *conditions, *ends),
+        terms=(interior, *conditions),
         d_in=2,
         evaluation=domain.interior(10_000),
         d_out=2,
         solution=_breather,
         coordinates=("$t$", "$x$"),
         periodic={} if n_boundary else {1: (-15.0, 15.0)},
-        ansatz=ansatz,
     )
 
 

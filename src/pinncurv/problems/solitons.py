@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 
 from pinncurv.diffops import Partial, Value
-from pinncurv.problems.conditions import dirichlet, neumann
+from pinncurv.problems.conditions import initial_and_lateral, neumann
 from pinncurv.problems.domains import Box, SpaceTimeBox
 from pinncurv.problems.loss_term import LossTerm
 from pinncurv.problems.problem import Problem, TensorOrJet
 from pinncurv.problems.samplers import Fixed, Product, check_count
-from pinncurv.problems.windows import at_start
 
 _C1, _C2 = 6.0, 2.0  # the speeds
 _R1, _R2 = math.sqrt(_C1), math.sqrt(_C2)
@@ -25,7 +24,8 @@ def kdv_two_solitons(
     n_slope: int = 100,
     start: float = 0.0,
     end: float = 5.0,
-    initial: Callable[[TensorOrJet], TensorOrJet] | None = None,
+    initial: Callable[[Tensor], Tensor] | None = None,
+    initial_weight: float = 1.0,
 ) -> Problem:
     """A fast soliton that overtakes a slow one.
 
@@ -39,18 +39,21 @@ def kdv_two_solitons(
     Args:
         n_interior: Number of points in space and time.
         n_boundary: Number of points at both ends.
-        n_initial: Number of points at the start; 0 leaves the initial values to `Problem.ansatz`.
+        n_initial: Number of points at the start.
         n_slope: Number of points at the right end, for u_x.
         start: The first time, of a time window.
         end: The last time.
         initial: The values at the first time, those of the closed form by default.
+        initial_weight: The weight of the initial term.
 
     Source: arXiv 2405.04230 (the two-soliton problem of its experiments).
     """
     for count in (n_boundary, n_slope):
         check_count(count)
     domain = SpaceTimeBox(Box((0.0,), (20.0,)), start, end)
-    conditions, ansatz = at_start(initial or _two_solitons, domain, n_initial)
+    conditions = initial_and_lateral(
+        _two_solitons, domain, n_initial, n_boundary, initial, initial_weight
+    )
     interior = LossTerm(
         operators={"u": Value(), "u_t": Partial(0), "u_x": Partial(1), "u_xxx": Partial(1, 1, 1)},
         residual=_residual,
@@ -64,14 +67,12 @@ def kdv_two_solitons(
         terms=(
             interior,
             *conditions,
-            dirichlet(_two_solitons, domain.lateral(n_boundary)),
             neumann(_slope, domain.normal, at_right, name="slope"),
         ),
         d_in=2,
         evaluation=domain.interior(10_000),
         solution=_two_solitons,
         coordinates=("$t$", "$x$"),
-        ansatz=ansatz,
     )
 
 

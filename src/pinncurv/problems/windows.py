@@ -6,29 +6,25 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from pinncurv.problems.ansatz import Ansatz
-from pinncurv.problems.conditions import dirichlet
-from pinncurv.problems.domains import SpaceTimeBox
-from pinncurv.problems.loss_term import LossTerm
 from pinncurv.problems.problem import Problem, TensorOrJet
 
 
 class State(nn.Module):
-    """A function at a fixed time, as initial values: a function of points (t, x).
+    """A trained network at a fixed time, as initial values: a function of points (t, x).
 
     g(t, x) = u(time, x)
 
-    As it does not depend on t, it serves as values of an initial term and as offset of an
-    `ansatz`, which needs no such term. A term costs a pass through the network before, at the
-    initial points alone. An ansatz leaves no jump, but its offset is the ansatz of the window
-    before: the k-th one passes k networks, at all points.
+    As it does not depend on t, it serves as values of an initial term and as offset of an ansatz,
+    ``Ansatz(network, state.elapsed, state)``, which needs no such term. A term costs a pass through
+    the network before, at the initial points alone. An ansatz leaves no jump, but its offset is the
+    ansatz of the window before: the k-th one passes k networks, at all points.
 
     Args:
-        network: The function u of points (t, x), such as a trained network.
+        network: The network u.
         time: The time.
     """
 
-    def __init__(self, network: Callable[[TensorOrJet], TensorOrJet], time: float) -> None:
+    def __init__(self, network: nn.Module, time: float) -> None:
         super().__init__()
         self.network, self.time = network, time
 
@@ -40,29 +36,25 @@ class State(nn.Module):
         """Return t - time at points (t, x)."""
         return x[:, :1] - self.time
 
-    def ansatz(self, network: nn.Module) -> Ansatz:
-        """Return a network that has these values at this time, g(x) + (t - time) network(t, x)."""
-        return Ansatz(network, self.elapsed, self)
 
+class SlabTime(nn.Module):
+    """Time as seen from the middle of a slab, for points (t, x); a first layer of networks.
 
-def at_start(
-    values: Callable[[TensorOrJet], TensorOrJet], domain: SpaceTimeBox, n: int, weight: float = 1.0
-) -> tuple[tuple[LossTerm, ...], Callable[[nn.Module], nn.Module] | None]:
-    """Prescribe u at the start of a box in space and time, by a term or by construction.
+    t -> (2t - start - end) / (end - start),    from -1 to 1
 
     Args:
-        values: The function g, of which only g(start, x) is used; of torch functions.
-        domain: The box.
-        n: Number of points of the term; with 0 there is none.
-        weight: The weight of the term.
-
-    Returns:
-        The terms, and the `Problem.ansatz` in the place of one.
+        start: Where the slab begins.
+        end: Where it ends.
     """
-    state = State(values, domain.start)
-    if n == 0:
-        return (), state.ansatz
-    return (dirichlet(state, domain.initial(n), weight, "initial"),), None
+
+    def __init__(self, start: float, end: float) -> None:
+        super().__init__()
+        self.start, self.end = start, end
+
+    def forward(self, x: TensorOrJet) -> TensorOrJet:
+        """Scale the first coordinate."""
+        t = (2 * x[:, :1] - (self.start + self.end)) / (self.end - self.start)
+        return torch.cat([t, x[:, 1:]], 1)
 
 
 class Windows(nn.Module):
@@ -71,7 +63,7 @@ class Windows(nn.Module):
     u(t, x) = u_k(t, x) for t in (edges_k, edges_k+1],    u_k(edges_k, x) ≈ u_k-1(edges_k, x)
 
     Until all slabs are trained: build the `problem` of the next one, train a network on it, and
-    `append` the network.
+    `append` the network. Give networks the time of their slab, see `scaled`: it is short.
 
     Args:
         edges: The times at which slabs begin and end, in order.
@@ -113,9 +105,16 @@ class Windows(nn.Module):
         Raises:
             ValueError: If there is no next slab.
         """
-        self._check_not_complete()
-        start, end = self.edges[len(self.networks) :][:2]
+        start, end = self._next()
         return build(start=start, end=end, initial=self.state)
+
+    def scaled(self, network: nn.Module) -> nn.Sequential:
+        """Return a network of the next slab, for which time goes from -1 to 1 there.
+
+        Raises:
+            ValueError: If there is no next slab.
+        """
+        return nn.Sequential(SlabTime(*self._next()), network)
 
     def append(self, network: nn.Module) -> None:
         """Add a frozen copy of the network of the next slab, which shares the networks before.
@@ -123,9 +122,8 @@ class Windows(nn.Module):
         Raises:
             ValueError: If there is no next slab.
         """
-        self._check_not_complete()
-        shared = {id(known): known for known in self.networks}
-        self.networks.append(copy.deepcopy(network, shared).requires_grad_(False))
+        self._next()
+        self.networks.append(copy.deepcopy(network).requires_grad_(False))
 
     def forward(self, x: Tensor) -> Tensor:
         """Evaluate the solution at points (t, x) in the slabs that have been trained.
@@ -153,9 +151,11 @@ class Windows(nn.Module):
         values = [net(part) for net, part in zip(self.networks, parts, strict=True)]
         return torch.cat(values)[order.argsort()]
 
-    def _check_not_complete(self) -> None:
+    def _next(self) -> tuple[float, float]:
         if self.complete:
             raise ValueError(
                 f"There must be a window left to train, got all {len(self.networks)} of "
                 f"{self.edges}. Make new Windows with later edges."
             )
+        start, end = self.edges[len(self.networks) :][:2]
+        return start, end
