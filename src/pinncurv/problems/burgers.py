@@ -11,7 +11,7 @@ from pinncurv.problems.conditions import dirichlet
 from pinncurv.problems.domains import Box, SpaceTimeBox
 from pinncurv.problems.loss_term import LossTerm
 from pinncurv.problems.numbers import check_positive
-from pinncurv.problems.problem import Problem, TensorOrJet
+from pinncurv.problems.problem import Problem, TensorOrJet, zero
 
 
 def burgers(
@@ -49,7 +49,7 @@ def burgers(
         terms=(
             interior,
             dirichlet(_sine, domain.initial(n_initial), name="initial"),
-            dirichlet(_zero, domain.lateral(n_boundary)),
+            dirichlet(zero, domain.lateral(n_boundary)),
         ),
         d_in=2,
         evaluation=domain.interior(10 * n_interior),
@@ -91,7 +91,3 @@ def _residual(
 
 def _sine(x: TensorOrJet) -> TensorOrJet:
     return -torch.sin(math.pi * x[:, 1:])
-
-
-def _zero(x: Tensor) -> Tensor:
-    return torch.zeros_like(x[:, :1])

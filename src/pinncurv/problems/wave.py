@@ -9,7 +9,7 @@ from pinncurv.diffops import Partial, Value
 from pinncurv.problems.conditions import dirichlet
 from pinncurv.problems.domains import SpaceTimeBox
 from pinncurv.problems.loss_term import LossTerm
-from pinncurv.problems.problem import Problem, TensorOrJet
+from pinncurv.problems.problem import Problem, TensorOrJet, zero
 
 
 def wave1d(n_interior: int = 2500, n_boundary: int = 200, n_initial: int = 200) -> Problem:
@@ -41,7 +41,7 @@ def wave1d(n_interior: int = 2500, n_boundary: int = 200, n_initial: int = 200) 
     )
     return Problem(
         name="wave1d",
-        terms=(interior, dirichlet(_zero, domain.lateral(n_boundary)), initial),
+        terms=(interior, dirichlet(zero, domain.lateral(n_boundary)), initial),
         d_in=2,
         evaluation=domain.interior(10_000),
         solution=_standing_waves,
@@ -55,10 +55,6 @@ def _residual(x: Tensor, u_tt: Tensor, u_xx: Tensor) -> Tensor:
 
 def _at_rest(x: Tensor, u: Tensor, u_t: Tensor) -> Tensor:
     return torch.cat([u - _standing_waves(x), u_t], 1)
-
-
-def _zero(x: Tensor) -> Tensor:
-    return torch.zeros_like(x[:, :1])
 
 
 def _standing_waves(x: TensorOrJet) -> TensorOrJet:
