@@ -251,7 +251,7 @@ def test_float32(name: str, generator: torch.Generator) -> None:
 # Numbers that may be negative, or zero; all others must be positive.
 ANY_SIGN = {"rate", "speed", "wave_number"}
 OR_ZERO = {
-    *("noise", "start"),
+    *("noise", "initial_weight"),
     *(f"{name}.n_boundary" for name in ("convection", "helmholtz", "nls", "reaction")),
 }
 
@@ -264,7 +264,7 @@ def _numbers() -> list[tuple[str, str]]:
         defaults = {key: parameter.default for key, parameter in given.items()}
         if inspect.Parameter.empty not in defaults.values():
             found += [(name, key) for key, x in defaults.items() if type(x) in (int, float)]
-    return [(name, key) for name, key in found if key not in ("dim", "end")]
+    return [(name, key) for name, key in found if key not in ("dim", "start", "end")]
 
 
 @pytest.mark.parametrize(("name", "argument"), _numbers())
