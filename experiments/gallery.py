@@ -284,11 +284,10 @@ def draw(path: Path, result: Result) -> None:
 @torch.no_grad()
 def _draw_maps(figure: Figure, axes: Sequence[Any], result: Result) -> None:
     problem, model, k = result.trainer.problem, result.trainer.model, result.exhibit.component
-    extent, points = _grid(problem, next(model.parameters()), result.exhibit.axes)
+    extent, points, outside = _plane(problem, next(model.parameters()), result.exhibit.axes)
     assert problem.solution is not None
     solution = problem.solution(points)[:, k : k + 1]
     error = (model(points)[:, k : k + 1] - solution).abs()
-    outside = _outside(problem, points)
     solution[outside], error[outside] = torch.nan, torch.nan
     unknown = "u" if problem.d_out == 1 else f"$u_{k + 1}$"
     unknown += " (slice)" if problem.d_in > 2 else ""
@@ -305,28 +304,23 @@ def _draw_maps(figure: Figure, axes: Sequence[Any], result: Result) -> None:
         axis.locator_params(nbins=4)
 
 
-def _grid(problem: Problem, like: torch.Tensor, axes: tuple[int, int]) -> Any:
-    """Return extent and points of a grid over the box around the domain."""
-    if isinstance(problem.evaluation, Interior):
-        return figures.grid_of(
-            problem.evaluation.box.lower, problem.evaluation.box.upper, like, axes
-        )
-    x = _sample(problem)
-    return figures.grid_of(x.amin(0).tolist(), x.amax(0).tolist(), like, axes)
+def _plane(problem: Problem, like: torch.Tensor, axes: tuple[int, int]) -> Any:
+    """Return extent and points of a grid over the box around the domain, and which are outside.
 
-
-def _outside(problem: Problem, points: torch.Tensor) -> torch.Tensor:
-    """Return which points of the plane are far from all points of a domain that is no box."""
-    if isinstance(problem.evaluation, Interior) or problem.d_in != 2:
-        return torch.zeros(len(points), dtype=torch.bool)
-    x = _sample(problem)
-    spacing = float((x.amax(0) - x.amin(0)).prod() / len(x)) ** 0.5
+    Of a domain of the plane that is no box, these are the points far from all that are drawn of it.
+    """
+    evaluation = problem.evaluation
+    if isinstance(evaluation, Interior):
+        extent, points = figures.grid_of(evaluation.box.lower, evaluation.box.upper, like, axes)
+        return extent, points, torch.zeros(len(points), dtype=torch.bool)
+    x = evaluation.sample(torch.Generator().manual_seed(0), torch.float64, "cpu")
+    lower, upper = x.amin(0), x.amax(0)
+    extent, points = figures.grid_of(lower.tolist(), upper.tolist(), like, axes)
+    if problem.d_in != 2:
+        return extent, points, torch.zeros(len(points), dtype=torch.bool)
+    spacing = float((upper - lower).prod() / len(x)) ** 0.5
     distances, _ = KDTree(x.numpy()).query(points.cpu().double().numpy())
-    return torch.from_numpy(distances > 2 * spacing)
-
-
-def _sample(problem: Problem) -> torch.Tensor:
-    return problem.evaluation.sample(torch.Generator().manual_seed(0), torch.float64, "cpu")
+    return extent, points, torch.from_numpy(distances > 2 * spacing)
 
 
 def save_small(figure: Figure, path: Path) -> None:

@@ -130,6 +130,22 @@ def test_a_step_is_that_of_the_points_alone():
     assert sum(record.term_losses.values()) == pytest.approx(loss, rel=1e-12)
 
 
+def test_no_loss_is_evaluated_twice(monkeypatch):
+    """The search has seen that of the point at which a step ends."""
+    model, seen = network(2, 6, 1), []
+    objective = poisson(model)
+    loss = objective.loss
+    monkeypatch.setattr(objective, "loss", lambda: seen.append(values(model)) or loss())
+    stepper = optimizer(model.parameters(), GrowingBatch(8))
+    for _ in range(5):
+        seen.clear()
+        record = stepper.step(objective)
+        assert record.accepted
+        assert record.new_loss == loss().item()
+        assert len(seen) >= 2
+        assert not any(same(a, b) for i, a in enumerate(seen) for b in seen[:i])
+
+
 def test_seeds_and_steps_draw_other_points():
     model = network(2, 6, 1)
     objective = poisson(model)

@@ -46,7 +46,9 @@ def test_a_loss_that_always_rises(step_size, bad):
     assert record.reason == f"rejected: the update {why} even at {scale:g} of its length"
     assert (record.step_size, record.momentum, record.scale) == (0, 0, 0)
     assert record.new_loss == record.loss
-    assert len(obstacle.evaluated) == tried + 4 * isinstance(step_size, GridLineSearch)
+    if isinstance(step_size, GridLineSearch):
+        tried += 4 - (bad == 1e300)  # the loss at what it chose is known, if it chose by a loss
+    assert len(obstacle.evaluated) == tried
 
 
 def test_an_update_below_the_resolution_of_the_parameters():

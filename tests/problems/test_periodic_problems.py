@@ -228,6 +228,9 @@ def test_reference_knows_no_other_times() -> None:
 def test_times_and_initial_values_belong_together() -> None:
     with pytest.raises(ValueError, match=r"0 <= start < end <= 1\.0, got start=0\.0, end=2\.0"):
         kdv(end=2.0)
+    for start in (-1.0, np.nan):
+        with pytest.raises(ValueError, match="0 <= start < end"):
+            kdv(start=start)
     with pytest.raises(ValueError, match=r"at start=0\.5 must be given, .* got initial=None"):
         allen_cahn(start=0.5)
 

@@ -26,11 +26,9 @@ from pinncurv.linops import (
     SymmetricLinearOperator,
     check_damping,
     factorize_from,
+    policy,
     symmetrize,
 )
-
-# Largest side on which a matrix is formed and factorized: 0.5 GB, and half a minute on two cores.
-LARGEST_SIDE = 8192
 
 
 class ParameterInverseLinearOperator(SymmetricLinearOperator):
@@ -114,7 +112,7 @@ class CheaperSide:
 
     damping: float
     floor: float = 1.0
-    largest: int = LARGEST_SIDE
+    largest: int = policy.LARGEST_SIDE
 
     def __post_init__(self) -> None:
         check_damping(self.damping)

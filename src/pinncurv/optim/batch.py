@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from pinncurv.linops import policy
 from pinncurv.optim.protocols import LinearizedLoss, offers
 
 
@@ -34,7 +35,7 @@ class GrowingBatch:
     rows: int = 400
     factor: float = 1.5
     share: float = 0.5
-    largest: int = 8192
+    largest: int = policy.LARGEST_SIDE
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from pinncurv.curvature import CheaperSide, MatrixFreeGaussNewton
+from pinncurv.linops import policy
 from pinncurv.optim import CurvatureOptimizer, GeodesicFlow, GrowingBatch
 
 
@@ -15,7 +16,7 @@ def auto(
     longest: float = 2.0**-2,
     calm: float = 0.25,
     floor: float = 1.0,
-    largest: int = 8192,
+    largest: int = policy.LARGEST_SIDE,
     accelerate: bool = True,
     seed: int = 0,
 ) -> CurvatureOptimizer:

@@ -11,7 +11,7 @@ from pinncurv.diffops import Gradient, Laplacian, Value
 from pinncurv.problems.conditions import dirichlet, point
 from pinncurv.problems.domains import Box, SpaceTimeBox
 from pinncurv.problems.loss_term import LossTerm
-from pinncurv.problems.problem import Problem, TensorOrJet
+from pinncurv.problems.problem import Problem, TensorOrJet, zero
 from pinncurv.problems.samplers import Sampler
 
 
@@ -134,7 +134,7 @@ def poisson_source(
         name="poisson_source",
         terms=(
             interior,
-            dirichlet(_zero, domain.faces(n_boundary)),
+            dirichlet(zero, domain.faces(n_boundary)),
             _measurements(_double_sine, domain.interior(n_data), noise),
         ),
         d_in=2,
@@ -218,10 +218,6 @@ def _double_sine(x: TensorOrJet) -> TensorOrJet:
 
 def _double_sine_source(x: TensorOrJet) -> TensorOrJet:
     return 2 * math.pi**2 * _double_sine(x)
-
-
-def _zero(x: Tensor) -> Tensor:
-    return torch.zeros_like(x[:, :1])
 
 
 def _first(fields: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -75,17 +75,7 @@ def kdv(
 
     The network has to be periodic in x, see `PeriodicEmbedding`, or get a term `periodic`.
 
-    Args:
-        n_interior: Number of points in the domain.
-        n_initial: Number of points at the start.
-        start: The first time, of a time window.
-        end: The last time.
-        initial: The values at the first time, a function of points (t, x): e.g. the network of the
-            window before. Those of the equation by default, which hold at time 0.
-        initial_weight: The weight of the initial term.
-
-    Raises:
-        ValueError: If the times do not lie in [0, 1] or initial values are missing.
+    Arguments and errors as `allen_cahn`.
 
     Source: Zabusky and Kruskal 1965.
     """
@@ -111,17 +101,7 @@ def kuramoto_sivashinsky(
     The network has to be periodic in x, see `PeriodicEmbedding`, or get a term `periodic`. Small
     errors grow by about four orders of magnitude until t = 1.
 
-    Args:
-        n_interior: Number of points in the domain.
-        n_initial: Number of points at the start.
-        start: The first time, of a time window.
-        end: The last time.
-        initial: The values at the first time, a function of points (t, x): e.g. the network of the
-            window before. Those of the equation by default, which hold at time 0.
-        initial_weight: The weight of the initial term.
-
-    Raises:
-        ValueError: If the times do not lie in [0, 1] or initial values are missing.
+    Arguments and errors as `allen_cahn`.
 
     Source: Wang, Sankaran, Perdikaris 2022 (arXiv 2203.07404), section 4.3.
     """

@@ -13,7 +13,7 @@ from pinncurv.problems.disk import Disk
 from pinncurv.problems.energy import Energy
 from pinncurv.problems.loss_term import LossTerm
 from pinncurv.problems.polygon import Polygon
-from pinncurv.problems.problem import Problem, TensorOrJet
+from pinncurv.problems.problem import Problem, TensorOrJet, zero
 from pinncurv.problems.samplers import Fixed, Sampler, check_count
 
 
@@ -99,7 +99,7 @@ def poisson_l_shape(n_interior: int = 900, n_boundary: int = 60, n_neumann: int 
         name="poisson_l_shape",
         terms=(
             _equation(domain.interior(n_interior), 0.0),
-            dirichlet(_zero, domain.boundary(n_boundary, edges=(0, 1))),
+            dirichlet(zero, domain.boundary(n_boundary, edges=(0, 1))),
             neumann(partial(_singular_flux, domain), domain.normal, outer, name="neumann"),
         ),
         d_in=2,
@@ -134,10 +134,6 @@ def _robin_values(x: Tensor) -> Tensor:
     (a, b), (u, v) = (3 * x[:, :1], 2 * x[:, 1:]), (x[:, :1], x[:, 1:])
     slope = 3 * u * torch.cos(a) * torch.cos(b) - 2 * v * torch.sin(a) * torch.sin(b)
     return slope + _waves(x)
-
-
-def _zero(x: Tensor) -> Tensor:
-    return torch.zeros_like(x[:, :1])
 
 
 def _polar(x: TensorOrJet) -> tuple[TensorOrJet, TensorOrJet]:

@@ -15,6 +15,11 @@ from pinncurv.problems.samplers import Sampler
 TensorOrJet = Any
 
 
+def zero(x: Tensor) -> Tensor:
+    """Return 0 at points [N, d], as [N, 1]: what a homogeneous condition prescribes."""
+    return torch.zeros_like(x[:, :1])
+
+
 @dataclass(frozen=True)
 class Errors:
     """How far a network is from the solution.

@@ -10,7 +10,7 @@ from pinncurv.problems.conditions import dirichlet
 from pinncurv.problems.domains import SpaceTimeBox
 from pinncurv.problems.loss_term import LossTerm
 from pinncurv.problems.numbers import check_positive
-from pinncurv.problems.problem import Problem, TensorOrJet
+from pinncurv.problems.problem import Problem, TensorOrJet, zero
 
 
 def wave1d(
@@ -48,7 +48,7 @@ def wave1d(
     )
     return Problem(
         name="wave1d",
-        terms=(interior, dirichlet(_zero, domain.lateral(n_boundary), weight), initial),
+        terms=(interior, dirichlet(zero, domain.lateral(n_boundary), weight), initial),
         d_in=2,
         evaluation=domain.interior(10_000),
         solution=_standing_waves,
@@ -62,10 +62,6 @@ def _residual(x: Tensor, u_tt: Tensor, u_xx: Tensor) -> Tensor:
 
 def _at_rest(x: Tensor, u: Tensor, u_t: Tensor) -> Tensor:
     return torch.cat([u - _standing_waves(x), u_t], 1)
-
-
-def _zero(x: Tensor) -> Tensor:
-    return torch.zeros_like(x[:, :1])
 
 
 def _standing_waves(x: TensorOrJet) -> TensorOrJet:
