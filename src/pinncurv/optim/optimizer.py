@@ -102,9 +102,7 @@ class CurvatureOptimizer(Optimizer):
         check_part("inverse", inverse, "Damped(1e-3)", "damping", "__call__")
         check_part("step_size", step_size, "optim.FixedStep(0.1)", "propose")
         check_part("momentum", momentum, "optim.HeavyBall(0.9)", "direction")
-        check_part(
-            "damping_rule", damping_rule, "optim.LevenbergMarquardt()", "accepted", "rejected"
-        )
+        check_part("damping_rule", damping_rule, "optim.LevenbergMarquardt()", "retries", "after")
         check_part("batch", batch, "optim.GrowingBatch()", "linearize", "grown")
         check_adaption(damping_rule, step_size, inverse, max_halvings)
         super().__init__(params, {"lr": lr})
