@@ -30,7 +30,7 @@ def pivoted_cholesky(
     columns: Callable[[Int[Tensor, " b"]], Float[Tensor, "R b"]],
     rank: int,
     generator: torch.Generator,
-    block: int = 20,
+    block: int = 40,
 ) -> PartialCholesky:
     """Draw the next pivot in proportion to what the matrix has left on its diagonal.
 
@@ -61,13 +61,15 @@ def pivoted_cholesky(
         proposed = before.multinomial(min(block, rank - len(pivots)), True, generator=generator)
         distinct, places = proposed.unique(return_inverse=True)
         G = columns(distinct.to(F.device)) - F @ F[distinct].mT
+        new: list[Tensor] = []
         for i, place in zip(proposed.tolist(), places.tolist(), strict=True):
             chance = float(torch.rand((), generator=generator, dtype=before.dtype))
             if float(G[i, place]) <= max(chance * float(before[i]), rounding):
                 continue
             column = G[:, place] / G[i, place].sqrt()
             G = G - column[:, None] * column[distinct]
-            F = torch.cat([F, column[:, None]], 1)
             left = (left - column.square()).clamp(min=0)
+            new.append(column)
             pivots.append(i)
+        F = torch.cat([F, *(column[:, None] for column in new)], 1)
     return PartialCholesky(F, torch.tensor(pivots, dtype=torch.int64, device=F.device))
