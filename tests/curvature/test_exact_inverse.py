@@ -208,6 +208,58 @@ def test_terms_of_other_sizes_and_a_decay_of_the_parameters():
         oracles.assert_close(flat(step), exact @ gradient)
 
 
+# --- parameters damped by how much they matter ---------------------------------------------------
+
+
+def jacobi(J):
+    """Return D from the oracle's J: its squared columns, floored, of mean one."""
+    d = J.square().sum(0)
+    floored = torch.maximum(d, 0.1 * d.mean())
+    return floored / floored.mean()
+
+
+@pytest.mark.parametrize("N", [3, 8, 15])
+@pytest.mark.parametrize("damping", DAMPINGS)
+def test_jacobi_against_the_oracle(N, damping):
+    """(JᵀJ + λD)⁻¹ on both sides, refined: as exact as without D."""
+    operator, J = small(N)
+    D = jacobi(J)
+    assert 0.01 < D.min() < 0.1 * D.max()  # there is something to scale, and something floored
+    inverse = CheaperSide(damping, jacobi=True)(operator)
+    assert type(inverse.scaled) is SIDES[N < 8]
+    scaled = J / D.sqrt()
+    taken = max(damping, EPS * float(scaled.square().sum()))
+    assert inverse.damping == pytest.approx(taken, rel=1e-12)
+    generator = torch.Generator().manual_seed(1)
+    v = torch.randn(J.shape[1], generator=generator, dtype=J.dtype)
+    u = torch.randn(len(J), generator=generator, dtype=J.dtype)
+    condition = 1 + float(torch.linalg.matrix_norm(scaled, 2)) ** 2 / taken
+    for received, expected in (
+        (inverse @ v, by_svd(scaled, taken, v=v / D.sqrt()) / D.sqrt()),
+        (flat(inverse.solve_residual([u[:, None]])), by_svd(scaled, taken, u=u) / D.sqrt()),
+    ):
+        error = ((received - expected) * D.sqrt()).norm() / (expected * D.sqrt()).norm()
+        assert error <= 100 * EPS * condition**0.5 + EPS * condition
+
+
+@pytest.mark.parametrize(("N", "chunk_size"), [(3, None), (15, None), (3, 2), (15, 8)])
+def test_conformance_of_jacobi(N, chunk_size):
+    """All formats of products; by the definition, without scaling anything."""
+    operator, J = small(N, chunk_size=chunk_size)
+    exact = torch.linalg.inv(J.T @ J + 1e-2 * jacobi(J).diag())
+    inverse = CheaperSide(1e-2, jacobi=True)(operator)
+    check_operator(inverse, exact, dampings=(), tolerance=1e-8)
+    assert inverse.linearizations is operator.jacobian.linearizations
+
+
+@pytest.mark.parametrize("N", [3, 15])
+def test_jacobi_by_conjugate_gradients(N):
+    operator, J = small(N)
+    inverse = CheaperSide(10.0, largest=2, jacobi=True)(operator)
+    exact = torch.linalg.inv(J.T @ J + 10.0 * jacobi(J).diag())
+    oracles.assert_close(inverse.to_dense(), exact, rtol=1e-6)
+
+
 # --- what it is not for ---------------------------------------------------------------------------
 
 

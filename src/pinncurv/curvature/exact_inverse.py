@@ -21,6 +21,8 @@ from pinncurv.curvature.woodbury import (
 )
 from pinncurv.linearization import Linearization
 from pinncurv.linops import (
+    CGInverseLinearOperator,
+    DiagonalLinearOperator,
     Factorization,
     PyTorchLinearOperator,
     SymmetricLinearOperator,
@@ -92,11 +94,44 @@ def _joined(X: Sequence[Tensor]) -> Float[Tensor, "D k"]:
     return torch.cat([x.reshape(-1, x.shape[-1]) for x in X])
 
 
+class JacobiInverseLinearOperator(SymmetricLinearOperator):
+    """A damped inverse in other units of the parameters, in which it is that of J S.
+
+    (JᵀJ + λ S⁻²)⁻¹ = S ((J S)ᵀ J S + λI)⁻¹ S
+
+    Cost: that of the inverse that is given.
+
+    Args:
+        scaled: ((J S)ᵀ J S + λI)⁻¹.
+        scale: The diagonal of S, one tensor per parameter.
+    """
+
+    def __init__(
+        self,
+        scaled: KernelInverseLinearOperator | ParameterInverseLinearOperator,
+        scale: Sequence[Tensor],
+    ) -> None:
+        super().__init__(scaled.shapes, scaled.device, scaled.dtype)
+        self.scaled, self.scale = scaled, scale
+        self.damping, self.reports = scaled.damping, scaled.reports
+        self.linearizations = scaled.linearizations
+
+    def _matmat(self, X: list[Tensor]) -> list[Tensor]:
+        right = [s[..., None] * x for s, x in zip(self.scale, X, strict=True)]
+        solution = self.scaled._matmat(right)
+        return [y.mul_(s[..., None]) for s, y in zip(self.scale, solution, strict=True)]
+
+    def solve_residual(self, residual: Sequence[Tensor]) -> list[Tensor]:
+        """Return (JᵀJ + λ S⁻²)⁻¹ Jᵀ u."""
+        solution = self.scaled.solve_residual(residual)
+        return [s * y for s, y in zip(self.scale, solution, strict=True)]
+
+
 @dataclass(frozen=True)
 class CheaperSide:
     """Inverse recipe: the exact Gauss-Newton inverse on the smaller side, as far as it is resolved.
 
-    JᵀJ ↦ (JᵀJ + max(λ, floor ε tr JᵀJ) I)⁻¹
+    JᵀJ ↦ (JᵀJ + max(λ, floor ε tr JᵀJ) D)⁻¹,  D = I, or that of ``jacobi``
 
     For R residuals in D parameters, the matrix JᵀJ is factorized if D ≤ R, else the kernel JJᵀ
     (Woodbury); with more than ``largest`` of both it is conjugate gradients. The matrix is formed
@@ -108,11 +143,14 @@ class CheaperSide:
         damping: λ, a finite number >= 0.
         floor: Smallest damping in units of ε tr JᵀJ, what rounding makes of the matrix; > 0.
         largest: Largest side that is factorized.
+        jacobi: Whether parameters are damped by how much they matter, in place of alike: D is the
+            diagonal of JᵀJ, see ``GaussNewtonLinearOperator.jacobi``.
     """
 
     damping: float
     floor: float = 1.0
     largest: int = policy.LARGEST_SIDE
+    jacobi: bool = False
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
@@ -130,14 +168,35 @@ class CheaperSide:
         """
         kernel = kernel_of(operator, self)
         assert isinstance(operator, GaussNewtonLinearOperator)
-        (R, D), J = operator.jacobian.shape, operator.jacobian
+        R, D = operator.jacobian.shape
         if min(R, D) > self.largest:
-            return operator.inverse(max(self.damping, torch.finfo(J.dtype).eps), self.largest)
+            return self._by_cg(operator)
+        if not self.jacobi:
+            matrix = kernel.matrix if R < D else operator.dense
+            return self._factorized(operator.jacobian, matrix)
+        J = operator.jacobi
+        s = J.flat_scale
+        matrix = J.kernel if R < D else s[:, None] * operator.dense * s
+        return JacobiInverseLinearOperator(self._factorized(J, matrix), J.scale)
+
+    def _factorized(
+        self, J: JacobianLinearOperator, matrix: Tensor
+    ) -> KernelInverseLinearOperator | ParameterInverseLinearOperator:
+        """Return the inverse by the smaller of JᵀJ and JJᵀ."""
+        R, D = J.shape
         name = "the kernel of the residuals" if R < D else "the Gauss-Newton matrix"
-        matrix = symmetrize(kernel.matrix if R < D else operator.dense, name)
+        matrix = symmetrize(matrix, name)
         smallest = self.floor * torch.finfo(J.dtype).eps * float(matrix.trace())
         least = max(self.damping, smallest) or 1.0  # a matrix of zeros has no scale
         factorization, damping = factorize_from(matrix, name, least)
         if R < D:
             return KernelInverseLinearOperator(J, factorization, damping)
         return ParameterInverseLinearOperator(J, factorization, damping)
+
+    def _by_cg(self, operator: GaussNewtonLinearOperator) -> PyTorchLinearOperator:
+        """Return the inverse by conjugate gradients, preconditioned by the diagonal."""
+        damping = max(self.damping, torch.finfo(operator.dtype).eps)
+        if not self.jacobi:
+            return operator.inverse(damping, self.largest)
+        D = DiagonalLinearOperator([s**-2 for s in operator.jacobi.scale])
+        return CGInverseLinearOperator(operator + damping * D, preconditioner=D.inverse(0.0))

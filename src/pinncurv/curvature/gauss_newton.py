@@ -9,7 +9,12 @@ from functools import cached_property
 from jaxtyping import Float
 from torch import Tensor
 
-from pinncurv.curvature.jacobian import JacobianLinearOperator, check_exact, chunk_rows
+from pinncurv.curvature.jacobian import (
+    JacobianLinearOperator,
+    ScaledJacobianLinearOperator,
+    check_exact,
+    chunk_rows,
+)
 from pinncurv.curvature.kernel import KernelLinearOperator
 from pinncurv.curvature.parameters import ParameterSpace, visit_blocks
 from pinncurv.curvature.woodbury import KernelInverseLinearOperator
@@ -26,6 +31,9 @@ from pinncurv.linops import (
     policy,
     term_position,
 )
+
+# Smallest diagonal entry that a scaling by it knows, as a part of their mean.
+_LEAST_OF_MEAN = 0.1
 
 
 class GaussNewtonLinearOperator(SymmetricLinearOperator):
@@ -98,6 +106,18 @@ class GaussNewtonLinearOperator(SymmetricLinearOperator):
     def kernel(self) -> KernelLinearOperator:
         """The kernel JJᵀ, whose matrix is computed once."""
         return KernelLinearOperator(self.jacobian)
+
+    @cached_property
+    def jacobi(self) -> ScaledJacobianLinearOperator:
+        """The Jacobian in units of the parameters in which they matter alike.
+
+        J D^(-½),  D_i = max(d_i, d̄ / 10) / c,  d = diag(JᵀJ),  mean(D) = 1
+        """
+        d = self.diagonal()
+        floored = d.clamp(min=_LEAST_OF_MEAN * float(d.mean()) or 1.0)
+        parts = (floored / floored.mean()).rsqrt().split(self._in_shape_flat)
+        scale = [part.view(shape) for part, shape in zip(parts, self._in_shape, strict=True)]
+        return ScaledJacobianLinearOperator(self.jacobian, scale)
 
     def inverse(
         self, damping: float, dense_limit: int = policy.LARGEST_DENSE

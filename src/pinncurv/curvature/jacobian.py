@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -116,6 +117,50 @@ class JacobianLinearOperator(_Between):
 
         run(self.linearizations, visit)
         return torch.cat(pieces)
+
+
+class ScaledJacobianLinearOperator(JacobianLinearOperator):
+    """The Jacobian in other units of the parameters.
+
+    J S,  S = diag(s)
+
+    Cost: that of J per product; its kernel takes R D numbers and R² D, since S leaves no structure.
+
+    Args:
+        jacobian: J.
+        scale: s, one tensor per parameter.
+    """
+
+    def __init__(self, jacobian: JacobianLinearOperator, scale: Sequence[Tensor]) -> None:
+        super().__init__(jacobian.linearizations, jacobian.space)
+        self.scale = scale
+
+    @property
+    def flat_scale(self) -> Float[Tensor, " D"]:
+        """The scale of all parameters."""
+        return torch.cat([s.flatten() for s in self.scale])
+
+    def product(
+        self, blocks: Sequence[JacobianBlock | None], X: Sequence[Tensor], chunk: Chunk
+    ) -> Float[Tensor, "V n K"]:
+        return super().product(blocks, [s * x for s, x in zip(self.scale, X, strict=True)], chunk)
+
+    def add_adjoint_product_(
+        self, totals: Sequence[Tensor], blocks: Sequence[JacobianBlock | None], u: Tensor
+    ) -> None:
+        parts = self.zeros(u.shape[-1])
+        super().add_adjoint_product_(parts, blocks, u)
+        for total, s, part in zip(totals, self.scale, parts, strict=True):
+            total.addcmul_(s, part)
+
+    def to_dense(self) -> Tensor:
+        return super().to_dense().mul_(self.flat_scale)
+
+    @cached_property
+    def kernel(self) -> Float[Tensor, "R R"]:
+        """J S² Jᵀ, which is computed once; not to be written to."""
+        matrix = self.to_dense()
+        return matrix @ matrix.mT
 
 
 class JacobianAdjointLinearOperator(_Between):

@@ -14,7 +14,6 @@ from pinncurv.curvature.kernel import Blocks, add_kernel_, point_ranges
 from pinncurv.curvature.parameters import ParameterSpace
 from pinncurv.curvature.woodbury import from_data, to_data
 from pinncurv.linearization import Chunk, Linearization, run
-from pinncurv.linearization.blocks import row_ranges
 from pinncurv.linops import (
     PyTorchLinearOperator,
     SymmetricLinearOperator,
@@ -191,6 +190,9 @@ def _kernel(
     return torch.cat(rows)
 
 
+# Among how many points one is chosen by what the others leave of its gradient.
+_CANDIDATES = 5
+
 # A choice of points: at most so many of all terms, by a seed, linearized anew.
 Choice = Callable[[Sequence[Linearization], int, int], list[Linearization]]
 
@@ -207,67 +209,29 @@ def uniform_points(
 def pivoted_points(
     linearizations: Sequence[Linearization], points: int, seed: int
 ) -> list[Linearization]:
-    """Choose the points of the pivots of the kernel by randomly pivoted Cholesky.
+    """Choose the points of pivots of the kernel, of five times as many that are drawn alike.
 
-    P(i) ∝ ‖(I - Q Qᵀ) Jᵀe_i‖²,  Q spans the gradients that were drawn before
+    P(i) ∝ ‖(I - Q Qᵀ) Jᵀe_i‖²,  Q spans the gradients of the pivots before
 
-    There are as many pivots as points are asked for, but residuals may share a point, and a term
-    that matters little may have none.
+    That takes as many pivots as points are asked for. Residuals may share a point, and a term that
+    matters little may have none.
 
-    Cost: the norms of all rows, N V D, and the columns of the kernel a second time.
+    Cost: the kernel of five times the points.
 
-    Source: Chen, Epperly, Tropp, Webber 2022.
+    Source: Chen, Epperly, Tropp, Webber 2022 (randomly pivoted Cholesky).
     """
-    space = ParameterSpace.of(linearizations)
-
-    def columns(rows: Int[Tensor, " b"]) -> Float[Tensor, "R b"]:
-        samples, known = _with_rows(linearizations, rows)
-        return cross_kernel(linearizations, samples, space)[:, torch.searchsorted(known, rows)]
-
+    candidates = uniform_points(linearizations, _CANDIDATES * points, seed)
+    K = cross_kernel(candidates, candidates, ParameterSpace.of(linearizations))
     generator = torch.Generator().manual_seed(seed)
-    diagonal = _squared_norms(linearizations, space)
-    pivots = pivoted_cholesky(diagonal, columns, points, generator).pivots
-    if not len(pivots):  # J = 0
-        return uniform_points(linearizations, 1, seed)
-    return _with_rows(linearizations, pivots)[0]
-
-
-def _with_rows(
-    linearizations: Sequence[Linearization], rows: Int[Tensor, " b"]
-) -> tuple[list[Linearization], Int[Tensor, " m"]]:
-    """Return the terms at the points of some rows of J, and all rows of these points, ascending."""
-    samples, known, first = [], [], 0
-    for lin in linearizations:
-        V, end = lin.num_components, first + len(lin.x) * lin.num_components
-        points = ((rows[(rows >= first) & (rows < end)] - first) // V).unique()
-        if len(points):
-            samples.append(lin.at(points))
-            components = torch.arange(V, device=rows.device)
-            known.append((first + V * points[:, None] + components).flatten())
-        first = end
-    return samples, torch.cat(known)
-
-
-def _squared_norms(
-    linearizations: Sequence[Linearization], space: ParameterSpace
-) -> Float[Tensor, " R"]:
-    """Return the diagonal of JJᵀ in float64."""
-    parts: list[Tensor] = []
-
-    def visit(t: int, chunk: Chunk) -> None:
-        n, V = chunk.residual.shape
-        total = torch.zeros(V, n, dtype=torch.float64, device=chunk.residual.device)
-        arranged = space.arrange(linearizations[t], chunk)
-        for place, block in zip(space.blocks, arranged, strict=True):
-            if block is None:
-                continue
-            for points in row_ranges(n, V * place.numel):
-                rows = block.joint_rows(points).to(torch.float64)
-                total[:, points] += rows.square().sum(1).view(V, -1)
-        parts.append(total.mT.flatten())
-
-    run(linearizations, visit)
-    return torch.cat(parts)
+    pivots = pivoted_cholesky(K, points, generator).pivots
+    chosen, first = [], 0
+    for candidate in candidates:
+        last = first + len(candidate.x) * candidate.num_components
+        mine = pivots[(pivots >= first) & (pivots < last)] - first
+        if len(mine):
+            chosen.append(candidate.at((mine // candidate.num_components).unique()))
+        first = last
+    return chosen or candidates  # J = 0 has no pivots
 
 
 @dataclass(frozen=True)
