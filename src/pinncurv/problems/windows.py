@@ -123,7 +123,8 @@ class Windows(nn.Module):
             ValueError: If there is no next slab.
         """
         self._next()
-        self.networks.append(copy.deepcopy(network).requires_grad_(False))
+        shared = {id(known): known for known in self.networks}
+        self.networks.append(copy.deepcopy(network, shared).requires_grad_(False))
 
     def forward(self, x: Tensor) -> Tensor:
         """Evaluate the solution at points (t, x) in the slabs that have been trained.
