@@ -152,7 +152,8 @@ class CheaperSide:
         floor: Smallest damping in units of ε tr JᵀJ, what rounding makes of the matrix; > 0.
         largest: Largest side that is factorized.
         jacobi: Whether parameters are damped by how much they matter, in place of alike: D is the
-            diagonal of JᵀJ, see ``GaussNewtonLinearOperator.jacobi``.
+            diagonal of JᵀJ, see ``GaussNewtonLinearOperator.jacobi``. A kernel then takes R² D, and
+            R D numbers while it is formed.
     """
 
     damping: float

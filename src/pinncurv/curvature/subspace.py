@@ -334,9 +334,8 @@ class Deflated:
             TypeError: If the operator is no ``SubspaceGaussNewtonLinearOperator``.
         """
         subspace, damping = _checked(operator, self), _positive(self.damping)
-        smallest = (
-            float(subspace.singular_values.square().min()) if subspace.basis.shape[1] else 0.0
-        )
+        sigma = subspace.singular_values
+        smallest = float(sigma[-1]) ** 2 if len(sigma) else 0.0
         return SubspaceInverseLinearOperator(subspace, damping, 1 / (smallest + damping))
 
 
