@@ -58,10 +58,20 @@ def test_composition():
         largest=300,
         accelerate=False,
         seed=3,
+        jacobi=True,
     )
-    assert optimizer.preconditioner.inverse == CheaperSide(1e-3, 10.0, 300)
+    assert optimizer.preconditioner.inverse == CheaperSide(1e-3, 10.0, 300, jacobi=True)
     assert optimizer.step_size == GeodesicFlow(0.125, 0.5, 0.1, accelerate=False)
     assert optimizer.batch == GrowingBatch(300, largest=300, seed=3)
+
+
+def test_trains_with_parameters_damped_by_how_much_they_matter():
+    """Each retry with more damping goes through the scaled inverse, too."""
+    model = network(2, 16, 1)
+    objective = Objective.sample(model, poisson2d(60, 20), torch.Generator().manual_seed(0))
+    optimizer = presets.auto(model.parameters(), rows=30, jacobi=True)
+    losses = [optimizer.step(objective).loss for _ in range(25)]
+    assert losses[-1] < 1e-3 * losses[0]
 
 
 def test_trains_the_published_setting():

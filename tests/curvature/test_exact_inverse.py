@@ -26,7 +26,7 @@ from pinncurv.problems import L2, Fixed, LossTerm
 from tests import oracles
 from tests.conformance import DAMPINGS, check_operator
 from tests.networks import build, points
-from tests.optim.cases import flat
+from tests.optim.cases import flat, network, poisson
 from tests.terms import TERMS
 
 EPS = torch.finfo(torch.float64).eps
@@ -272,6 +272,23 @@ def test_beyond_the_largest_side_it_is_conjugate_gradients(N):
     assert type(inverse) is CGInverseLinearOperator
     v = torch.randn(8, generator=torch.Generator().manual_seed(1), dtype=J.dtype)
     oracles.assert_close(inverse @ v, by_svd(J, 10.0, v=v), rtol=1e-6)
+
+
+@pytest.mark.parametrize("damping", [1e-2, 1e-5])
+def test_a_coarse_set_of_points_preconditions(damping):
+    """The dense solution, in less than a third of the iterations without or with the diagonal."""
+    linearized = poisson(network(2, 12, 12, 1), n=100).linearize()
+    operator = MatrixFreeGaussNewton()(linearized)
+    inverse = CheaperSide(damping, largest=30)(operator)
+    b = flat(linearized.gradient())
+    oracles.assert_close(inverse @ b, operator.inverse(damping) @ b, rtol=1e-6)
+    diagonal = operator.inverse(damping, dense_limit=30)
+    iterations = []
+    for solver in (inverse, CGInverseLinearOperator(operator, damping), diagonal):
+        solver @ b
+        iterations.append(solver.last_records[0].iterations)
+        assert solver.last_records[0].converged
+    assert 3 * iterations[0] < min(iterations[1:]), iterations
 
 
 @pytest.mark.parametrize("recipe", [KFAC(), GaussNewton()])

@@ -8,10 +8,13 @@ import torch
 from pinncurv.curvature import (
     KFAC,
     BlockDiagonalGaussNewton,
+    Deflated,
     DiagonalGaussNewton,
     GaussNewton,
     GaussNewtonLinearOperator,
     MatrixFreeGaussNewton,
+    SubspaceGaussNewton,
+    pivoted_points,
 )
 from pinncurv.curvature.ekfac import EKFAC
 from pinncurv.curvature.iterative import PreconditionedCG
@@ -29,6 +32,8 @@ PRECONDITIONERS = {
     "kfac": (KFAC(), Damped(1e-6)),
     "kfac, damped factors": (KFAC(), FactorDamping(1e-4, trace_norm)),
     "ekfac": (EKFAC(), Damped(1e-6)),
+    "subspace": (SubspaceGaussNewton(4), Damped(1e-6)),
+    "coarse points": (SubspaceGaussNewton(4, choice=pivoted_points), Deflated(1e-6)),
 }
 
 

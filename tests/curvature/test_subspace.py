@@ -6,6 +6,7 @@ from torch import Tensor
 
 from pinncurv.curvature import (
     KFAC,
+    Deflated,
     InSubspace,
     JacobianLinearOperator,
     KernelLinearOperator,
@@ -94,6 +95,21 @@ def test_all_points_give_the_exact_step():
     inverse = InSubspace(1e-3)(SubspaceGaussNewton(sum(N))(made))
     exact = torch.linalg.solve(J.mT @ J + 1e-3 * torch.eye(J.shape[1], dtype=J.dtype), J.mT @ u)
     torch.testing.assert_close(inverse @ (J.mT @ u), exact, rtol=1e-8, atol=1e-10)
+
+
+def test_deflated_against_the_projected_oracle():
+    """The inverse in the subspace; outside of it, that of the smallest eigenvalue inside."""
+    made, J = linearizations()
+    operator = SubspaceGaussNewton(3)(made)
+    Q = torch.linalg.qr(sampled_rows(J, 3, 0).mT).Q
+    inside = Q.mT @ J.mT @ J @ Q
+    smallest = float(torch.linalg.eigvalsh(inside)[0])
+    identity = torch.eye(len(inside), dtype=J.dtype)
+    for damping in (1e-2, 1.0):
+        outside = torch.eye(J.shape[1], dtype=J.dtype) - Q @ Q.mT
+        expected = Q @ torch.linalg.inv(inside + damping * identity) @ Q.mT
+        expected += outside / (smallest + damping)
+        check_operator(Deflated(damping)(operator), expected, dampings=(), tolerance=1e-7)
 
 
 def test_points_are_drawn_by_the_seed_in_proportion():

@@ -80,6 +80,7 @@ from pinncurv.curvature.optimal_kronecker import (
 from pinncurv.curvature.parameters import ParameterSpace as ParameterSpace
 from pinncurv.curvature.subspace import (
     Choice as Choice,
+    Deflated as Deflated,
     InSubspace as InSubspace,
     SubspaceGaussNewton as SubspaceGaussNewton,
     SubspaceGaussNewtonLinearOperator as SubspaceGaussNewtonLinearOperator,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pinncurv.curvature.gauss_newton import GaussNewtonLinearOperator
 from pinncurv.curvature.jacobian import JacobianLinearOperator
+from pinncurv.curvature.subspace import Deflated, SubspaceGaussNewton, pivoted_points
 from pinncurv.curvature.woodbury import (
     KernelInverseLinearOperator,
     check_positive,
@@ -31,6 +32,9 @@ from pinncurv.linops import (
     policy,
     symmetrize,
 )
+
+# Points of the subspace that preconditions where both sides are larger.
+_COARSE_POINTS = 200
 
 
 class ParameterInverseLinearOperator(SymmetricLinearOperator):
@@ -134,17 +138,20 @@ class CheaperSide:
     JᵀJ ↦ (JᵀJ + max(λ, floor ε tr JᵀJ) D)⁻¹,  D = I, or that of ``jacobi``
 
     For R residuals in D parameters, the matrix JᵀJ is factorized if D ≤ R, else the kernel JJᵀ
-    (Woodbury); with more than ``largest`` of both it is conjugate gradients. The matrix is formed
-    once for all dampings. A factorization takes a third of the third power of its size, a fraction
-    of what forming the matrix does; where it fails, λ is raised by factors of ten. ``damping`` of
-    the inverse is what was taken.
+    (Woodbury). It is formed once for all dampings. A factorization takes a third of the third power
+    of its size, a fraction of what forming the matrix does; where it fails, λ is raised by factors
+    of ten. ``damping`` of the inverse is what was taken.
+
+    With more than ``largest`` of both it is conjugate gradients, preconditioned by the subspace of
+    200 points (``pivoted_points``, ``Deflated``), or by the D of ``jacobi``.
 
     Args:
         damping: λ, a finite number >= 0.
         floor: Smallest damping in units of ε tr JᵀJ, what rounding makes of the matrix; > 0.
         largest: Largest side that is factorized.
         jacobi: Whether parameters are damped by how much they matter, in place of alike: D is the
-            diagonal of JᵀJ, see ``GaussNewtonLinearOperator.jacobi``.
+            diagonal of JᵀJ, see ``GaussNewtonLinearOperator.jacobi``. A kernel then takes R² D, and
+            R D numbers while it is formed.
     """
 
     damping: float
@@ -193,10 +200,12 @@ class CheaperSide:
             return KernelInverseLinearOperator(J, factorization, damping)
         return ParameterInverseLinearOperator(J, factorization, damping)
 
-    def _by_cg(self, operator: GaussNewtonLinearOperator) -> PyTorchLinearOperator:
-        """Return the inverse by conjugate gradients, preconditioned by the diagonal."""
+    def _by_cg(self, operator: GaussNewtonLinearOperator) -> CGInverseLinearOperator:
+        """Return the inverse by preconditioned conjugate gradients."""
         damping = max(self.damping, torch.finfo(operator.dtype).eps)
-        if not self.jacobi:
-            return operator.inverse(damping, self.largest)
-        D = DiagonalLinearOperator([s**-2 for s in operator.jacobi.scale])
-        return CGInverseLinearOperator(operator + damping * D, preconditioner=D.inverse(0.0))
+        if self.jacobi:
+            D = DiagonalLinearOperator([s**-2 for s in operator.jacobi.scale])
+            return CGInverseLinearOperator(operator + damping * D, preconditioner=D.inverse(0.0))
+        coarse = SubspaceGaussNewton(min(_COARSE_POINTS, self.largest), choice=pivoted_points)
+        P = Deflated(damping)(coarse(operator.jacobian.linearizations))
+        return CGInverseLinearOperator(operator, damping, P)

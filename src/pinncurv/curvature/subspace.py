@@ -304,10 +304,47 @@ class InSubspace:
         Raises:
             TypeError: If the operator is no ``SubspaceGaussNewtonLinearOperator``.
         """
-        if not isinstance(operator, SubspaceGaussNewtonLinearOperator):
-            raise TypeError(
-                "InSubspace must be given a SubspaceGaussNewtonLinearOperator, got "
-                f"{type(operator).__name__}. Use Damped(damping), or "
-                "curvature=SubspaceGaussNewton()."
-            )
-        return SubspaceSolverLinearOperator(operator, _positive(self.damping))
+        return SubspaceSolverLinearOperator(_checked(operator, self), _positive(self.damping))
+
+
+@dataclass(frozen=True)
+class Deflated:
+    """The damped inverse on the subspace, and outside of it that of its smallest eigenvalue.
+
+    Q diag(1 / (σ² + λ)) Qᵀ + (I - Q Qᵀ) / (σ_min² + λ)
+
+    A preconditioner of JᵀJ + λI, which is better known to be small outside than to be zero. Cost:
+    see ``SubspaceInverseLinearOperator``.
+
+    Args:
+        damping: λ, a finite number > 0 when it is applied.
+
+    Source: Frangella, Tropp, Udell 2023, section 5.
+    """
+
+    damping: float
+
+    def __post_init__(self) -> None:
+        check_damping(self.damping)
+
+    def __call__(self, operator: PyTorchLinearOperator) -> SubspaceInverseLinearOperator:
+        """Return the preconditioner.
+
+        Raises:
+            TypeError: If the operator is no ``SubspaceGaussNewtonLinearOperator``.
+        """
+        subspace, damping = _checked(operator, self), _positive(self.damping)
+        sigma = subspace.singular_values
+        smallest = float(sigma[-1]) ** 2 if len(sigma) else 0.0
+        return SubspaceInverseLinearOperator(subspace, damping, 1 / (smallest + damping))
+
+
+def _checked(
+    operator: PyTorchLinearOperator, inverse: InSubspace | Deflated
+) -> SubspaceGaussNewtonLinearOperator:
+    if not isinstance(operator, SubspaceGaussNewtonLinearOperator):
+        raise TypeError(
+            f"{type(inverse).__name__} must be given a SubspaceGaussNewtonLinearOperator, got "
+            f"{type(operator).__name__}. Use Damped(damping), or curvature=SubspaceGaussNewton()."
+        )
+    return operator

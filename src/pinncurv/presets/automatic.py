@@ -19,6 +19,7 @@ def auto(
     largest: int = policy.LARGEST_SIDE,
     accelerate: bool = True,
     seed: int = 0,
+    jacobi: bool = False,
 ) -> CurvatureOptimizer:
     """Return the exact Gauss-Newton method that chooses all by itself: no setting is needed.
 
@@ -38,11 +39,12 @@ def auto(
         largest: Most residuals that are linearized together, and largest matrix.
         accelerate: Whether to follow the curve, not its tangent.
         seed: Which points.
+        jacobi: Whether parameters are damped by how much they matter, in place of alike.
     """
     return CurvatureOptimizer(
         params,
         curvature=MatrixFreeGaussNewton(),
-        inverse=CheaperSide(damping, floor, largest),
+        inverse=CheaperSide(damping, floor, largest, jacobi),
         step_size=GeodesicFlow(shortest, longest, calm, accelerate=accelerate),
         batch=GrowingBatch(min(rows, largest), largest=largest, seed=seed),
         max_halvings=0,
