@@ -1,11 +1,14 @@
 """Time windows in a run: a network for each part of the time, errors at all times so far."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
+from experiments.exhibits import EXHIBITS
 from experiments.experiment import Experiment
+from experiments.train import smoke
 from experiments.training import Trainer
 from tests.experiments.runs import column, program, same
 
@@ -52,6 +55,18 @@ def test_errors_are_those_of_all_networks_at_all_times_so_far() -> None:
         error = trainer.measure()["relative_error"]
         trainer.windows.networks[0][-1][-1].bias.add_(100)
         assert trainer.measure()["relative_error"] > 2 * error
+
+
+@pytest.mark.parametrize("name", [n for n, e in EXHIBITS.items() if e.experiment.windows])
+def test_every_window_of_an_exhibit_can_be_trained(name: str) -> None:
+    tiny = smoke(replace(EXHIBITS[name].experiment, optimizers=("adam",)))
+    ends = tiny.windows[1:]
+    trainer = Trainer(replace(tiny, steps=len(ends)), "adam", 1, torch.device("cpu"))
+    for end in ends:
+        trainer.advance()
+        row = trainer.measure()
+        assert row["until"] == end
+        assert 0 < row["relative_error"] < 10
 
 
 @pytest.mark.usefixtures("_no_figure")
