@@ -258,6 +258,8 @@ def test_jacobi_by_conjugate_gradients(N):
     inverse = CheaperSide(10.0, largest=2, jacobi=True)(operator)
     exact = torch.linalg.inv(J.T @ J + 10.0 * jacobi(J).diag())
     oracles.assert_close(inverse.to_dense(), exact, rtol=1e-6)
+    assert inverse.damping == 10.0
+    assert CheaperSide(0.0, largest=2, jacobi=True)(operator).damping == EPS
 
 
 # --- what it is not for ---------------------------------------------------------------------------
@@ -289,6 +291,30 @@ def test_a_coarse_set_of_points_preconditions(damping):
         iterations.append(solver.last_records[0].iterations)
         assert solver.last_records[0].converged
     assert 3 * iterations[0] < min(iterations[1:]), iterations
+
+
+@pytest.mark.parametrize("jacobi", [False, True])
+def test_one_term_of_several_by_conjugate_gradients(jacobi):
+    """In all parameters, also those that are of another term alone."""
+    model, x = build("tanh"), points(6)
+    trained = TrainedFactor()
+    terms = [TERMS["poisson"], LossTerm({"u": Value()}, trained, Fixed(x), name="trained")]
+    operator = MatrixFreeGaussNewton()([linearize(term, model, x) for term in terms])
+    alone = operator.term(0)
+    b = torch.ones(alone.shape[1], dtype=alone.dtype)
+    expected = CheaperSide(1.0, jacobi=jacobi)(alone) @ b
+    oracles.assert_close(CheaperSide(1.0, largest=2, jacobi=jacobi)(alone) @ b, expected, rtol=1e-6)
+
+
+class TrainedFactor(nn.Module):
+    """A residual with a parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+
+    def forward(self, x, u):
+        return self.factor * u - 1
 
 
 @pytest.mark.parametrize("recipe", [KFAC(), GaussNewton()])

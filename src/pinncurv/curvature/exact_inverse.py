@@ -135,7 +135,7 @@ class JacobiInverseLinearOperator(SymmetricLinearOperator):
 class CheaperSide:
     """Inverse recipe: the exact Gauss-Newton inverse on the smaller side, as far as it is resolved.
 
-    JᵀJ ↦ (JᵀJ + max(λ, floor ε tr JᵀJ) D)⁻¹,  D = I, or that of ``jacobi``
+    JᵀJ ↦ (JᵀJ + max(λ, floor ε tr D⁻¹JᵀJ) D)⁻¹,  D = I, or that of ``jacobi``
 
     For R residuals in D parameters, the matrix JᵀJ is factorized if D ≤ R, else the kernel JJᵀ
     (Woodbury). It is formed once for all dampings. A factorization takes a third of the third power
@@ -147,10 +147,11 @@ class CheaperSide:
 
     Args:
         damping: λ, a finite number >= 0.
-        floor: Smallest damping in units of ε tr JᵀJ, what rounding makes of the matrix; > 0.
+        floor: Smallest damping in units of ε tr D⁻¹JᵀJ, what rounding makes of the matrix; > 0.
         largest: Largest side that is factorized.
         jacobi: Whether parameters are damped by how much they matter, in place of alike: D is the
-            diagonal of JᵀJ, see ``GaussNewtonLinearOperator.jacobi``. A kernel then takes R² D, and
+            diagonal of JᵀJ, at least a tenth of its mean, over the mean of that, see
+            ``GaussNewtonLinearOperator.jacobi``. A kernel then takes R² D, and
             R D numbers while it is formed.
     """
 
@@ -203,9 +204,11 @@ class CheaperSide:
     def _by_cg(self, operator: GaussNewtonLinearOperator) -> CGInverseLinearOperator:
         """Return the inverse by preconditioned conjugate gradients."""
         damping = max(self.damping, torch.finfo(operator.dtype).eps)
-        if self.jacobi:
-            D = DiagonalLinearOperator([s**-2 for s in operator.jacobi.scale])
-            return CGInverseLinearOperator(operator + damping * D, preconditioner=D.inverse(0.0))
+        if self.jacobi:  # JᵀJ + λ(D - I) + λI, so that the damping of the inverse is λ
+            rest = DiagonalLinearOperator([s**-2 - 1 for s in operator.jacobi.scale])
+            P = DiagonalLinearOperator([s**2 for s in operator.jacobi.scale])
+            return CGInverseLinearOperator(operator + damping * rest, damping, P)
         coarse = SubspaceGaussNewton(min(_COARSE_POINTS, self.largest), choice=pivoted_points)
-        P = Deflated(damping)(coarse(operator.jacobian.linearizations))
+        J = operator.jacobian
+        P = Deflated(damping)(coarse(J.linearizations, J.space))
         return CGInverseLinearOperator(operator, damping, P)

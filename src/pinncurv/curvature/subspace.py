@@ -261,15 +261,19 @@ class SubspaceGaussNewton:
         return replace(self, seed=self.seed + step)
 
     def __call__(
-        self, linearizations: Sequence[Linearization]
+        self, linearizations: Sequence[Linearization], space: ParameterSpace | None = None
     ) -> SubspaceGaussNewtonLinearOperator:
         """Build the operator.
+
+        Args:
+            linearizations: One per term, with the exact output gradients.
+            space: The parameters; by default those of the terms.
 
         Raises:
             ValueError: If a linearization has other output gradients than the exact ones.
         """
         check_exact(linearizations)
-        space = ParameterSpace.of(linearizations)
+        space = ParameterSpace.of(linearizations) if space is None else space
         samples = self.choice(linearizations, self.points, self.seed)
         T = _whitening(cross_kernel(samples, samples, space), torch.finfo(space.dtype).eps)
         P, sigma, Wt = torch.linalg.svd(
