@@ -230,10 +230,11 @@ class _Constant(nn.Module):
         return self.value + 0 * x
 
 
-def test_resampling_has_the_density_of_the_formula(generator: torch.Generator) -> None:
+@pytest.mark.parametrize("draws", [1, 80])
+def test_resampling_has_the_density_of_the_formula(draws: int, generator: torch.Generator) -> None:
     """Nine to one by the squared residual, plus the floor: mean of the squares is three."""
-    term = LossTerm({"u": Value()}, _step, Box.unit(1).interior(40_000))
-    sampler = ResidualBased(term, _Constant(), 1000, power=2, floor=0.5)
+    term = LossTerm({"u": Value()}, _step, Box.unit(1).interior(40_000 // draws))
+    sampler = ResidualBased(term, _Constant(), 1000, power=2, floor=0.5, draws=draws)
     x = sampler.sample(generator, torch.float64, "cpu")
     assert x.shape == (1000, 1)
     share = 0.25 * (9 / 3 + 0.5) / 1.5
@@ -279,6 +280,11 @@ def test_resampling_needs_candidates(shapes_unchecked: None) -> None:
     term = LossTerm({"u": Value()}, _step, Box.unit(1).interior(10))
     with pytest.raises(ValueError, match="among as many candidates or more, got n=11 of 10"):
         ResidualBased(term, _Constant(), 11)
+    with pytest.raises(ValueError, match="among as many candidates or more, got n=21 of 20"):
+        ResidualBased(term, _Constant(), 21, draws=2)
+    fixed = replace(term, points=Fixed(torch.zeros(10, 1)))
+    with pytest.raises(ValueError, match=r"got draws=2 of term .*, whose points stay"):
+        ResidualBased(fixed, _Constant(), 11, draws=2)
     for floor in (0, -1.0, torch.nan):
         with pytest.raises(
             ValueError, match=r"The floor must be positive and finite, got .*\. Pass"
