@@ -251,7 +251,7 @@ def test_float32(name: str, generator: torch.Generator) -> None:
 # Numbers that may be negative, or zero; all others must be positive.
 ANY_SIGN = {"rate", "speed", "wave_number", "kdv_two_solitons.start", "nls.start"}
 OR_ZERO = {
-    *("noise", "initial_weight", "start"),
+    *("noise", "initial_weight", "weight", "start"),
     *(f"{name}.n_boundary" for name in ("convection", "helmholtz", "nls", "reaction")),
 }
 

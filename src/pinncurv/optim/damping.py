@@ -173,7 +173,8 @@ class LossDamping(DampingRule):
     λ = min(max(factor · L, minimum), maximum),  L the loss after the last step that was taken
 
     The first step has the damping of the inverse. After a step that raised the loss, λ is ten times
-    what it was, within the bounds, until one is taken.
+    what it was, within the bounds, until one is taken. It is meant for sums of squares: an energy
+    may be negative, and its λ is then the minimum.
 
     Args:
         factor: λ / L, > 0.

@@ -39,7 +39,6 @@ def burgers(
     et al. 1986.
     """
     check_positive("viscosity", viscosity)
-    check_positive("initial_weight", initial_weight)
     domain = SpaceTimeBox(Box.cube(1, -1.0, 1.0))
     interior = LossTerm(
         operators={"u": Value(), "u_t": Partial(0), "u_x": Partial(1), "u_xx": Partial(1, 1)},

@@ -72,7 +72,8 @@ def initial_and_lateral(
         of: Which output of the network is u, if that returns a tuple or a dictionary.
     """
     prescribe = partial(dirichlet, components=components, of=of)
-    start = prescribe(initial or values, domain.initial(n_initial), initial_weight, "initial")
+    begin = values if initial is None else initial
+    start = prescribe(begin, domain.initial(n_initial), initial_weight, "initial")
     return (start, prescribe(values, domain.lateral(n_boundary))) if n_boundary else (start,)
 
 

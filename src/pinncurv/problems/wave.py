@@ -9,7 +9,6 @@ from pinncurv.diffops import Partial, Value
 from pinncurv.problems.conditions import dirichlet
 from pinncurv.problems.domains import SpaceTimeBox
 from pinncurv.problems.loss_term import LossTerm
-from pinncurv.problems.numbers import check_positive
 from pinncurv.problems.problem import Problem, TensorOrJet, zero
 
 
@@ -31,7 +30,6 @@ def wave1d(
 
     Source: S. Wang, X. Yu, P. Perdikaris, arXiv 2007.14527.
     """
-    check_positive("weight", weight)
     domain = SpaceTimeBox.unit(1)
     interior = LossTerm(
         operators={"u_tt": Partial(0, 0), "u_xx": Partial(1, 1)},
