@@ -169,6 +169,15 @@ class Trainer:
             "reason": record.reason,
         }
 
+    def untrained(self) -> str:
+        """Say which time windows have not been begun, since errors are then of less time."""
+        if not self.windows or self._window == len(self.windows.edges) - 2:
+            return ""
+        return (
+            f"the budget was spent before t = {self.windows.edges[self._window + 1]:g}, where the "
+            "next of the time windows begins: take more seconds or steps"
+        )
+
     def check_finite(self) -> None:
         """Check that the parameters are worth keeping.
 
@@ -200,7 +209,7 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state."""
-        for network in state.get("windows", []):
+        for network in state["windows"]:
             self.network.load_state_dict(network)
             self._next_window()
         self.network.load_state_dict(state["model"])
@@ -209,7 +218,7 @@ class Trainer:
                 parameter.data.copy_(state["terms"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self._generator.set_state(state["generator"])
-        self._random = state.get("random", self._random)
+        self._random = state["random"]
         points = [x.to(self.device) for x in state["points"]]
         self.objective = self._objective(points)
         self.step, self.seconds, self.rejected = state["step"], state["seconds"], state["rejected"]
@@ -520,7 +529,9 @@ def train(trainer: Trainer, folder: Path, watch: Watch) -> str:
                 metrics.close()
     if pruned:
         return PRUNED
-    return INTERRUPTED if watch.interruption.requested and spent(trainer) < 1 else FINISHED
+    if watch.interruption.requested and spent(trainer) < 1:
+        return INTERRUPTED
+    return trainer.untrained() or FINISHED
 
 
 def spent(trainer: Trainer) -> float:

@@ -6,10 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from experiments.command import Interruption
 from experiments.exhibits import EXHIBITS
 from experiments.experiment import Experiment
 from experiments.train import smoke
-from experiments.training import Trainer
+from experiments.training import Trainer, Watch, train
+from pinncurv.problems import ResidualBased
 from tests.experiments.runs import column, program, same
 
 EDGES = (0.0, 0.25, 1.0)
@@ -20,15 +22,19 @@ SETTINGS = {
 }
 
 
-def _trainer() -> Trainer:
+def _trainer(steps: int = 4, candidates: int = 1) -> Trainer:
     experiment = Experiment(
-        "allen_cahn", "periodic_mlp", ("adam",), SETTINGS, None, 4, (2,), 1, windows=EDGES
+        *("allen_cahn", "periodic_mlp", ("adam",), SETTINGS, None, steps, (2,)),
+        resample_every=2 if candidates > 1 else 1,
+        candidates=candidates,
+        windows=EDGES,
     )
     return Trainer(experiment.checked(), "adam", 2, torch.device("cpu"))
 
 
-def test_windows_are_trained_for_equal_shares_and_continued_exactly() -> None:
-    whole, first, second = _trainer(), _trainer(), _trainer()
+@pytest.mark.parametrize("candidates", [1, 4])
+def test_windows_are_trained_for_equal_shares_and_continued_exactly(candidates: int) -> None:
+    whole, first, second = (_trainer(4, candidates) for _ in range(3))
     until = []
     for step in range(4):
         whole.advance()
@@ -39,6 +45,23 @@ def test_windows_are_trained_for_equal_shares_and_continued_exactly() -> None:
     second.advance()
     assert until == [0.25, 0.25, 1.0, 1.0]
     assert same(whole.state_dict(), second.state_dict())
+
+
+def test_points_are_chosen_among_candidates_by_their_residuals() -> None:
+    """Those of the first term alone, among so many for each; the held-out ones are not."""
+    trainer, generator = _trainer(4, 5), torch.Generator().manual_seed(1)
+    first, second = trainer.objective.terms
+    among = ResidualBased(first, trainer.network, 30, draws=5)
+    for term, x in zip((among, second.points), trainer.objective.points, strict=True):
+        assert torch.equal(term.sample(generator, torch.float64, "cpu"), x)
+    assert trainer.measure()["held_out_loss"] == _trainer().measure()["held_out_loss"]
+
+
+def test_a_budget_that_ends_before_the_last_window_is_no_end(tmp_path) -> None:
+    trainer = _trainer(steps=1)
+    with Interruption() as interruption:
+        outcome = train(trainer, tmp_path, Watch(interruption))
+    assert "the budget was spent before t = 0.25, where the next of the time windows" in outcome
 
 
 def test_errors_are_those_of_all_networks_at_all_times_so_far() -> None:
