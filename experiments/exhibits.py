@@ -190,7 +190,7 @@ EXHIBITS: dict[str, Exhibit] = {
             n_interior="2000",
             n_boundary="0",
             n_initial="1000",
-            initial_weight="100",
+            initial_weight="10",
         ),
         note="Four time windows, each with a network of 2,282 parameters. Less than 1000 points at "
         "their start miss the peak, which is narrow.",
