@@ -24,7 +24,9 @@ _DESCRIPTION = (
     "training, for several dampings. Without options: nine of them on the Poisson equation, after "
     "0, 10 and 50 steps of KFAC* from three seeds, in about a minute."
 )
-_OF_TRAINING = ("steps", "seconds", "record_every", "checkpoint_seconds", "checkpoint_steps")
+_OF_TRAINING = (
+    *("steps", "seconds", "windows", "record_every", "checkpoint_seconds", "checkpoint_steps"),
+)
 
 
 def main(arguments: Sequence[str]) -> ExitCode:
