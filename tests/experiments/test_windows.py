@@ -83,9 +83,8 @@ def test_errors_are_those_of_all_networks_at_all_times_so_far() -> None:
 @pytest.mark.parametrize("name", [n for n, e in EXHIBITS.items() if e.experiment.windows])
 def test_every_window_of_an_exhibit_can_be_trained(name: str) -> None:
     tiny = smoke(replace(EXHIBITS[name].experiment, optimizers=("adam",)))
-    ends = tiny.windows[1:]
-    trainer = Trainer(replace(tiny, steps=len(ends)), "adam", 1, torch.device("cpu"))
-    for end in ends:
+    trainer = Trainer(tiny, "adam", 1, torch.device("cpu"))
+    for end in tiny.windows[1:]:
         trainer.advance()
         row = trainer.measure()
         assert row["until"] == end
