@@ -243,6 +243,17 @@ def test_resampling_has_the_density_of_the_formula(generator: torch.Generator) -
     assert x.unique().numel() == 1000
 
 
+def test_candidates_are_drawn_as_often_as_asked(generator: torch.Generator) -> None:
+    """A network that solves the equation on the right keeps points of the left alone."""
+    term = LossTerm({"u": Value()}, _step, Box.unit(1).interior(100))
+    sampler = ResidualBased(term, _Constant(), 100, power=20, floor=1e-6, draws=8)
+    x = sampler.sample(generator, torch.float64, "cpu")
+    assert x.shape == (100, 1)
+    assert (x < 0.25).all()
+    with pytest.raises(ValueError, match="among as many candidates or more, got n=801 of 800"):
+        ResidualBased(term, _Constant(), 801, draws=8)
+
+
 def test_resampling_in_a_training(generator: torch.Generator) -> None:
     problem, model = allen_cahn(400, 20), _network()
     term = replace(problem.terms[0], points=ResidualBased(problem.terms[0], model, 50))
