@@ -199,6 +199,21 @@ def test_a_decay_of_the_parameters():
     assert objective.term_losses()["l2"].item() > 1e-4
 
 
+def test_points_that_do_not_stand_for_all_raise_the_damping_little():
+    """Where a step serves its points and not the others, more damping in the step is no remedy."""
+    problem, model = poisson2d(300, 60), network()
+    objective = Objective.sample(model, problem)
+    optimizer = presets.auto(objective.parameters(), damping=1e-8, rows=8, largest=8)
+    before, raised, rejected = 1e-8, 0, 0
+    for _ in range(30):
+        record = optimizer.step(objective)
+        now = optimizer.state_dict()["state"]["curvature"]["damping"]
+        assert now <= 1000 * max(before, record.damping)
+        raised, rejected, before = raised + (now > before), rejected + (not record.accepted), now
+    assert raised
+    assert rejected
+
+
 def test_other_points_in_every_step():
     model = network(2, 10, 1)
     generator = torch.Generator().manual_seed(0)

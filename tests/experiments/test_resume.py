@@ -47,8 +47,9 @@ pytestmark = pytest.mark.usefixtures("_no_figure")
         (ALL, [*EVERY, "--resample-every", "2"]),
         (["kfac_star", "adam"], ["--optimizers", "kfac_star", "adam"]),
         (["nadam"], ["--optimizers", "nadam"]),
+        (["adam"], ["--optimizers", "adam", "--resample-every", "2", "--candidates", "3"]),
     ],
-    ids=["every", "fixed-batch", "scalars-of-another-dtype"],
+    ids=["every", "fixed-batch", "scalars-of-another-dtype", "points-chosen-by-residual"],
 )
 def test_every_preset_resumes_bit_for_bit(
     names: list[str], options: list[str], tmp_path: Path

@@ -92,7 +92,8 @@ class GeodesicFlow(StepSize):
                 break
             more = max(at.damping, self.minimum) * self.factor
             lowest = best if best.new_loss < lowest.new_loss else lowest
-            if at.invert is None or attempt == self.tries - 1:
+            in_vain = attempt >= 2 and self._serves_its_points(at, best)
+            if at.invert is None or attempt == self.tries - 1 or in_vain:
                 chosen = lowest if lowest.new_loss < at.loss else best
                 return replace(chosen, next_damping=more)
             at = replace(at.damped(more), start=1.0)
@@ -100,6 +101,16 @@ class GeodesicFlow(StepSize):
         lower = best.scale >= self.longest or calm
         less = min(at.damping, max(self.minimum, at.damping / self.factor))
         return replace(best, next_damping=less if lower else at.damping)
+
+    def _serves_its_points(self, at: Situation, proposal: Proposal) -> bool:
+        """Whether a step is good for the points it was made of, which are not all: too few."""
+        r, direction = at.linearized.residual, proposal.direction
+        of_some = getattr(at.linearized, "of_some", False)
+        if r is None or direction is None or at.residual_at is None or not of_some:
+            return False
+        there = at.residual_at(at.rated(direction), proposal.step_size)
+        decrease = 0.5 * (dot(r, r) - dot(there, there))
+        return decrease > self.sufficient * proposal.predicted_decrease > 0
 
     def _search(
         self,
