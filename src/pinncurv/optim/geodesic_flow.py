@@ -14,9 +14,6 @@ from pinncurv.optim.step_sizes import Proposal, StepSize
 
 _TINY = 1e-300
 
-# Below this many units in the last place of the loss, a decrease is rounding.
-_ROUNDING = 100
-
 
 @dataclass(frozen=True)
 class GeodesicFlow(StepSize):
@@ -29,10 +26,9 @@ class GeodesicFlow(StepSize):
     and then crawls. The curve bends with the residual, so that it may be followed several times as
     far as its tangent. τ is looked for downwards from two to four times that of the last step. If
     even the shortest one does not decrease the loss as it should, the damping is raised in the same
-    step, for the next one where the linearization is not kept, until what is predicted is rounding
-    of the loss, 100 ε L: then it stays what it was. It is lowered for the next one if τ was long,
-    or the curve nearly straight as far as it was followed, τ ‖a‖ < calm ‖v‖: then what makes steps
-    short is no lack of damping.
+    step, for the next one where the linearization is not kept. It is lowered for the next one if τ
+    was long, or the curve nearly straight as far as it was followed, τ ‖a‖ < calm ‖v‖: then what
+    makes steps short is no lack of damping.
 
     Costs a solve and a residual more than a step along v, and one loss per τ.
 
@@ -86,9 +82,8 @@ class GeodesicFlow(StepSize):
             enough = at.loss - best.new_loss > self.sufficient * promised > 0
             if enough and best.scale >= self.shortest / (2 if attempt else 1):
                 break
-            resolved = _ROUNDING * torch.finfo(velocity[0].dtype).eps * abs(at.loss)
+            resolved = torch.finfo(velocity[0].dtype).eps * abs(at.loss)
             if abs(promised) <= resolved:  # no damping makes that visible
-                at = replace(at, damping=situation.damping)
                 break
             more = max(at.damping, self.minimum) * self.factor
             lowest = best if best.new_loss < lowest.new_loss else lowest
