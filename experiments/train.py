@@ -71,7 +71,10 @@ def main(arguments: Sequence[str]) -> ExitCode:
 
 
 def smoke(experiment: Experiment) -> Experiment:
-    """Return an experiment cut down to two steps, one seed, few points and narrow layers."""
+    """Return an experiment cut down to one seed, few points, narrow layers and two steps.
+
+    With more time windows than two, each has a step.
+    """
     settings = {
         key: str(SMOKE_POINTS) if key.rpartition(".")[2].startswith("n_") else text
         for key, text in experiment.settings.items()
@@ -83,7 +86,8 @@ def smoke(experiment: Experiment) -> Experiment:
     if "network.widths" in settings:
         widths = evaluate(settings["network.widths"])
         settings["network.widths"] = str(tuple(min(width, 8) for width in widths))
-    short = dataclasses.replace(experiment, steps=2, seconds=None, seeds=experiment.seeds[:1])
+    steps = max(2, len(experiment.windows) - 1)
+    short = dataclasses.replace(experiment, steps=steps, seconds=None, seeds=experiment.seeds[:1])
     return dataclasses.replace(short, settings=settings).checked()
 
 

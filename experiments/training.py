@@ -215,6 +215,18 @@ class Trainer:
         self.step, self.seconds, self.rejected = state["step"], state["seconds"], state["rejected"]
 
     @property
+    def missed(self) -> str:
+        """Say which time windows have no network yet; nothing where each one has."""
+        edges = self.windows.edges if self.windows else (0.0, 0.0)
+        done = self._window + 1
+        if done == len(edges) - 1:
+            return ""
+        return (
+            f"the budget was spent in the first {done} of {len(edges) - 1} time windows, and errors "
+            f"are those until t = {edges[done]:g}; raise seconds, or steps to one a window at least"
+        )
+
+    @property
     def _window(self) -> int:
         return len(self.windows.networks) if self.windows else 0
 
@@ -520,7 +532,9 @@ def train(trainer: Trainer, folder: Path, watch: Watch) -> str:
                 metrics.close()
     if pruned:
         return PRUNED
-    return INTERRUPTED if watch.interruption.requested and spent(trainer) < 1 else FINISHED
+    if watch.interruption.requested and spent(trainer) < 1:
+        return INTERRUPTED
+    return trainer.missed or FINISHED
 
 
 def spent(trainer: Trainer) -> float:

@@ -87,6 +87,19 @@ def test_a_run_with_windows(tmp_path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "float64, 2 time windows" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("_no_figure")
+def test_a_budget_that_misses_windows(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Errors until an earlier time look better than those of all times."""
+    settings = [f"{name}={value}" for name, value in SETTINGS.items()]
+    given = ["--problem", "allen_cahn", "--network", "periodic_mlp", "--optimizers", "adam"]
+    given += ["--steps", "2", "--windows", "0", "0.3", "0.6", "1", "--set", *settings]
+    assert program(*given, "--run-folder", str(tmp_path / "run")) == 1
+    message = "adam/seed1 stopped: the budget was spent in the first 2 of 3 time windows, and errors"
+    assert f"{message} are those until t = 0.6" in capsys.readouterr().out
+    assert program("--resume", str(tmp_path / "run"), "--steps", "4") == 0
+    assert program(*given, "--smoke", "--run-folder", str(tmp_path / "smoke")) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -161,10 +162,12 @@ class CheaperSide:
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
-        if not self.floor > 0:
+        if not 0 < self.floor < math.inf:
             raise ValueError(
                 f"The floor must be positive, got {self.floor}. 1 is what is resolved."
             )
+        if not self.largest >= 1:
+            raise ValueError(f"largest must be at least 1, got {self.largest}. Leave it out.")
 
     def __call__(self, operator: PyTorchLinearOperator) -> PyTorchLinearOperator:
         """Return the inverse of a ``GaussNewtonLinearOperator``.
@@ -204,8 +207,10 @@ class CheaperSide:
         """Return the inverse by preconditioned conjugate gradients."""
         damping = max(self.damping, torch.finfo(operator.dtype).eps)
         if self.jacobi:
-            D = DiagonalLinearOperator([s**-2 for s in operator.jacobi.scale])
-            return CGInverseLinearOperator(operator + damping * D, preconditioner=D.inverse(0.0))
+            D = [s**-2 for s in operator.jacobi.scale]
+            shifted = operator + damping * DiagonalLinearOperator([d - 1 for d in D])
+            P = DiagonalLinearOperator(D).inverse(0.0)
+            return CGInverseLinearOperator(shifted, damping, P)
         coarse = SubspaceGaussNewton(min(_COARSE_POINTS, self.largest), choice=pivoted_points)
         P = Deflated(damping)(coarse(operator.jacobian.linearizations))
         return CGInverseLinearOperator(operator, damping, P)

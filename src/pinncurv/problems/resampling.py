@@ -9,7 +9,7 @@ from torch import Generator, Tensor, nn
 from pinncurv.problems.energy import check_squares
 from pinncurv.problems.loss_term import LossTerm
 from pinncurv.problems.numbers import check_finite, check_positive
-from pinncurv.problems.samplers import check_count
+from pinncurv.problems.samplers import check_count, is_fixed
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,8 +32,8 @@ class ResidualBased:
 
     Raises:
         TypeError: If the term is an energy, which has no residual.
-        ValueError: If there are fewer candidates than points to choose, or the floor is not
-            positive, or a number not finite.
+        ValueError: If there are fewer candidates than points to choose, points that stay are drawn
+            several times, the floor is not positive, or a number not finite.
 
     Source: Wu, Zhu, Tan, Kartha, Lu 2023 (arXiv 2207.10289), section 2.4: RAD.
     """
@@ -55,6 +55,11 @@ class ResidualBased:
                 f"The points must be chosen among as many candidates or more, got n={self.n} of "
                 f"{self.draws * self.term.points.n}. Give the term '{self.term.name}' more points, "
                 "or draw more often."
+            )
+        if self.draws > 1 and is_fixed(self.term.points):
+            raise ValueError(
+                "Points that are drawn several times must be others every time, got those of term "
+                f"'{self.term.name}', which stay. Leave draws out, or use a domain's points."
             )
         check_positive("floor", self.floor)  # so that every point can be drawn
         check_finite("power", self.power)
