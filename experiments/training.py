@@ -61,13 +61,13 @@ class Trainer:
         self.label, self.seed, self.device = label, seed, device
         self.dtype = DTYPES[experiment.dtype]
         self.windows = Windows(experiment.windows) if experiment.windows else None
-        self.identity = experiment.identity(label, seed)  # now, as files may change later
         self.step, self.seconds, self.rejected = 0, 0.0, 0
         self._generator = torch.Generator().manual_seed(seed - 1)
         # of torch's own generator, which the user's code may draw from
         self._random = torch.Generator().manual_seed(seed).get_state()
         self.objective: Objective
         self._begin()
+        self.identity = experiment.identity(label, seed)  # now, as files may change later
 
     def _begin(self) -> None:
         """Build what is trained, in the next time window if there are any."""

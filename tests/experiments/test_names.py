@@ -115,6 +115,7 @@ def test_what_is_set_for_one_optimizer_is_for_it_alone():
         (["--set", "network.frequency=0"], "error: mlp: frequency must be positive and finite"),
         (["--set", "problem.n_interior=0"], "must be an int of at least 1"),
         (["--problem", "nowhere.py:pde"], "There is no file"),
+        (["--network", "nowhere.py:net"], "There is no file"),
         (["--track", "tensorbord"], "--track must be of tensorboard, wandb"),
     ],
 )
