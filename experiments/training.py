@@ -200,6 +200,9 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state."""
+        if self._window:  # beyond the first one, with networks of another state
+            self.windows = Windows(self.experiment.windows)
+            self._begin()
         for network in state.get("windows", []):
             self.network.load_state_dict(network)
             self._next_window()

@@ -6,6 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from experiments import compare
+from experiments.command import Interruption, Parser
+from experiments.comparing.job import Comparison, job_of
 from experiments.exhibits import EXHIBITS
 from experiments.experiment import Experiment
 from experiments.train import smoke
@@ -39,6 +42,9 @@ def test_windows_are_trained_for_equal_shares_and_continued_exactly() -> None:
     second.advance()
     assert until == [0.25, 0.25, 1.0, 1.0]
     assert same(whole.state_dict(), second.state_dict())
+    for state in (first.state_dict(), _trainer().state_dict()):  # one after the other, as compare.py
+        second.load_state_dict(state)
+        assert same(state, second.state_dict())
 
 
 def test_errors_are_those_of_all_networks_at_all_times_so_far() -> None:
@@ -98,6 +104,18 @@ def test_a_budget_that_misses_windows(tmp_path, capsys: pytest.CaptureFixture[st
     assert f"{message} are those until t = 0.6" in capsys.readouterr().out
     assert program("--resume", str(tmp_path / "run"), "--steps", "4") == 0
     assert program(*given, "--smoke", "--run-folder", str(tmp_path / "smoke")) == 0
+
+
+def test_a_comparison_goes_through_all_windows() -> None:
+    """Its steps are the budget, whatever the time that they take."""
+    parser = Parser("", compare.OF_TRAINING)
+    Comparison.add_options(parser)
+    given = ["--problem", "allen_cahn", "--network", "periodic_mlp", "--optimizers", "adam"]
+    given += ["--seeds", "1", "--windows", "0", "0.5", "1", "--steps", "1", "2", "--set"]
+    settings = [f"{name}={value}" for name, value in SETTINGS.items()]
+    _, (training,) = job_of(parser, parser.parse_args([*given, *settings]))
+    points = training.points(Interruption())
+    assert [training.trainer.measure()["until"] for _ in points] == [0.5, 1.0]
 
 
 @pytest.mark.parametrize(

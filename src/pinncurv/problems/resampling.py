@@ -59,7 +59,7 @@ class ResidualBased:
         if self.draws > 1 and is_fixed(self.term.points):
             raise ValueError(
                 "Points that are drawn several times must be others every time, got those of term "
-                f"'{self.term.name}', which stay. Leave draws out, or use a domain's points."
+                f"'{self.term.name}', which stay. Draw them once, or use points of a domain."
             )
         check_positive("floor", self.floor)  # so that every point can be drawn
         check_finite("power", self.power)
