@@ -225,8 +225,8 @@ class Trainer:
         if done == len(edges) - 1:
             return ""
         return (
-            f"the budget was spent in the first {done} of {len(edges) - 1} time windows, and errors "
-            f"are those until t = {edges[done]:g}; raise seconds, or steps to one a window at least"
+            f"the budget was spent in the first {done} of {len(edges) - 1} time windows, and "
+            f"errors are those until t = {edges[done]:g}; raise seconds, or steps to one a window at least"
         )
 
     @property

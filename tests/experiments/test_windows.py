@@ -42,7 +42,7 @@ def test_windows_are_trained_for_equal_shares_and_continued_exactly() -> None:
     second.advance()
     assert until == [0.25, 0.25, 1.0, 1.0]
     assert same(whole.state_dict(), second.state_dict())
-    for state in (first.state_dict(), _trainer().state_dict()):  # one after the other, as compare.py
+    for state in (first.state_dict(), _trainer().state_dict()):  # as a comparison loads them
         second.load_state_dict(state)
         assert same(state, second.state_dict())
 
@@ -100,8 +100,9 @@ def test_a_budget_that_misses_windows(tmp_path, capsys: pytest.CaptureFixture[st
     given = ["--problem", "allen_cahn", "--network", "periodic_mlp", "--optimizers", "adam"]
     given += ["--steps", "2", "--windows", "0", "0.3", "0.6", "1", "--set", *settings]
     assert program(*given, "--run-folder", str(tmp_path / "run")) == 1
-    message = "adam/seed1 stopped: the budget was spent in the first 2 of 3 time windows, and errors"
-    assert f"{message} are those until t = 0.6" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "adam/seed1 stopped: the budget was spent in the first 2 of 3 time windows" in printed
+    assert "errors are those until t = 0.6; raise seconds" in printed
     assert program("--resume", str(tmp_path / "run"), "--steps", "4") == 0
     assert program(*given, "--smoke", "--run-folder", str(tmp_path / "smoke")) == 0
 

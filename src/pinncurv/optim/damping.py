@@ -199,8 +199,8 @@ class LossDamping(DampingRule):
     def accepted(self, record: StepRecord) -> float:
         if record.new_loss < 0:
             raise ValueError(
-                "The loss that a damping follows must be a sum of squares, which falls to zero, got "
-                f"{record.new_loss:.3g}, as of an Energy. Use LevenbergMarquardt()."
+                "The loss that a damping follows must be a sum of squares, which falls to zero, "
+                f"got {record.new_loss:.3g}, as of an Energy. Use LevenbergMarquardt()."
             )
         return _bounded(self.factor * record.new_loss, self.minimum, self.maximum)
 
