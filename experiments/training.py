@@ -118,7 +118,7 @@ class Trainer:
         Raises:
             FloatingPointError: If the loss was not finite before the step.
         """
-        if self.windows and spent(self) * (len(self.windows.edges) - 1) >= self._window + 1:
+        if self.windows and spent(self) >= (self._window + 1) / (len(self.windows.edges) - 1):
             self._next_window()
         self._synchronize()
         start = time.perf_counter()
@@ -226,7 +226,8 @@ class Trainer:
             return ""
         return (
             f"the budget was spent in the first {done} of {len(edges) - 1} time windows, and "
-            f"errors are those until t = {edges[done]:g}; raise seconds, or steps to one a window at least"
+            f"errors are those until t = {edges[done]:g}; raise seconds, or steps to one a window "
+            "at least"
         )
 
     @property

@@ -23,9 +23,9 @@ SETTINGS = {
 }
 
 
-def _trainer() -> Trainer:
+def _trainer(edges: tuple[float, ...] = EDGES, steps: int = 4) -> Trainer:
     experiment = Experiment(
-        "allen_cahn", "periodic_mlp", ("adam",), SETTINGS, None, 4, (2,), 1, windows=EDGES
+        "allen_cahn", "periodic_mlp", ("adam",), SETTINGS, None, steps, (2,), 1, windows=edges
     )
     return Trainer(experiment.checked(), "adam", 2, torch.device("cpu"))
 
@@ -45,6 +45,16 @@ def test_windows_are_trained_for_equal_shares_and_continued_exactly() -> None:
     for state in (first.state_dict(), _trainer().state_dict()):  # as a comparison loads them
         second.load_state_dict(state)
         assert same(state, second.state_dict())
+
+
+def test_a_step_for_every_window_is_enough() -> None:
+    """Though 49 times 1/49 is less than one by rounding."""
+    trainer = _trainer(tuple(k / 49 for k in range(50)), steps=49)
+    due = []
+    trainer._next_window = lambda: due.append(trainer.step)  # type: ignore[method-assign]
+    for _ in range(2):
+        trainer.advance()
+    assert due == [1]
 
 
 def test_errors_are_those_of_all_networks_at_all_times_so_far() -> None:
