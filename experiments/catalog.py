@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from types import ModuleType
@@ -54,6 +55,8 @@ def mlp(
     """
     if not all(width > 0 for width in widths):
         raise ValueError(f"widths must be positive, got {tuple(widths)}.")
+    if not 0 < frequency < math.inf:
+        raise ValueError(f"frequency must be positive and finite, got {frequency}.")
     layers: list[nn.Module] = []
     for left, right in pairwise((d_in, *widths, d_out)):
         layers += [nn.Linear(left, right), _ACTIVATIONS[activation]()]

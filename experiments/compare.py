@@ -24,9 +24,7 @@ _DESCRIPTION = (
     "training, for several dampings. Without options: nine of them on the Poisson equation, after "
     "0, 10 and 50 steps of KFAC* from three seeds, in about a minute."
 )
-_OF_TRAINING = (
-    *("steps", "seconds", "windows", "record_every", "checkpoint_seconds", "checkpoint_steps"),
-)
+OF_TRAINING = ("steps", "seconds", "record_every", "checkpoint_seconds", "checkpoint_steps")
 
 
 def main(arguments: Sequence[str]) -> ExitCode:
@@ -39,7 +37,7 @@ def main(arguments: Sequence[str]) -> ExitCode:
         The exit code: 0 if all is well, 1 if something could not be measured, 2 if the request was
         wrong, 130 if interrupted.
     """
-    parser = Parser(_DESCRIPTION, _OF_TRAINING)
+    parser = Parser(_DESCRIPTION, OF_TRAINING)
     Comparison.add_options(parser)
     options = parser.parse_args(arguments)
     if options.list is not None:

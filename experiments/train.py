@@ -71,9 +71,9 @@ def main(arguments: Sequence[str]) -> ExitCode:
 
 
 def smoke(experiment: Experiment) -> Experiment:
-    """Return an experiment cut down to one seed, few points, narrow layers, and two steps.
+    """Return an experiment cut down to one seed, few points, narrow layers and two steps.
 
-    With time windows there is a step for each of them.
+    With more time windows than two, each has a step.
     """
     settings = {
         key: str(SMOKE_POINTS) if key.rpartition(".")[2].startswith("n_") else text

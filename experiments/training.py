@@ -118,7 +118,7 @@ class Trainer:
         Raises:
             FloatingPointError: If the loss was not finite before the step.
         """
-        if self.windows and spent(self) * (len(self.windows.edges) - 1) >= self._window + 1:
+        if self.windows and spent(self) >= (self._window + 1) / (len(self.windows.edges) - 1):
             self._next_window()
         self._synchronize()
         start = time.perf_counter()
@@ -169,15 +169,6 @@ class Trainer:
             "reason": record.reason,
         }
 
-    def untrained(self) -> str:
-        """Say which time windows have not been begun, since errors are then of less time."""
-        if not self.windows or self._window == len(self.windows.edges) - 2:
-            return ""
-        return (
-            f"the budget was spent before t = {self.windows.edges[self._window + 1]:g}, where the "
-            "next of the time windows begins: take more seconds or steps"
-        )
-
     def check_finite(self) -> None:
         """Check that the parameters are worth keeping.
 
@@ -209,6 +200,9 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state."""
+        if self._window:  # beyond the first one, with networks of another state
+            self.windows = Windows(self.experiment.windows)
+            self._begin()
         for network in state["windows"]:
             self.network.load_state_dict(network)
             self._next_window()
@@ -222,6 +216,19 @@ class Trainer:
         points = [x.to(self.device) for x in state["points"]]
         self.objective = self._objective(points)
         self.step, self.seconds, self.rejected = state["step"], state["seconds"], state["rejected"]
+
+    @property
+    def missed(self) -> str:
+        """Say which time windows have no network yet; nothing where each one has."""
+        edges = self.windows.edges if self.windows else (0.0, 0.0)
+        done = self._window + 1
+        if done == len(edges) - 1:
+            return ""
+        return (
+            f"the budget was spent in the first {done} of {len(edges) - 1} time windows, and "
+            f"errors are those until t = {edges[done]:g}; raise seconds, or steps to one a window "
+            "at least"
+        )
 
     @property
     def _window(self) -> int:
@@ -531,7 +538,7 @@ def train(trainer: Trainer, folder: Path, watch: Watch) -> str:
         return PRUNED
     if watch.interruption.requested and spent(trainer) < 1:
         return INTERRUPTED
-    return trainer.untrained() or FINISHED
+    return trainer.missed or FINISHED
 
 
 def spent(trainer: Trainer) -> float:

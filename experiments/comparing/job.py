@@ -172,6 +172,7 @@ def job_of(parser: Parser, options: argparse.Namespace) -> tuple[Comparison, lis
         options.seeds = options.seeds or [1, 2, 3]
     experiment = experiment_of(parser, options, stored)
     label = next(iter(experiment.labels))
+    experiment = replace(experiment, steps=max(job.steps) or 1, seconds=None)  # for time windows
     experiment, device = experiment.only(label), set_up_device(experiment)
     trainers = [Trainer(experiment, label, seed, device) for seed in experiment.seeds]
     trainings = [Training(f"seed{t.seed}", t, dict.fromkeys(job.steps)) for t in trainers]

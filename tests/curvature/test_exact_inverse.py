@@ -256,6 +256,7 @@ def test_conformance_of_jacobi(N, chunk_size):
 def test_jacobi_by_conjugate_gradients(N):
     operator, J = small(N)
     inverse = CheaperSide(10.0, largest=2, jacobi=True)(operator)
+    assert inverse.damping == 10.0
     exact = torch.linalg.inv(J.T @ J + 10.0 * jacobi(J).diag())
     oracles.assert_close(inverse.to_dense(), exact, rtol=1e-6)
     assert inverse.damping == 10.0
@@ -340,7 +341,13 @@ def test_a_damping_that_is_none(damping):
         CheaperSide(damping)
 
 
-@pytest.mark.parametrize("floor", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("largest", [0, -1])
+def test_a_largest_side_that_is_none(largest):
+    with pytest.raises(ValueError, match="largest must be at least 1, got"):
+        CheaperSide(1e-3, largest=largest)
+
+
+@pytest.mark.parametrize("floor", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_floor_that_is_none(floor):
     with pytest.raises(ValueError, match="The floor must be positive, got"):
         CheaperSide(1e-3, floor)

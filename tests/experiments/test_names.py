@@ -112,8 +112,10 @@ def test_what_is_set_for_one_optimizer_is_for_it_alone():
         (["--device", "gpu"], "--device gpu cannot be used here"),
         (["--threads", "1000000"], "--threads must be at most"),
         (["--set", "network.widths=(100000000000,)"], "error: mlp: "),
+        (["--set", "network.frequency=0"], "error: mlp: frequency must be positive and finite"),
         (["--set", "problem.n_interior=0"], "must be an int of at least 1"),
         (["--problem", "nowhere.py:pde"], "There is no file"),
+        (["--network", "nowhere.py:net"], "There is no file"),
         (["--track", "tensorbord"], "--track must be of tensorboard, wandb"),
     ],
 )

@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from experiments.command import Interruption
+from experiments import compare
+from experiments.command import Interruption, Parser
+from experiments.comparing.job import Comparison, job_of
 from experiments.exhibits import EXHIBITS
 from experiments.experiment import Experiment
 from experiments.train import smoke
@@ -22,19 +24,19 @@ SETTINGS = {
 }
 
 
-def _trainer(steps: int = 4, candidates: int = 1) -> Trainer:
+def _trainer(edges: tuple[float, ...] = EDGES, steps: int = 4, candidates: int = 1) -> Trainer:
     experiment = Experiment(
         *("allen_cahn", "periodic_mlp", ("adam",), SETTINGS, None, steps, (2,)),
         resample_every=2 if candidates > 1 else 1,
         candidates=candidates,
-        windows=EDGES,
+        windows=edges,
     )
     return Trainer(experiment.checked(), "adam", 2, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("candidates", [1, 4])
 def test_windows_are_trained_for_equal_shares_and_continued_exactly(candidates: int) -> None:
-    whole, first, second = (_trainer(4, candidates) for _ in range(3))
+    whole, first, second = (_trainer(candidates=candidates) for _ in range(3))
     until = []
     for step in range(4):
         whole.advance()
@@ -45,11 +47,24 @@ def test_windows_are_trained_for_equal_shares_and_continued_exactly(candidates: 
     second.advance()
     assert until == [0.25, 0.25, 1.0, 1.0]
     assert same(whole.state_dict(), second.state_dict())
+    for state in (first.state_dict(), _trainer().state_dict()):  # as a comparison loads them
+        second.load_state_dict(state)
+        assert same(state, second.state_dict())
+
+
+def test_a_step_for_every_window_is_enough() -> None:
+    """Though 49 times 1/49 is less than one by rounding."""
+    trainer = _trainer(tuple(k / 49 for k in range(50)), steps=49)
+    due = []
+    trainer._next_window = lambda: due.append(trainer.step)  # type: ignore[method-assign]
+    for _ in range(2):
+        trainer.advance()
+    assert due == [1]
 
 
 def test_points_are_chosen_among_candidates_by_their_residuals() -> None:
     """Those of the first term alone, among so many for each; the held-out ones are not."""
-    trainer, generator = _trainer(4, 5), torch.Generator().manual_seed(1)
+    trainer, generator = _trainer(candidates=5), torch.Generator().manual_seed(1)
     first, second = trainer.objective.terms
     among = ResidualBased(first, trainer.network, 30, draws=5)
     for term, x in zip((among, second.points), trainer.objective.points, strict=True):
@@ -61,7 +76,7 @@ def test_a_budget_that_ends_before_the_last_window_is_no_end(tmp_path) -> None:
     trainer = _trainer(steps=1)
     with Interruption() as interruption:
         outcome = train(trainer, tmp_path, Watch(interruption))
-    assert "the budget was spent before t = 0.25, where the next of the time windows" in outcome
+    assert "the budget was spent in the first 1 of 2 time windows" in outcome
 
 
 def test_errors_are_those_of_all_networks_at_all_times_so_far() -> None:
@@ -107,6 +122,32 @@ def test_a_run_with_windows(tmp_path, capsys: pytest.CaptureFixture[str]) -> Non
     assert program(*given) == 0
     assert column(tmp_path, "adam", "until") == [0.5, 0.5, 0.5, 1.0, 1.0]
     assert "float64, 2 time windows" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("_no_figure")
+def test_a_budget_that_misses_windows(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Errors until an earlier time look better than those of all times."""
+    settings = [f"{name}={value}" for name, value in SETTINGS.items()]
+    given = ["--problem", "allen_cahn", "--network", "periodic_mlp", "--optimizers", "adam"]
+    given += ["--steps", "2", "--windows", "0", "0.3", "0.6", "1", "--set", *settings]
+    assert program(*given, "--run-folder", str(tmp_path / "run")) == 1
+    printed = capsys.readouterr().out
+    assert "adam/seed1 stopped: the budget was spent in the first 2 of 3 time windows" in printed
+    assert "errors are those until t = 0.6; raise seconds" in printed
+    assert program("--resume", str(tmp_path / "run"), "--steps", "4") == 0
+    assert program(*given, "--smoke", "--run-folder", str(tmp_path / "smoke")) == 0
+
+
+def test_a_comparison_goes_through_all_windows() -> None:
+    """Its steps are the budget, whatever the time that they take."""
+    parser = Parser("", compare.OF_TRAINING)
+    Comparison.add_options(parser)
+    given = ["--problem", "allen_cahn", "--network", "periodic_mlp", "--optimizers", "adam"]
+    given += ["--seeds", "1", "--windows", "0", "0.5", "1", "--steps", "1", "2", "--set"]
+    settings = [f"{name}={value}" for name, value in SETTINGS.items()]
+    _, (training,) = job_of(parser, parser.parse_args([*given, *settings]))
+    points = training.points(Interruption())
+    assert [training.trainer.measure()["until"] for _ in points] == [0.5, 1.0]
 
 
 @pytest.mark.parametrize(

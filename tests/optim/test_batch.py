@@ -95,9 +95,12 @@ def test_growth_never_stops_short_of_the_largest():
         {"factor": math.nan},
         {"share": 0.0},
         {"share": 1.1},
+        {"rows": 2.5},
+        {"largest": 500.5},
+        {"seed": 1.5},
     ],
 )
-def test_settings_out_of_range(settings):
+def test_settings_out_of_range(settings, shapes_unchecked):
     with pytest.raises(ValueError, match="Must hold: 1 <= rows <= largest, factor > 1 and 0 < sha"):
         GrowingBatch(**settings)
 

@@ -235,6 +235,8 @@ def test_bounds_of_a_damping_that_follows_the_loss():
     assert rule.rejected(1e-5) == pytest.approx(1e-4)
     assert (rule.rejected(1e-2), rule.rejected(0.0)) == (1e-2, 1e-6)
     assert rule.retries == 0
+    with pytest.raises(ValueError, match=r"must be a sum of squares, .* got -1, as of"):
+        rule.accepted(replace(taken(3.0, 1.0), new_loss=-1.0))
 
 
 @pytest.mark.parametrize(

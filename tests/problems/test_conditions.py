@@ -127,6 +127,8 @@ def test_components_and_outputs_of_every_condition(components, generator: torch.
 
 
 def test_periods_and_coefficients_are_numbers() -> None:
+    with pytest.raises(ValueError, match="coordinate of a period must count from 0, got -1"):
+        periodic(_network(1, 1), -1, 1.0, Box.unit(1).interior(3))  # would compare u with itself
     for period in (0.0, torch.nan, torch.inf):
         with pytest.raises(ValueError, match="size of a period must be positive and finite"):
             periodic(_network(), 0, period, BOX.faces(3))
@@ -229,8 +231,8 @@ def _all(x: Tensor, u: Tensor, u_x: Tensor, u_y: Tensor) -> Tensor:
     return torch.cat([u, u_x, u_y], 1)
 
 
-@pytest.mark.parametrize("components", [(), (2,), (-1,)])
-def test_components_of_the_unknown(components) -> None:
+@pytest.mark.parametrize("components", [(), (2,), (-1,), (0, 0), 1.0, True, [0.0], "0"])
+def test_components_of_the_unknown(components, shapes_unchecked: None) -> None:
     term = dirichlet(_first, BOX.faces(9), components=components)
     with pytest.raises(ValueError, match=r"in the unknown, from 0 to 1, at least one, got \("):
         Objective.sample(_network(), [term])

@@ -1,5 +1,6 @@
 """Periodic problems: their computed references against other methods, and the equations."""
 
+import math
 import os
 import pickle
 from collections.abc import Callable
@@ -290,5 +291,10 @@ def test_which_problems_are_periodic() -> None:
             _layers(3, 1), helmholtz((1, 2, 1), n_interior=30, n_boundary=0), check=False
         )
     assert [f"coordinate {i}" in str(told[i].message) for i in range(3)] == [True] * 3
+    with pytest.raises(ValueError, match=r"must be whole numbers, .* got \(1.5, 2.0\)"):
+        helmholtz((1.5, 2), n_boundary=0)
     with pytest.raises(ValueError, match=r"coordinates, from 0 to 1, got \{2: \(0.0, 1.0\)\}"):
         replace(kdv(), periodic={2: (0.0, 1.0)})
+    for ends in ((1.0, -1.0), (1.0, 1.0), (-1.0, math.nan), (-1.0, math.inf)):
+        with pytest.raises(ValueError, match=r"coordinate 1 must be finite and increase, got \("):
+            replace(kdv(), periodic={1: ends})

@@ -151,8 +151,8 @@ def test_time_of_a_window_goes_from_minus_one_to_one() -> None:
 
 
 def test_windows_in_order() -> None:
-    for edges in ((0.0,), (0.0, 1.0, 1.0)):
-        with pytest.raises(ValueError, match=r"two or more times that increase, got \(0\.0"):
+    for edges in ((0.0,), (0.0, 1.0, 1.0), (0.0, torch.inf)):
+        with pytest.raises(ValueError, match=r"two or more finite times that increase, got \(0\.0"):
             Windows(edges)
     windows = Windows((0.0, 1.0))
     with pytest.raises(ValueError, match=r"a window that is trained, got none of \(0\.0, 1\.0\)"):
@@ -298,6 +298,9 @@ def test_resampling_needs_candidates(shapes_unchecked: None) -> None:
             ValueError, match=r"The floor must be positive and finite, got .*\. Pass"
         ):
             ResidualBased(term, _Constant(), 5, floor=floor)
+    fixed = replace(term, points=Fixed(torch.rand(10, 1)))
+    with pytest.raises(ValueError, match="must be others every time, got those of term"):
+        ResidualBased(fixed, _Constant(), 5, draws=2)
     with pytest.raises(ValueError, match=r"The power must be finite, got nan\. Pass"):
         ResidualBased(term, _Constant(), 5, power=torch.nan)
     for n in (0, 2.0):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -162,10 +163,12 @@ class CheaperSide:
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
-        if not self.floor > 0:
+        if not 0 < self.floor < math.inf:
             raise ValueError(
                 f"The floor must be positive, got {self.floor}. 1 is what is resolved."
             )
+        if not self.largest >= 1:
+            raise ValueError(f"largest must be at least 1, got {self.largest}. Leave it out.")
 
     def __call__(self, operator: PyTorchLinearOperator) -> PyTorchLinearOperator:
         """Return the inverse of a ``GaussNewtonLinearOperator``.

@@ -39,10 +39,12 @@ class GrowingBatch:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not (1 <= self.rows <= self.largest and self.factor > 1 and 0 < self.share <= 1):
+        whole = all(isinstance(number, int) for number in (self.rows, self.largest, self.seed))
+        within = 1 <= self.rows <= self.largest and self.factor > 1 and 0 < self.share <= 1
+        if not (whole and within):
             raise ValueError(
-                "Must hold: 1 <= rows <= largest, factor > 1 and 0 < share <= 1, got "
-                f"{self.rows}, {self.largest}, {self.factor}, {self.share}."
+                "Must hold: 1 <= rows <= largest, factor > 1 and 0 < share <= 1, the first two and "
+                f"the seed being whole numbers, got {self}."
             )
 
     def linearize(self, objective: Any, rows: int, step: int) -> LinearizedLoss | None:

@@ -182,7 +182,7 @@ class LossDamping(DampingRule):
         maximum: Largest λ.
 
     Raises:
-        ValueError: If a setting is out of range.
+        ValueError: If a setting is out of range, or a loss is negative, as energies may be.
 
     Source: Yamashita and Fukushima 2001, with λ = ‖r̃‖² = 2 L, near a solution.
     """
@@ -198,6 +198,11 @@ class LossDamping(DampingRule):
         _check_bounds(self.minimum, self.maximum)
 
     def accepted(self, record: StepRecord) -> float:
+        if record.new_loss < 0:
+            raise ValueError(
+                "The loss that a damping follows must be a sum of squares, which falls to zero, "
+                f"got {record.new_loss:.3g}, as of an Energy. Use LevenbergMarquardt()."
+            )
         return _bounded(self.factor * record.new_loss, self.minimum, self.maximum)
 
     def rejected(self, damping: float) -> float:

@@ -169,9 +169,11 @@ def periodic(
         of: Which output of the network is u, if that returns a tuple or a dictionary.
 
     Raises:
-        ValueError: If the period is zero or not finite.
+        ValueError: If the period is zero or not finite, or the coordinate negative.
     """
     check_positive("size of a period", abs(period))
+    if dim < 0:
+        raise ValueError(f"The coordinate of a period must count from 0, got {dim}.")
     return LossTerm(
         operators={"u": Value(of=of), "slope": Partial(dim, of=of)},
         residual=PeriodicPairs(network, dim, period, components, of),
@@ -245,12 +247,13 @@ def _checked(values: Field, term: str) -> Field:
 def _chosen(components: Components, u: TensorOrJet) -> TensorOrJet:
     if components is None:
         return u
-    chosen = (components,) if isinstance(components, int) else tuple(components)
-    known = range(u.shape[1])
-    if not (chosen and set(chosen) <= set(known)):
+    chosen = tuple(components) if isinstance(components, Sequence) else (components,)
+    last = u.shape[1] - 1
+    valid = all(type(i) is int and 0 <= i <= last for i in chosen)
+    if not (chosen and valid and len(set(chosen)) == len(chosen)):
         raise ValueError(
-            f"Components must be positions in the unknown, from 0 to {known[-1]}, at least one, "
-            f"got {chosen}. Leave them out for all."
+            f"Components must be different positions in the unknown, from 0 to {last}, at "
+            f"least one, got {chosen}. Leave them out for all."
         )
     return torch.stack([u[:, i] for i in chosen], 1)
 

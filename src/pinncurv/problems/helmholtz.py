@@ -34,13 +34,19 @@ def helmholtz(
             solution is unique there, too, unless k² / π² is a sum of d squares of whole numbers.
 
     Raises:
-        ValueError: If a frequency or the wave number is not finite.
+        ValueError: If a frequency or the wave number is not finite, or a frequency is no whole
+            number without points on the faces.
 
     Source: S. Wang, Y. Teng, P. Perdikaris, arXiv 2001.04536, with (1, 4) and k = 1.
     """
     a = tuple(float(frequency) for frequency in frequencies)
     for number in (*a, wave_number):
         check_finite("frequencies and the wave number", number)
+    if not n_boundary and not all(f.is_integer() for f in a):
+        raise ValueError(
+            "Without points on the faces, frequencies must be whole numbers, for which the "
+            f"solution has the period 2, got {a}. Pass n_boundary > 0."
+        )
     domain = Box.cube(len(a), -1.0, 1.0)
     solution = partial(_sines, a)
     strength = wave_number**2 - math.pi**2 * sum(f * f for f in a)

@@ -1,5 +1,6 @@
 """A PDE problem: the terms of its loss, its solution, and the error of a network."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,8 +67,8 @@ class Problem:
             warning `NotPeriodic` from ``Objective.sample``.
 
     Raises:
-        ValueError: If there is no term, two share a name, dimensions disagree, or a component or
-            a periodic coordinate does not exist.
+        ValueError: If there is no term, two share a name, dimensions disagree, a component or a
+            periodic coordinate does not exist, or the ends of a period do not increase.
     """
 
     name: str
@@ -106,6 +107,12 @@ class Problem:
                 f"Problem '{self.name}': periodic must name coordinates, from 0 to "
                 f"{self.d_in - 1}, got {dict(self.periodic)}. Pass e.g. {{1: (-1.0, 1.0)}}."
             )
+        for i, (lower, upper) in self.periodic.items():
+            if not -math.inf < lower < upper < math.inf:
+                raise ValueError(
+                    f"Problem '{self.name}': the ends of the period in coordinate {i} must be "
+                    f"finite and increase, got ({lower}, {upper}). Pass (lower, upper)."
+                )
 
     def sample(
         self, generator: Generator, dtype: torch.dtype, device: torch.device | str

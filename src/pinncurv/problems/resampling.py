@@ -32,8 +32,8 @@ class ResidualBased:
 
     Raises:
         TypeError: If the term is an energy, which has no residual.
-        ValueError: If there are fewer candidates than points to choose, points that stay are to be
-            drawn several times, the floor is not positive, or a number not finite.
+        ValueError: If there are fewer candidates than points to choose, points that stay are drawn
+            several times, the floor is not positive, or a number not finite.
 
     Source: Wu, Zhu, Tan, Kartha, Lu 2023 (arXiv 2207.10289), section 2.4: RAD.
     """
@@ -58,8 +58,8 @@ class ResidualBased:
             )
         if self.draws > 1 and is_fixed(self.term.points):
             raise ValueError(
-                f"Points that are drawn several times must be other ones each time, got draws="
-                f"{self.draws} of term '{self.term.name}', whose points stay. Draw them once."
+                "Points that are drawn several times must be others every time, got those of term "
+                f"'{self.term.name}', which stay. Draw them once, or use points of a domain."
             )
         check_positive("floor", self.floor)  # so that every point can be drawn
         check_finite("power", self.power)

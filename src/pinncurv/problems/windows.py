@@ -1,6 +1,7 @@
 """Time windows: networks for one slab of time after the other, each from the last state."""
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -69,17 +70,17 @@ class Windows(nn.Module):
         edges: The times at which slabs begin and end, in order.
 
     Raises:
-        ValueError: If there are not at least two edges that increase.
+        ValueError: If there are not at least two finite edges that increase.
     """
 
     def __init__(self, edges: Sequence[float]) -> None:
         super().__init__()
         self.edges = tuple(float(edge) for edge in edges)
         if len(self.edges) < 2 or not all(
-            a < b for a, b in zip(self.edges, self.edges[1:], strict=False)
+            -math.inf < a < b < math.inf for a, b in zip(self.edges, self.edges[1:], strict=False)
         ):
             raise ValueError(
-                f"The edges of time windows must be two or more times that increase, got "
+                f"The edges of time windows must be two or more finite times that increase, got "
                 f"{self.edges}. Pass e.g. (0.0, 0.5, 1.0) for two windows."
             )
         self.networks = nn.ModuleList()
