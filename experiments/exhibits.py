@@ -161,6 +161,8 @@ EXHIBITS: dict[str, Exhibit] = {
         _tanh(
             *("burgers", 30, 3, (None, 2.0), 1, 1),
             candidates=5,
+            n_interior="1200",
+            n_initial="100",
             n_boundary="50",
             initial_weight="100",
         ),

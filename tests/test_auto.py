@@ -1,6 +1,7 @@
 """The preset that needs no settings: on the forms of problems that a user brings."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -197,6 +198,18 @@ def test_a_decay_of_the_parameters():
     gradient = flat(objective.linearize().gradient())
     assert float(gradient.norm()) < 1e-3
     assert objective.term_losses()["l2"].item() > 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_loss_that_the_first_damping_hides(dtype: torch.dtype):
+    """It is lowered, in single precision by steps that do not move, until it no longer does."""
+    problem, model = poisson2d(60, 20), network().to(dtype)
+    terms = [dataclasses.replace(term, weight=1e-12) for term in problem.terms]
+    objective = Objective.sample(model, terms)
+    before, optimizer = float(objective.loss()), presets.auto(objective.parameters())
+    first = optimizer.step(objective)
+    assert first.stalled == (dtype == torch.float32)
+    assert train(objective, 25, optimizer).new_loss < 0.01 * before
 
 
 def test_points_that_do_not_stand_for_all_raise_the_damping_little():

@@ -53,7 +53,7 @@ class GeodesicFlow(StepSize):
     sufficient: float = 0.1
     tries: int = 12
     accelerate: bool = True
-    minimum: float = 1e-20
+    minimum: float = 1e-30
 
     sets_damping = True
 

@@ -312,8 +312,10 @@ class CurvatureOptimizer(Optimizer):
             if self.momentum is not None:
                 mine["momentum_buffer"] = direction[i]
         halvings = round(-math.log2(record.scale)) if record.accepted else 0
-        if proposal.next_damping is not None and not record.stalled:
-            state["damping"] = proposal.next_damping
+        if (damping := proposal.next_damping) is not None:
+            hidden = record.loss > 0 and damping < state["damping"]  # by λ, the whole matrix
+            if not record.stalled or hidden:
+                state["damping"] = damping
         # the next step starts longer by a factor of two, or four if this one was not shortened more
         state["halvings"] = max(0, halvings - (2 if halvings <= state["halvings"] else 1))
         state["step"] += 1

@@ -107,7 +107,7 @@ class StepRecord:
             or for the one that was rejected, times L over its part of the points that were
             linearized; NaN without a model.
         accepted: Whether the parameters were changed.
-        stalled: Whether the update was too small to change them, which leaves the damping alone.
+        stalled: Whether the update was too small to change them, which raises no damping.
         scale: Which part was taken of the longest update that the step size thought of.
         reason: Why the step was shortened or rejected; empty if it was taken as proposed.
         solver: What the inverse reports, if anything.
