@@ -206,7 +206,7 @@ def test_a_loss_that_the_first_damping_hides(dtype: torch.dtype):
     problem, model = poisson2d(60, 20), network().to(dtype)
     terms = [dataclasses.replace(term, weight=1e-12) for term in problem.terms]
     objective = Objective.sample(model, terms)
-    before, optimizer = float(objective.loss()), presets.auto(objective.parameters())
+    before, optimizer = objective.loss().item(), presets.auto(objective.parameters())
     first = optimizer.step(objective)
     assert first.stalled == (dtype == torch.float32)
     assert train(objective, 25, optimizer).new_loss < 0.01 * before
