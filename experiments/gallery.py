@@ -138,7 +138,8 @@ _INTRODUCTION = """# Gallery
 Each problem with default settings of each optimizer, equal time of its steps on the same machine.
 Errors are medians over the seeds at the end of the time, measured on points that are not trained
 on. Published figures are for their own hardware, budget and points: compare with care. Made by
-`tox run -e gallery`, and made anew from its run folders by `tox run -e gallery -- --from F`.
+`tox run -e gallery`, and made anew from its run folders by `tox run -e gallery -- --from F`. Longer
+trainings of the automatic optimizer are in [auto.md](auto.md).
 """
 
 
