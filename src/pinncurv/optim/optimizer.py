@@ -313,8 +313,9 @@ class CurvatureOptimizer(Optimizer):
                 mine["momentum_buffer"] = direction[i]
         halvings = round(-math.log2(record.scale)) if record.accepted else 0
         if (damping := proposal.next_damping) is not None:
-            hidden = record.loss > 0 and damping < state["damping"]  # by λ, the whole matrix
-            if not record.stalled or hidden:
+            full = all(group["lr"] == 1 for group in self.param_groups)
+            hides = full and damping < state["damping"] and any(part.any() for part in direction)
+            if not record.stalled or hides:  # the whole matrix
                 state["damping"] = damping
         # the next step starts longer by a factor of two, or four if this one was not shortened more
         state["halvings"] = max(0, halvings - (2 if halvings <= state["halvings"] else 1))
