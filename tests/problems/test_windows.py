@@ -291,9 +291,7 @@ def test_resampling_needs_candidates(shapes_unchecked: None) -> None:
     with pytest.raises(ValueError, match="among as many candidates or more, got n=11 of 10"):
         ResidualBased(term, _Constant(), 11)
     fixed = replace(term, points=Fixed(torch.zeros(10, 1)))
-    with pytest.raises(
-        ValueError, match="others every time, got those of"
-    ):
+    with pytest.raises(ValueError, match="others every time, got those of"):
         ResidualBased(fixed, _Constant(), 11, draws=2)
     for floor in (0, -1.0, torch.nan):
         with pytest.raises(
