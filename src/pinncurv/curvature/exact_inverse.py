@@ -152,8 +152,8 @@ class CheaperSide:
         largest: Largest side that is factorized.
         jacobi: Whether parameters are damped by how much they matter, in place of alike: D is the
             diagonal of JᵀJ, at least a tenth of its mean, over the mean of that, see
-            ``GaussNewtonLinearOperator.jacobi``. A kernel then takes R² D, and
-            R D numbers while it is formed.
+            ``GaussNewtonLinearOperator.jacobi``. A kernel then takes R² D, and R D numbers while it
+            is formed.
     """
 
     damping: float

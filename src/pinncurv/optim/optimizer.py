@@ -314,8 +314,10 @@ class CurvatureOptimizer(Optimizer):
         halvings = round(-math.log2(record.scale)) if record.accepted else 0
         if (damping := proposal.next_damping) is not None:
             full = all(group["lr"] == 1 for group in self.param_groups)
-            hides = full and damping < state["damping"] and any(part.any() for part in direction)
-            if not record.stalled or hides:  # the whole matrix
+            lower = damping < state["damping"]
+            # a full step that moves nothing though there is a gradient: λ hides the whole matrix
+            hides = full and lower and any(part.any() for part in direction)
+            if not record.stalled or hides:
                 state["damping"] = damping
         # the next step starts longer by a factor of two, or four if this one was not shortened more
         state["halvings"] = max(0, halvings - (2 if halvings <= state["halvings"] else 1))
