@@ -1,0 +1,13 @@
+"""What depends on the machine: sizes of blocks, free memory, and products at half the price."""
+
+from pinncurv.machine.memory import (
+    NotEnoughMemoryError as NotEnoughMemoryError,
+    check_memory as check_memory,
+    free_memory as free_memory,
+)
+from pinncurv.machine.sizes import Sizes as Sizes, sizes_of as sizes_of
+from pinncurv.machine.symmetric_product import (
+    add_lower_product_ as add_lower_product_,
+    mirror_ as mirror_,
+    symmetric_product as symmetric_product,
+)

@@ -1,0 +1,74 @@
+"""Products of a matrix with its own transpose at about half the price, which torch has not.
+
+The rows of the result are cut into panels, of which only what is left of the diagonal is computed.
+BLAS's syrk in SciPy does it in fewer operations, but has threads of its own, which fight torch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pinncurv.machine.sizes import sizes_of
+
+# Most columns of a panel, and panels of a product with fewer: more of them save operations, but
+# narrow products run below the machine's rate.
+_WIDEST = 512
+_PANELS = 4
+
+
+def symmetric_product(X: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
+    """Return XᵀX, exactly symmetric.
+
+    Args:
+        X: The matrix, with rows or columns that are contiguous.
+    """
+    return mirror_(add_lower_product_(X.new_empty(X.shape[1], X.shape[1]), X, keep=False))
+
+
+def add_lower_product_(
+    total: Float[Tensor, "d d"], X: Float[Tensor, "n d"], keep: bool = True
+) -> Float[Tensor, "d d"]:
+    """Add the lower triangle of XᵀX; what is above of the diagonal is undefined until ``mirror_``.
+
+    Args:
+        total: What is added to.
+        X: The matrix.
+        keep: Whether what is there is kept, or written over.
+
+    Returns:
+        ``total``.
+    """
+    for columns in _panels(total):
+        panel = total[columns, : columns.stop]
+        panel.addmm_(X[:, columns].mT, X[:, : columns.stop], beta=1 if keep else 0)
+    return total
+
+
+def mirror_(matrix: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
+    """Write the lower triangle into the upper one, after ``add_lower_product_``.
+
+    Returns:
+        ``matrix``, exactly symmetric.
+    """
+    for columns in _panels(matrix):
+        square = matrix[columns, columns]
+        square.copy_(torch.maximum(square, square.mT))  # they differ by rounding
+        if columns.start:
+            before = slice(0, columns.start)
+            matrix[before, columns] = matrix[columns, before].mT
+    return matrix
+
+
+def _panels(matrix: Tensor) -> Iterator[slice]:
+    """Cut the rows of the result."""
+    d = len(matrix)
+    if d < sizes_of(matrix.device).panel:
+        step = max(d, 1)
+    else:
+        step = min(-(-d // _PANELS), _WIDEST)
+    for start in range(0, d, step):
+        yield slice(start, min(d, start + step))
