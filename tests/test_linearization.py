@@ -17,6 +17,7 @@ from pinncurv.linearization import (
     UncapturedParameterError,
     linearize,
 )
+from pinncurv.machine import Sizes
 from pinncurv.problems import Fixed, LossTerm
 from tests import oracles
 from tests.networks import KINDS, build, points
@@ -98,7 +99,7 @@ def test_blocks_of_points_are_invisible(term, monkeypatch):
     """Large batches are cut into blocks that stay in the cache; here each point is one."""
     model, x, loss_term = build("repeated"), points(), TERMS[term]
     whole = linearize(loss_term, model, x)
-    monkeypatch.setattr("pinncurv.linearization.part._CACHE_ELEMENTS", 1)
+    monkeypatch.setattr("pinncurv.machine.sizes._CPU", Sizes(1, 1 << 22, 256, 128))
     blocks = linearize(loss_term, model, x)
     assert len(list(blocks)) == 3
     torch.testing.assert_close(naive_jacobian(blocks), naive_jacobian(whole))

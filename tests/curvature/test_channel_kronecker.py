@@ -23,6 +23,7 @@ from pinncurv.linops import (
     FactorDamping,
     FactorizationError,
 )
+from pinncurv.machine import Sizes
 from pinncurv.optim import CurvatureOptimizer, QuadraticModel
 from pinncurv.problems import Fixed, LossTerm, poisson2d
 from tests import oracles
@@ -312,7 +313,7 @@ def test_products_with_many_columns_fit_into_memory(monkeypatch):
     X = torch.eye(operator.shape[1], dtype=torch.float64)
     expected = operator @ X
     with Meter() as meter:
-        monkeypatch.setattr("pinncurv.curvature.channel_kronecker._MOST_NUMBERS", 0)
+        monkeypatch.setattr("pinncurv.machine.sizes._CPU", Sizes(1 << 19, 1, 256, 128))
         torch.testing.assert_close(operator @ X, expected)
     assert meter.largest <= X.numel()
 

@@ -17,6 +17,7 @@ from pinncurv.curvature.ekfac import EKFAC, EKFACLinearOperator, KFACFactors, Pa
 from pinncurv.diffops import Value
 from pinncurv.linearization import Empirical, ForwardOnly, Type2, blocks, linearize
 from pinncurv.linops import FactorDamping, merge
+from pinncurv.machine import Sizes
 from pinncurv.problems import Fixed, LossTerm, fokker_planck, heat1d, log_fokker_planck, poisson2d
 from tests import oracles
 from tests.conformance import check_operator
@@ -97,7 +98,9 @@ def test_definition(kind, names, basis):
 
 @pytest.mark.parametrize(("V", "S"), [(1, 1), (1, 4), (2, 3), (1, 9)])
 def test_both_ways_to_the_moments(V, S, monkeypatch):
-    monkeypatch.setattr(blocks, "_ROW_ELEMENTS", 60)  # blocks of two points
+    monkeypatch.setattr(
+        "pinncurv.machine.sizes._CPU", Sizes(120, 1 << 22, 256, 128)
+    )  # blocks of two points
     generator = torch.Generator().manual_seed(0)
     G, Z = (
         torch.randn(shape, generator=generator, dtype=torch.float64)

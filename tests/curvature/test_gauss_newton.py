@@ -16,8 +16,9 @@ from pinncurv.curvature import (
     gauss_newton_diagonal,
 )
 from pinncurv.diffops import Laplacian, SecondOrder
-from pinncurv.linearization import Empirical, ForwardOnly, blocks as blocks_of_jacobian, linearize
+from pinncurv.linearization import Empirical, ForwardOnly, linearize
 from pinncurv.linops import PyTorchLinearOperator
+from pinncurv.machine import Sizes
 from pinncurv.problems import Fixed, LossTerm
 from tests import oracles
 from tests.conformance import check_operator
@@ -165,8 +166,7 @@ def test_chunks_change_nothing(chunk_size, triple):
 def test_rows_are_summed_over_blocks_of_points(monkeypatch, triple):
     """The same with the smallest blocks of points and channels that memory could force."""
     linearized, expected = triple
-    monkeypatch.setattr(blocks_of_jacobian, "_GRAM_ELEMENTS", 1)
-    monkeypatch.setattr(blocks_of_jacobian, "_CACHE_ELEMENTS", 1)
+    monkeypatch.setattr("pinncurv.machine.sizes._CPU", Sizes(1, 1, 1, 1))
     operator = MatrixFreeGaussNewton()(linearized)
     oracles.assert_close(operator.to_dense(), expected)
     oracles.assert_close(operator @ torch.eye(len(expected), dtype=torch.float64), expected)

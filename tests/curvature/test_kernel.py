@@ -17,6 +17,7 @@ from pinncurv.curvature import (
     Kernel,
     MatrixFreeGaussNewton,
     kernel,
+    kernel_blocks,
 )
 from pinncurv.curvature.kernel import KernelLinearOperator
 from pinncurv.curvature.nystroem import Nystroem
@@ -30,6 +31,7 @@ from pinncurv.linops import (
     FactorizationError,
     FactorizedInverseLinearOperator,
 )
+from pinncurv.machine import Sizes
 from pinncurv.optim import CurvatureOptimizer, FixedStep
 from pinncurv.problems import Fixed, LossTerm
 from tests import oracles
@@ -60,7 +62,7 @@ def kernel_matrix(linearized) -> Tensor:
 def force(monkeypatch, way: str) -> None:
     """Let all layers take the rows of the Jacobian, or the pairs of channels."""
     cost = {"rows": 1e12, "channels": -1e12}[way]
-    monkeypatch.setattr(kernel, "_ELEMENTWISE_COST", cost)
+    monkeypatch.setattr(kernel_blocks, "_ELEMENTWISE_COST", cost)
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +99,7 @@ def test_conformance(triple):
 def test_blocks_and_chunks_change_nothing(chunk_size, way, triple, monkeypatch):
     """The same with the smallest blocks that memory could force."""
     force(monkeypatch, way)
-    monkeypatch.setattr(kernel, "_BLOCK_POINTS", 2)
-    monkeypatch.setattr(kernel, "_ROW_ELEMENTS", 1)
+    monkeypatch.setattr("pinncurv.machine.sizes._CPU", Sizes(1, 1, tile=2, panel=1))
     linearized = linearizations(TRIPLE, build("gated"), BATCHES, chunk_size=chunk_size)
     J = triple[1]
     oracles.assert_close(kernel_matrix(linearized), J @ J.T)
@@ -107,18 +108,24 @@ def test_blocks_and_chunks_change_nothing(chunk_size, way, triple, monkeypatch):
 def test_the_cheaper_way_is_taken(monkeypatch):
     """Wide layers by pairs of channels, narrow ones by rows."""
     taken = []
-    for way in ("rows", "channels"):
-        name = f"_add_through_{way}_"
-        add = getattr(kernel, name)
 
-        def spy(block, left, right, add=add, way=way):
-            taken.append((way, left.weight))
-            add(block, left, right)
+    def rows(kernel, i, pairs, add=kernel_blocks._add_through_rows_):
+        taken.append(("rows", pairs[0][0].blocks[i].weight))
+        add(kernel, i, pairs)
 
-        monkeypatch.setattr(kernel, name, spy)
+    def channels(part, left, right, add=kernel_blocks._add_through_channels_):
+        taken.append(("channels", left.weight))
+        add(part, left, right)
+
+    monkeypatch.setattr(kernel_blocks, "_add_through_rows_", rows)
+    monkeypatch.setattr(kernel_blocks, "_add_through_channels_", channels)
     model = network(2, 64, 64, 1)
     kernel_matrix(poisson(model).linearize().linearizations[:1])
-    assert taken == [("rows", "0.weight"), ("channels", "2.weight"), ("rows", "4.weight")]
+    assert sorted(taken) == [
+        ("channels", "2.weight"),
+        ("rows", "0.weight"),
+        ("rows", "4.weight"),
+    ]
 
 
 def test_layers_that_one_term_does_not_use():
@@ -302,8 +309,12 @@ def test_steps_are_those_of_the_dense_matrix(chunk_size):
 
 def test_other_dampings_take_the_same_kernel(triple, monkeypatch):
     filled = []
-    fill = kernel._fill
-    monkeypatch.setattr(kernel, "_fill", lambda *a: (filled.append((a[1].row, a[2].row)), fill(*a)))
+
+    def add(matrix, pairs):
+        filled.extend((left.row, right.row) for left, right in pairs)
+        return kernel_blocks.add_inner_products_(matrix, pairs)
+
+    monkeypatch.setattr(kernel, "add_inner_products_", add)
     operator = MatrixFreeGaussNewton()(triple[0])
     for damping in (1e-3, 1e-2):
         operator.inverse(damping)

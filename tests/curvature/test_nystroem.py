@@ -11,6 +11,7 @@ from pinncurv.curvature import GaussNewton, MatrixFreeGaussNewton, nystroem
 from pinncurv.curvature.nystroem import Nystroem
 from pinncurv.curvature.woodbury import Woodbury
 from pinncurv.linops import DenseLinearOperator, FactorizationError
+from pinncurv.machine import Sizes
 from pinncurv.optim import CurvatureOptimizer, FixedStep, LevenbergMarquardt, Spring
 from tests import oracles
 from tests.conformance import check_operator
@@ -114,7 +115,9 @@ def test_all_ranks_give_the_exact_inverse(complement, chunk_size):
 @pytest.mark.parametrize("rank", [1, 4, 9])
 def test_the_inverse_is_that_of_the_projected_jacobian(rank, monkeypatch):
     """(ĴᵀĴ + λI)⁻¹ with Ĵ = J P, and the steps that it defines, by dense solves."""
-    monkeypatch.setattr(nystroem, "_COLUMN_ELEMENTS", 1)  # one column at a time
+    monkeypatch.setattr(
+        "pinncurv.machine.sizes._CPU", Sizes(1 << 19, 1, 256, 128)
+    )  # one column at a time
     residual, J, operator = problem()
     u, damping = flat(residual), 1e-2
     inverse = Nystroem(damping, rank, seed=5)(operator)

@@ -11,6 +11,7 @@ from pinncurv import linearization
 from pinncurv.curvature import KFAC, Objective, coverage
 from pinncurv.diffops import Value
 from pinncurv.linearization import linearize
+from pinncurv.machine import Sizes
 from pinncurv.problems import Fixed, LossTerm
 from tests import oracles
 from tests.networks import KINDS, build, points
@@ -222,7 +223,7 @@ def test_blocks_of_points_are_invisible(term, monkeypatch):
     """Large batches are cut into blocks that stay in the cache; here each point is one."""
     made = Objective(build("gated"), [TERMS[term]], [points()])
     loss, gradient = made.loss(), made.linearize().gradient()
-    monkeypatch.setattr("pinncurv.linearization.part._CACHE_ELEMENTS", 1)
+    monkeypatch.setattr("pinncurv.machine.sizes._CPU", Sizes(1, 1 << 22, 256, 128))
     made = Objective(made.model, made.terms, made.points)
     torch.testing.assert_close(made.loss(), loss)
     torch.testing.assert_close(made.linearize().gradient(), gradient)

@@ -26,9 +26,7 @@ from pinncurv.linops import (
 )
 from pinncurv.linops.factors import check_factors, grouped
 from pinncurv.linops.layerwise import Joint
-
-# A product takes so many numbers of memory at most, and no less than one pair of channels needs.
-_MOST_NUMBERS = 1 << 22
+from pinncurv.machine import sizes_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +105,7 @@ class ChannelKroneckerLinearOperator(LayerwiseLinearOperator):
 
     def _apply(self, layer: int, X: Joint) -> Joint:
         Y = torch.zeros_like(X)
-        at_a_time = max(1, _MOST_NUMBERS // X.numel())
+        at_a_time = max(1, sizes_of(X.device).held // X.numel())
         for factors in self.factors[layer]:
             for A, B in zip(factors.A.split(at_a_time), factors.B.split(at_a_time), strict=True):
                 XA = torch.einsum("...oi,pji->p...oj", X, A)

@@ -31,8 +31,8 @@ from pinncurv.linops import (
     check_damping,
     factorize_from,
     policy,
-    symmetrize,
 )
+from pinncurv.linops.psd import FACTORIZATION_DTYPE, check_entries
 
 # Points of the subspace that preconditions where both sides are larger.
 _COARSE_POINTS = 200
@@ -196,7 +196,7 @@ class CheaperSide:
         """Return the inverse by the smaller of JᵀJ and JJᵀ."""
         R, D = J.shape
         name = "the kernel of the residuals" if R < D else "the Gauss-Newton matrix"
-        matrix = symmetrize(matrix, name)
+        matrix = check_entries(matrix, name).to(FACTORIZATION_DTYPE)
         smallest = self.floor * torch.finfo(J.dtype).eps * float(matrix.trace())
         least = max(self.damping, smallest) or 1.0  # a matrix of zeros has no scale
         factorization, damping = factorize_from(matrix, name, least)

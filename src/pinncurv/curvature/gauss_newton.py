@@ -31,7 +31,13 @@ from pinncurv.linops import (
     policy,
     term_position,
 )
+from pinncurv.machine import add_lower_product_, check_memory, mirror_
 
+# What else to do where the matrix is too large.
+INSTEAD = (
+    "Take MatrixFreeGaussNewton() with PreconditionedCG(damping), or Woodbury(damping) where there "
+    "are fewer residuals than parameters, or KFAC()."
+)
 # Smallest diagonal entry that a scaling by it knows, as a part of their mean.
 _LEAST_OF_MEAN = 0.1
 
@@ -79,6 +85,7 @@ class GaussNewtonLinearOperator(SymmetricLinearOperator):
     def to_dense(self) -> Float[Tensor, "D D"]:
         J = self.jacobian
         D = J.space.dimension
+        check_memory(f"JᵀJ of {D:,} parameters", D * D, J.dtype, J.device, INSTEAD)
         matrix = J.space.zeros(D, D)
 
         def visit(t: int, chunk: Chunk) -> None:
@@ -87,12 +94,12 @@ class GaussNewtonLinearOperator(SymmetricLinearOperator):
                 matrix.diagonal().add_(alone.diagonal())
                 return
             n, V = chunk.residual.shape
-            for points in row_ranges(n, V * D):
+            for points in row_ranges(n, V * D, J.device):
                 rows = chunk_rows(J.space, J.linearizations[t], chunk, points)
-                matrix.addmm_(rows.t(), rows)
+                add_lower_product_(matrix, rows)
 
         run(J.linearizations, visit)
-        return matrix
+        return mirror_(matrix)
 
     def diagonal(self) -> Float[Tensor, " D"]:
         return gauss_newton_diagonal(self.jacobian.linearizations, self.jacobian.space).diagonal()
@@ -198,6 +205,9 @@ class BlockDiagonalGaussNewton:
     def __call__(self, linearizations: Sequence[Linearization]) -> DenseBlockDiagonalLinearOperator:
         check_exact(linearizations)
         space = ParameterSpace.of(linearizations)
+        numbers = sum(block.numel**2 for block in space.blocks)
+        what = f"the blocks of JᵀJ of {len(space.blocks)} layers"
+        check_memory(what, numbers, space.dtype, space.device, INSTEAD)
         matrices = [space.zeros(block.numel, block.numel) for block in space.blocks]
 
         def visit(t: int, i: int, block: JacobianBlock) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from pinncurv.curvature.parameters import ParameterSpace
 from pinncurv.linearization import Chunk, JacobianBlock, Linearization, Type2, run
 from pinncurv.linops import PyTorchLinearOperator
+from pinncurv.machine import check_memory, symmetric_product
 
 
 def check_exact(linearizations: Sequence[Linearization]) -> None:
@@ -110,7 +111,9 @@ class JacobianLinearOperator(_Between):
 
     def to_dense(self) -> Tensor:
         """Return the Jacobian as a matrix ``[Σ_t N_t V_t, D]``, rows ordered by term, n, v."""
-        pieces = []
+        (R, D), pieces = self.shape, []
+        instead = "Use products with it, or fewer points."
+        check_memory(f"J of {R:,} x {D:,} numbers", 2 * R * D, self.dtype, self.device, instead)
 
         def visit(t: int, chunk: Chunk) -> None:
             pieces.append(chunk_rows(self.space, self.linearizations[t], chunk, slice(None)))
@@ -159,8 +162,7 @@ class ScaledJacobianLinearOperator(JacobianLinearOperator):
     @cached_property
     def kernel(self) -> Float[Tensor, "R R"]:
         """J S² Jᵀ, which is computed once; not to be written to."""
-        matrix = self.to_dense()
-        return matrix @ matrix.mT
+        return symmetric_product(self.to_dense().mT)
 
 
 class JacobianAdjointLinearOperator(_Between):

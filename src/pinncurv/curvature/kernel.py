@@ -3,40 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, islice
+from itertools import islice
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from pinncurv.curvature.jacobian import JacobianLinearOperator
-from pinncurv.linearization import (
-    DenseRows,
-    EntryRows,
-    JacobianBlock,
-    Linearization,
-    LinearLayer,
-)
+from pinncurv.curvature.kernel_blocks import Side, add_inner_products_
+from pinncurv.curvature.parameters import ParameterSpace
+from pinncurv.linearization import Linearization
 from pinncurv.linops import (
     Factorization,
     FactorizedInverseLinearOperator,
     SymmetricLinearOperator,
     check_damping,
     factorize,
-    symmetrize,
 )
+from pinncurv.linops.psd import FACTORIZATION_DTYPE, check_entries
+from pinncurv.machine import check_memory, mirror_
 
-# The blocks of the Jacobian at some points, in the order of the parameter space.
-Blocks = list[JacobianBlock | None]
-
-# Points per block of the kernel: three blocks of this size squared stay in the cache.
-_BLOCK_POINTS = 256
-# Largest number of Jacobian entries that are held at a time for one block of points.
-_ROW_ELEMENTS = 1 << 21
-# What an elementwise multiplication costs, in multiplications inside of a matrix product.
-_ELEMENTWISE_COST = 16
+# What else to do where a kernel is too large.
+INSTEAD = (
+    "Take fewer points, an inverse by Nystroem(damping, rank) or PreconditionedCG(damping), the "
+    "curvature SubspaceGaussNewton() or KFAC(), or with few parameters GaussNewton()."
+)
 
 
 class KernelLinearOperator(SymmetricLinearOperator):
@@ -67,20 +60,8 @@ class KernelLinearOperator(SymmetricLinearOperator):
     @cached_property
     def matrix(self) -> Float[Tensor, "R R"]:
         """The matrix, which is computed once; not to be written to."""
-        matrix = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-        for i, side in enumerate(self._sides()):
-            for other in chain(islice(self._sides(), i), [side]):
-                _fill(matrix, side, other)
-        return matrix
-
-    def _sides(self) -> Iterator[_Side]:
-        """Yield the blocks of all chunks with the row of the kernel where each starts."""
-        row = 0
-        for linearization in self.jacobian.linearizations:
-            for chunk in linearization:
-                n, V = chunk.residual.shape
-                yield _Side(row, n, V, self.jacobian.space.arrange(linearization, chunk))
-                row += n * V
+        J = self.jacobian
+        return kernel_matrix(J.linearizations, J.space, self.dtype)
 
     def factorize(self, damping: float) -> Factorization:
         """Factorize K + λI in float64.
@@ -93,7 +74,7 @@ class KernelLinearOperator(SymmetricLinearOperator):
                 is with more residuals than parameters.
         """
         damping, name = check_damping(damping), "the kernel of the residuals"
-        matrix = symmetrize(self.matrix, name)
+        matrix = check_entries(self.matrix, name).to(FACTORIZATION_DTYPE, copy=True)
         matrix.diagonal().add_(damping)
         return factorize(matrix, name, damping)
 
@@ -109,102 +90,57 @@ class KernelLinearOperator(SymmetricLinearOperator):
         return FactorizedInverseLinearOperator(self.factorize(damping), self.shapes, self.dtype)
 
 
-@dataclass(frozen=True, eq=False)
-class _Side:
-    """The blocks of one chunk, with n points and V components, whose rows start at a row."""
+def kernel_matrix(
+    linearizations: Sequence[Linearization], space: ParameterSpace, dtype: torch.dtype
+) -> Float[Tensor, "R R"]:
+    """Return JJᵀ in a data type, exactly symmetric.
 
-    row: int
-    n: int
-    V: int
-    blocks: Blocks
+    Args:
+        linearizations: One per term, with the exact output gradients.
+        space: The parameters.
+        dtype: In which it is computed.
 
-
-def _fill(matrix: Tensor, left: _Side, right: _Side) -> None:
-    """Write the part of two chunks and its transpose, summed over the blocks that both use."""
-    V, W = left.V, right.V
-    both = zip(left.blocks, right.blocks, strict=True)
-    pairs = [(a, b) for a, b in both if a is not None and b is not None]
-    for p in point_ranges(left.n):
-        for q in point_ranges(right.n):
-            if left is right and q.start > p.start:
-                continue
-            part = matrix.new_zeros(V, p.stop - p.start, W, q.stop - q.start)
-            for a, b in pairs:
-                add_kernel_(part, a.at(p), b.at(q))
-            values = part.permute(1, 0, 3, 2).flatten(2).flatten(0, 1)
-            rows = slice(left.row + V * p.start, left.row + V * p.stop)
-            columns = slice(right.row + W * q.start, right.row + W * q.stop)
-            matrix[rows, columns] = values
-            if rows != columns:
-                matrix[columns, rows] = values.t()
-
-
-def point_ranges(n: int) -> Iterator[slice]:
-    """Cut n points into ranges that stay in the cache."""
-    for start in range(0, n, _BLOCK_POINTS):
-        yield slice(start, min(n, start + _BLOCK_POINTS))
-
-
-def add_kernel_(part: Float[Tensor, "V n W m"], left: JacobianBlock, right: JacobianBlock) -> None:
-    """Add one block's J_l J_lᵀ, by whichever way takes fewer multiplications per pair of points.
-
-    Through rows of the Jacobian that is V W d_out d_in, and through pairs of channels
-    S² (V W d_out + d_in) and the elementwise product: few channels or wide layers favour these.
+    Raises:
+        NotEnoughMemoryError: If it does not fit into the memory.
     """
-    if isinstance(left, EntryRows):
-        part += left.product(_as_vectors(right)).view(part.shape)
-        return
-    if isinstance(right, EntryRows):
-        part += right.product(_as_vectors(left))[0].t().reshape(part.shape)
-        return
-    if isinstance(left, DenseRows) or isinstance(right, DenseRows):
-        rows = [block.joint_rows(slice(None)) for block in (left, right)]
-        part.view(len(rows[0]), len(rows[1])).addmm_(rows[0], rows[1].t())
-        return
-    left, right = left.as_layer(), right.as_layer()
-    (V, n, W, m), d_in = part.shape, left.Z.shape[2]
-    S, Q = len(left.Z), len(right.Z)
-    through_rows = left.d_out * d_in * (V * W + S * V / m + Q * W / n)
-    through_channels = S * Q * (V * W * (left.d_out + _ELEMENTWISE_COST) + d_in)
-    if through_channels < through_rows:
-        _add_through_channels_(part, left, right)
-    else:
-        _add_through_rows_(part, left, right)
+    R = rows_of(linearizations)
+    check_memory(f"the kernel of {R:,} residuals", R * R, dtype, space.device, INSTEAD)
+    matrix = torch.zeros(R, R, dtype=dtype, device=space.device)
+    for i, sides in enumerate(_sides(linearizations, space, dtype)):
+        for others in islice(_sides(linearizations, space, dtype), i):
+            add_inner_products_(matrix, [_lower(a, b) for a in sides for b in others])
+        pairs = [(a, b) for j, a in enumerate(sides) for b in sides[: j + 1]]
+        add_inner_products_(matrix, pairs)
+    return mirror_(matrix)
 
 
-def _as_vectors(block: JacobianBlock) -> list[Tensor]:
-    """Return all rows as directions, one tensor ``[V n, *shape]`` per parameter."""
-    rows = block.rows(slice(None))
-    return [part.reshape(-1, *shape) for part, shape in zip(rows, block.shapes, strict=True)]
+def rows_of(linearizations: Sequence[Linearization]) -> int:
+    """Return R, the number of residuals."""
+    return sum(len(lin.x) * lin.num_components for lin in linearizations)
 
 
-def _add_through_channels_(
-    block: Float[Tensor, "V n W m"], left: LinearLayer, right: LinearLayer
-) -> None:
-    """Add Σ_sq (g_vns · g_wmq) (z_ns · z_mq), with one more for the bias on value channels."""
-    for s, (z, g) in enumerate(zip(left.Z, left.gradients.unbind(1), strict=True)):
-        for q, (y, h) in enumerate(zip(right.Z, right.gradients.unbind(1), strict=True)):
-            overlap = z @ y.t()
-            if left.bias is not None and s in left.value_channels and q in right.value_channels:
-                overlap += 1
-            gradients = g.flatten(0, 1) @ h.flatten(0, 1).t()
-            block.addcmul_(gradients.view_as(block), overlap.unsqueeze(1))
+def _sides(
+    linearizations: Sequence[Linearization], space: ParameterSpace, dtype: torch.dtype
+) -> Iterator[list[Side]]:
+    """Yield the chunks that are recomputed one by one, and those that are kept together."""
+    kept, row = [], 0
+    for linearization in linearizations:
+        for chunk in linearization:
+            side = Side.of(row, chunk.residual, space.arrange(linearization, chunk), dtype)
+            row += chunk.residual.numel()
+            if linearization.chunk_size is None:
+                kept.append(side)
+            else:
+                del chunk  # or it would live on while the next one is computed
+                yield [side]
+                del side
+    if kept:
+        yield kept
 
 
-def _add_through_rows_(
-    block: Float[Tensor, "V n W m"], left: LinearLayer, right: LinearLayer
-) -> None:
-    """Add J_l J_lᵀ, for a few of the layer's outputs at a time."""
-    V, n, W, m = block.shape
-    step = max(1, _ROW_ELEMENTS // (max(V * n, W * m) * left.Z.shape[2]))
-    total = block.view(V * n, W * m)
-    for start in range(0, left.d_out, step):
-        outputs = slice(start, start + step)
-        rows = [
-            replace(layer, G=layer.gradients[..., outputs]).joint_rows(slice(None))
-            for layer in (left, right)
-        ]
-        total.addmm_(rows[0], rows[1].t())
+def _lower(a: Side, b: Side) -> tuple[Side, Side]:
+    """Order two sides such that their block is below of the diagonal."""
+    return (a, b) if a.row > b.row else (b, a)
 
 
 @dataclass(frozen=True)

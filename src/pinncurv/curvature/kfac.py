@@ -18,6 +18,7 @@ from pinncurv.linearization import (
     LinearLayer,
 )
 from pinncurv.linops import KroneckerFactors, SumKroneckerLinearOperator, merge, policy
+from pinncurv.machine import symmetric_product
 
 
 class WeightSharing(ABC):
@@ -45,16 +46,16 @@ class Expand(WeightSharing):
         S, N, d_in = layer.Z.shape
         rows = layer.Z.reshape(-1, d_in)
         if layer.bias is None:
-            return (rows.mT @ rows).div_(S)
+            return symmetric_product(rows).div_(S)
         moment = rows.new_empty(d_in + 1, d_in + 1)
-        moment[:-1, :-1] = rows.mT @ rows
+        moment[:-1, :-1] = symmetric_product(rows)
         moment[-1, :-1] = moment[:-1, -1] = layer.sum_values(layer.Z, 0).sum(0)
         moment[-1, -1] = len(layer.value_channels) * N
         return moment.div_(S)
 
     def gradient_moment(self, layer: LinearLayer) -> Float[Tensor, "d_out d_out"]:
         G = layer.gradients.reshape(-1, layer.d_out)
-        return G.mT @ G
+        return symmetric_product(G)
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,11 @@ class Reduce(WeightSharing):
         if layer.bias is not None:
             share = len(layer.value_channels) / layer.Z.shape[0]
             mean = torch.cat([mean, mean.new_full((mean.shape[0], 1), share)], 1)
-        return mean.mT @ mean
+        return symmetric_product(mean)
 
     def gradient_moment(self, layer: LinearLayer) -> Float[Tensor, "d_out d_out"]:
         G = layer.gradients.sum(1).flatten(0, 1)
-        return G.mT @ G
+        return symmetric_product(G)
 
 
 expand = Expand()

@@ -18,9 +18,7 @@ from pinncurv.linops import (
     symmetrize,
 )
 from pinncurv.linops.psd import FACTORIZATION_DTYPE
-
-# Largest number of entries of the columns in parameter space that are held at a time.
-_COLUMN_ELEMENTS = 1 << 22
+from pinncurv.machine import check_memory, sizes_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,10 +56,13 @@ def nystroem_sketch(operator: PyTorchLinearOperator, rank: int, seed: int) -> Ny
 
     Source: Frangella, Tropp, Udell 2023, algorithm 2.1.
     """
-    R = operator.shape[0]
+    R, device = operator.shape[0], operator.device
+    m = min(_check_rank(rank), R)
+    instead = "Take a smaller rank, fewer points, or PreconditionedCG(damping)."
+    check_memory(f"a sketch of rank {m:,}", 3 * R * m, FACTORIZATION_DTYPE, device, instead)
     generator = torch.Generator().manual_seed(seed)
-    omega = torch.randn(R, min(_check_rank(rank), R), generator=generator, dtype=torch.float64)
-    omega = torch.linalg.qr(omega).Q.to(operator.device, FACTORIZATION_DTYPE)
+    omega = torch.randn(R, m, generator=generator, dtype=torch.float64)
+    omega = torch.linalg.qr(omega).Q.to(device, FACTORIZATION_DTYPE)
     Y = _products(operator, omega)
     nu = float(torch.finfo(operator.dtype).eps * torch.linalg.matrix_norm(Y))
     Y = Y.add_(omega, alpha=nu)
@@ -75,7 +76,7 @@ def nystroem_sketch(operator: PyTorchLinearOperator, rank: int, seed: int) -> Ny
 def _products(operator: PyTorchLinearOperator, omega: Tensor) -> Tensor:
     """Return K Ω in float64, a few columns at a time."""
     jacobian = getattr(operator, "jacobian", None) or operator
-    step = max(1, _COLUMN_ELEMENTS // max(jacobian.shape))
+    step = max(1, sizes_of(operator.device).held // max(jacobian.shape))
     columns = omega.to(operator.dtype).split(step, 1)
     return torch.cat([operator @ block for block in columns], 1).to(omega.dtype)
 

@@ -10,7 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pinncurv.curvature.jacobian import JacobianLinearOperator, check_exact
-from pinncurv.curvature.kernel import Blocks, add_kernel_, point_ranges
+from pinncurv.curvature.kernel import kernel_matrix, rows_of
+from pinncurv.curvature.kernel_blocks import Side, add_inner_products_
 from pinncurv.curvature.parameters import ParameterSpace
 from pinncurv.curvature.woodbury import from_data, to_data
 from pinncurv.linearization import Chunk, Linearization, run
@@ -21,6 +22,7 @@ from pinncurv.linops import (
     pivoted_cholesky,
     symmetrize,
 )
+from pinncurv.machine import check_memory
 
 
 class SubspaceGaussNewtonLinearOperator(SymmetricLinearOperator):
@@ -154,40 +156,32 @@ def cross_kernel(
     samples: Sequence[Linearization],
     space: ParameterSpace,
 ) -> Float[Tensor, "R m"]:
-    """Return J J_mᵀ in float64, a block of points at a time."""
-    right = [
-        [None if block is None else block.to(torch.float64) for block in space.arrange(s, chunk)]
-        for s in samples
-        for chunk in s
-    ]
-    sizes = [chunk.residual.shape for s in samples for chunk in s]
-    rows: list[Tensor] = []
+    """Return J J_mᵀ in float64.
+
+    Raises:
+        NotEnoughMemoryError: If it does not fit into the memory.
+    """
+    right, column = [], 0
+    for sample in samples:
+        for chunk in sample:
+            blocks = space.arrange(sample, chunk)
+            right.append(Side.of(column, chunk.residual, blocks, torch.float64))
+            column += chunk.residual.numel()
+    R = rows_of(linearizations)
+    what = f"the inner products of {R:,} residuals with {column:,} sampled ones"
+    check_memory(what, R * column, torch.float64, space.device, "Sample fewer points.")
+    matrix = torch.zeros(R, column, dtype=torch.float64, device=space.device)
+    row = 0
 
     def visit(t: int, chunk: Chunk) -> None:
-        left = space.arrange(linearizations[t], chunk)
-        pieces = [
-            _kernel(left, chunk.residual.shape, other, size)
-            for other, size in zip(right, sizes, strict=True)
-        ]
-        rows.append(torch.cat(pieces, 1))
+        nonlocal row
+        blocks = space.arrange(linearizations[t], chunk)
+        left = Side.of(row, chunk.residual, blocks, torch.float64)
+        row += chunk.residual.numel()
+        add_inner_products_(matrix, [(left, other) for other in right])
 
     run(linearizations, visit)
-    return torch.cat(rows)
-
-
-def _kernel(
-    left: Blocks, size: torch.Size, right: Blocks, other: torch.Size
-) -> Float[Tensor, "R m"]:
-    (n, V), (m, W) = size, other
-    pairs = [(a, b) for a, b in zip(left, right, strict=True) if a is not None and b is not None]
-    device = pairs[0][0].rows(slice(0, 0))[0].device if pairs else None
-    rows = []
-    for points in point_ranges(n):
-        part = torch.zeros(V, points.stop - points.start, W, m, dtype=torch.float64, device=device)
-        for a, b in pairs:
-            add_kernel_(part, a.at(points).to(torch.float64), b)
-        rows.append(part.permute(1, 0, 3, 2).reshape(-1, m * W))
-    return torch.cat(rows)
+    return matrix
 
 
 # Among how many points one is chosen by what the others leave of its gradient.
@@ -221,7 +215,7 @@ def pivoted_points(
     Source: Chen, Epperly, Tropp, Webber 2022 (randomly pivoted Cholesky).
     """
     candidates = uniform_points(linearizations, _CANDIDATES * points, seed)
-    K = cross_kernel(candidates, candidates, ParameterSpace.of(linearizations))
+    K = kernel_matrix(candidates, ParameterSpace.of(linearizations), torch.float64)
     generator = torch.Generator().manual_seed(seed)
     pivots = pivoted_cholesky(K, points, generator).pivots
     chosen, first = [], 0
@@ -275,7 +269,8 @@ class SubspaceGaussNewton:
         check_exact(linearizations)
         space = ParameterSpace.of(linearizations) if space is None else space
         samples = self.choice(linearizations, self.points, self.seed)
-        T = _whitening(cross_kernel(samples, samples, space), torch.finfo(space.dtype).eps)
+        K = kernel_matrix(samples, space, torch.float64)
+        T = _whitening(K, torch.finfo(space.dtype).eps)
         P, sigma, Wt = torch.linalg.svd(
             cross_kernel(linearizations, samples, space) @ T, full_matrices=False
         )

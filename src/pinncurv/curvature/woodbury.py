@@ -148,7 +148,7 @@ def _trace(factorization: Factorization, damping: float) -> float:
     if isinstance(factorization, EigenFactorization):
         total = float(factorization.eigenvalues.sum())
     else:
-        total = float(factorization.root.square().sum())
+        total = float(torch.linalg.vector_norm(factorization.root)) ** 2
     return max(total - damping * len(factorization.root), 0.0)
 
 

@@ -11,13 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pinncurv.linearization.fisher import Fisher, ForwardOnly
-
-# Temporaries of about this many elements stay in the cache and are recycled by the allocator.
-_CACHE_ELEMENTS = 1 << 19
-# Rows of the Jacobian are squared while this many of their entries are in the cache.
-_ROW_ELEMENTS = 1 << 18
-# Largest number of Jacobian entries that are held at a time while JᵀJ is summed up.
-_GRAM_ELEMENTS = 1 << 22
+from pinncurv.machine import add_lower_product_, mirror_, sizes_of
 
 
 class JacobianBlock(ABC):
@@ -53,12 +47,11 @@ class JacobianBlock(ABC):
         """Return the rows of some points on the joint matrix [W, b] of a layer, flattened."""
 
     def add_gram_(self, total: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
-        """Add J_lᵀJ_l on the joint matrix, flattened, and return the sum."""
+        """Add J_lᵀJ_l on the joint matrix, flattened, to a symmetric matrix, and return the sum."""
         V, N = self.num_rows
-        for points in row_ranges(N, V * len(total)):
-            rows = self.joint_rows(points)
-            total.addmm_(rows.mT, rows)
-        return total
+        for points in row_ranges(N, V * len(total), total.device):
+            add_lower_product_(total, self.joint_rows(points))
+        return mirror_(total)
 
     def squared_rows(self) -> Float[Tensor, "d_out d_joint"]:
         """Return Σ_nv J_nv² by entries of the joint matrix, the diagonal of J_lᵀJ_l."""
@@ -315,9 +308,9 @@ class DenseRows(JacobianBlock):
         return replace(parts[0], matrix=torch.cat([part.matrix for part in parts], 1))
 
 
-def row_ranges(n: int, row_elements: int) -> Iterator[slice]:
+def row_ranges(n: int, row_elements: int, device: torch.device) -> Iterator[slice]:
     """Cut n points such that their rows, to be multiplied with each other, stay small."""
-    step = max(1, _GRAM_ELEMENTS // max(1, row_elements))
+    step = max(1, sizes_of(device).held // max(1, row_elements))
     for start in range(0, n, step):
         yield slice(start, min(n, start + step))
 
@@ -327,7 +320,7 @@ def squared_products(
 ) -> Float[Tensor, "d_out d_joint"]:
     """Form the rows of a few points at a time, and sum their squares."""
     total = G.new_zeros(G.shape[-1], Z.shape[-1])
-    step = max(1, _ROW_ELEMENTS // total.numel())
+    step = max(1, sizes_of(G.device).cache // 2 // total.numel())  # two are in the cache
     inputs = Z.transpose(0, 1).split(step)
     for component in G:
         gradients = component.permute(1, 2, 0).split(step)
@@ -336,9 +329,9 @@ def squared_products(
     return total
 
 
-def _channel_ranges(S: int, elements: int) -> Iterator[slice]:
+def _channel_ranges(S: int, elements: int, device: torch.device) -> Iterator[slice]:
     """Cut S channels such that a temporary with so many elements per channel stays small."""
-    step = max(1, _CACHE_ELEMENTS // max(1, elements))
+    step = max(1, sizes_of(device).cache // max(1, elements))
     for start in range(0, S, step):
         yield slice(start, start + step)
 
@@ -349,7 +342,7 @@ def _transported_inner_product(
     """Return Σ_s (M_k left_ns) · right_ns for K matrices M_k, given as [M_1ᵀ, ..., M_Kᵀ]."""
     S, N, b = right.shape
     total = None
-    for channels in _channel_ranges(S, N * stacked.shape[1]):
+    for channels in _channel_ranges(S, N * stacked.shape[1], left.device):
         images = left[channels].reshape(-1, left.shape[-1]) @ stacked
         images = images.view(-1, N, stacked.shape[1] // b, b)
         part = images.mul_(right[channels].unsqueeze(2)).sum(-1).sum(0)
@@ -367,7 +360,7 @@ def _scaled_outer_sum(
     for component, scale in zip(G, u.unsqueeze(-1), strict=True):
         narrow, wide = (component, Z) if d_out <= d_in else (Z, component)
         S, N, width = narrow.shape
-        for channels in _channel_ranges(S, N * width):
+        for channels in _channel_ranges(S, N * width, G.device):
             left = (narrow[channels] * scale).reshape(-1, width).t()
             right = wide[channels].reshape(-1, wide.shape[-1])
             total = left @ right if total is None else total.addmm_(left, right)

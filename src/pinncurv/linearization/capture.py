@@ -12,9 +12,7 @@ from torch import Tensor
 from pinncurv.jets import ConstantUse, LinearCall
 from pinncurv.linearization.blocks import DenseRows, JacobianBlock, LinearLayer
 from pinncurv.linearization.structure import Entry, Layer, Structure
-
-# So many elements of a batch of vectors are pulled back through what computes a tensor at a time.
-_BATCH_ELEMENTS = 1 << 22
+from pinncurv.machine import sizes_of
 
 
 def blocks_of_pass(
@@ -168,7 +166,7 @@ def _pull_back(
     """Pull batches of vectors back through a graph, a part of the batch at a time."""
     total = len(cotangents[0])
     largest = max(tensor.numel() for tensor in [*outputs, *inputs])
-    step = max(1, _BATCH_ELEMENTS // largest)
+    step = max(1, sizes_of(cotangents[0].device).held // largest)
     pieces = []
     with warnings.catch_warnings():  # weight_norm has no batching rule: torch loops, which is right
         warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)

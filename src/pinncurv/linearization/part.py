@@ -15,12 +15,9 @@ from torch.nn import Module
 
 from pinncurv.diffops import Plan
 from pinncurv.jets import Jet, seed
+from pinncurv.machine import sizes_of
 from pinncurv.problems import LossTerm
 from pinncurv.problems.residual import call_residual
-
-# A jet of the widest layer should have at most this many elements: it then stays in the cache, and
-# its memory is recycled by the allocator instead of being mapped anew for every operation.
-_CACHE_ELEMENTS = 1 << 19
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +62,7 @@ class TermPart:
             chunk_size: Most points of a part; None for no further limit.
         """
         N = len(self.x)
-        parts = math.ceil(N * self.plan.layout.S * widest / _CACHE_ELEMENTS)
+        parts = math.ceil(N * self.plan.layout.S * widest / sizes_of(self.x.device).cache)
         step = min(math.ceil(N / parts), chunk_size or N)
         if step >= N:
             yield self

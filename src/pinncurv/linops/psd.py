@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pinncurv.machine import symmetric_product
+
 FACTORIZATION_DTYPE = torch.float64
 
 
@@ -87,8 +89,7 @@ class Factorization(ABC):
 
     def inverse(self) -> Float[Tensor, "n n"]:
         """Return M⁻¹ = Wᵀ W with W = R⁻¹, exactly symmetric."""
-        W = self.whiten(torch.eye(len(self.root)).to(self.root))
-        return W.mT @ W
+        return symmetric_product(self.whiten(torch.eye(len(self.root)).to(self.root)))
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,17 @@ def symmetrize(
     Raises:
         FactorizationError: If an entry is not finite; says the name of the matrix.
     """
-    M = matrix.to(dtype)
+    M = check_entries(matrix.to(dtype), name)
+    half = 0.5 * M
+    return half + half.mT
+
+
+def check_entries(M: Float[Tensor, "n n"], name: str) -> Float[Tensor, "n n"]:
+    """Check that a matrix is finite, and return it.
+
+    Raises:
+        FactorizationError: If an entry is not finite; says the name of the matrix.
+    """
     # a finite sum proves finite entries in one reduction; the converse fails on overflow
     if not isfinite(M.sum().item()) and not bool(M.isfinite().all()):
         count = int((~M.isfinite()).sum())
@@ -157,8 +168,7 @@ def symmetrize(
             f"The entries of {name} must be finite, got {count} of {M.numel()} that are not. "
             "Look for a diverged loss (smaller steps, more damping) or an overflow in the model."
         )
-    half = 0.5 * M
-    return half + half.mT
+    return M
 
 
 def eigh(matrix: Float[Tensor, "n n"], name: str, floor: float = 0.0) -> EigenFactorization:

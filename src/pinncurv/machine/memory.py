@@ -97,7 +97,9 @@ def _groups() -> Iterator[tuple[Path, tuple[str, str, str]]]:
         else:
             continue
         own = root / path.strip("/")
-        yield from ((folder, names) for folder in (own, *own.parents) if folder.is_relative_to(root))
+        yield from (
+            (folder, names) for folder in (own, *own.parents) if folder.is_relative_to(root)
+        )
 
 
 def _left(folder: Path, limit: str, used: str, cache: str) -> int | None:

@@ -35,13 +35,17 @@ _ACCELERATOR = Sizes(cache=1 << 23, held=1 << 25, tile=2048, panel=2048)
 _FRACTION = 256  # of the memory, of which a pass holds some dozens of jets at a time
 
 
-@lru_cache
 def sizes_of(device: torch.device) -> Sizes:
     """Return the sizes of blocks for a device."""
     if device.type == "cpu":
         return _CPU
     if device.type != "cuda" or not torch.cuda.is_available():
         return _ACCELERATOR
+    return _of_cuda(device)
+
+
+@lru_cache
+def _of_cuda(device: torch.device) -> Sizes:
     elements = torch.cuda.get_device_properties(device).total_memory // 8 // _FRACTION
     least = _ACCELERATOR
     return Sizes(max(least.cache, elements), max(least.held, elements), least.tile, least.panel)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -56,7 +55,8 @@ def mirror_(matrix: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
     """
     for columns in _panels(matrix):
         square = matrix[columns, columns]
-        square.copy_(torch.maximum(square, square.mT))  # they differ by rounding
+        upper = square.mT.triu(1)
+        square.tril_().add_(upper)
         if columns.start:
             before = slice(0, columns.start)
             matrix[before, columns] = matrix[columns, before].mT
@@ -66,9 +66,7 @@ def mirror_(matrix: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
 def _panels(matrix: Tensor) -> Iterator[slice]:
     """Cut the rows of the result."""
     d = len(matrix)
-    if d < sizes_of(matrix.device).panel:
-        step = max(d, 1)
-    else:
-        step = min(-(-d // _PANELS), _WIDEST)
+    narrow = d < sizes_of(matrix.device).panel
+    step = max(d, 1) if narrow else min(-(-d // _PANELS), _WIDEST)
     for start in range(0, d, step):
         yield slice(start, min(d, start + step))
