@@ -19,7 +19,7 @@ class Sizes:
         held: Elements of what serves one large matrix product: rows of a Jacobian, columns of a
             sketch.
         tile: Rows of a square block that is updated elementwise many times.
-        panel: Fewest columns for which products XᵀX are cut into panels.
+        panel: Columns from which on products XᵀX are cut into panels, and most columns of a panel.
     """
 
     cache: int

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from pinncurv.machine.sizes import sizes_of
 
-# Most columns of a panel, and panels of a product with fewer: more of them save operations, but
-# narrow products run below the machine's rate.
-_WIDEST = 512
-_PANELS = 4
+# Fewest panels, if any: more of them save operations, but narrow products run below the machine's
+# rate.
+_FEWEST = 4
 
 
 def symmetric_product(X: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
@@ -66,7 +65,7 @@ def mirror_(matrix: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
 def _panels(matrix: Tensor) -> Iterator[slice]:
     """Cut the rows of the result."""
     d = len(matrix)
-    narrow = d < sizes_of(matrix.device).panel
-    step = max(d, 1) if narrow else min(-(-d // _PANELS), _WIDEST)
+    widest = sizes_of(matrix.device).panel
+    step = max(d, 1) if d < widest else min(-(-d // _FEWEST), widest)
     for start in range(0, d, step):
         yield slice(start, min(d, start + step))
