@@ -97,14 +97,18 @@ class JacobianLinearOperator(_Between):
 
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
         directions = [x.movedim(-1, 0) for x in X]
-        products: list[list[Tensor]] = [[] for _ in self.linearizations]
+        K = X[0].shape[-1]
+        products = [self.space.zeros(*shape, K) for shape in self._out_shape]
+        rows = [0] * len(products)
 
         def visit(t: int, chunk: Chunk) -> None:
             blocks = self.space.arrange(self.linearizations[t], chunk)
-            products[t].append(self.product(blocks, directions, chunk).transpose(0, 1))
+            part = self.product(blocks, directions, chunk).transpose(0, 1)
+            products[t][rows[t] : rows[t] + len(part)] = part
+            rows[t] += len(part)
 
         run(self.linearizations, visit)
-        return [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in products]
+        return products
 
     def _adjoint(self) -> PyTorchLinearOperator:
         return JacobianAdjointLinearOperator(self)

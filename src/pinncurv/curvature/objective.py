@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from typing import overload
 
 import torch
@@ -56,8 +55,8 @@ class LinearizedObjective(Sequence[Linearization]):
         self.of_some = losses is not None
         self._losses = losses
         self._terms = tuple(linearizations)
-        self._residuals: list[list[Tensor]] = [[] for _ in linearizations]
-        self._parts: list[list[Tensor]] = [[] for _ in linearizations]  # of the losses
+        self._residuals: list[Tensor] = []
+        self._totals = space.zeros(0)  # the losses, of the terms
         self._gradient: list[Tensor] | None = None
         self._flawed: bool | None = None  # whether it is not finite though the loss is
 
@@ -95,14 +94,17 @@ class LinearizedObjective(Sequence[Linearization]):
                 self._check_gradient()
             visit_all(self._terms, visitors)
             return
-        residuals: list[list[Tensor]] = [[] for _ in self._terms]
-        losses: list[list[Tensor]] = [[] for _ in self._terms]
+        # what outlives a chunk is made before all of them, or it would lie between temporaries in the
+        # heap, where these don't fit any more
+        residuals = [self.space.zeros(len(lin.x), lin.num_components) for lin in self._terms]
+        losses, rows = self.space.zeros(len(self._terms)), [0] * len(self._terms)
         gradient: list[Tensor | None] = [None] * len(self.space.parameters)
 
         def collect(t: int, chunk: Chunk) -> None:
-            residuals[t].append(chunk.residual)
-            energy = chunk.energy
-            losses[t].append(0.5 * chunk.residual.square().sum() if energy is None else energy)
+            n, energy = len(chunk.residual), chunk.energy
+            residuals[t][rows[t] : rows[t] + n] = chunk.residual
+            rows[t] += n
+            losses[t] += 0.5 * chunk.residual.square().sum() if energy is None else energy
             chunk = chunk.slope or chunk
             u = chunk.residual.t()[..., None]
             blocks = self.space.arrange(self._terms[t], chunk)
@@ -115,7 +117,7 @@ class LinearizedObjective(Sequence[Linearization]):
 
         visit_all(self._terms, (*visitors, collect))
         zeros = self.space.parameters.values()
-        self._residuals, self._parts = residuals, losses
+        self._residuals, self._totals = residuals, losses
         self._gradient = [
             torch.zeros_like(p) if g is None else g for g, p in zip(gradient, zeros, strict=True)
         ]
@@ -126,7 +128,7 @@ class LinearizedObjective(Sequence[Linearization]):
         """Check that the gradient is finite if the loss is, which alone may be asked for."""
         if self._flawed is None:
             finite = all_finite(self._gradient or [])
-            self._flawed = not finite and all_finite(list(chain.from_iterable(self._parts)))
+            self._flawed = not finite and all_finite([self._totals])
         if self._flawed:
             raise_for_gradient(self._terms)
 
@@ -152,7 +154,7 @@ class LinearizedObjective(Sequence[Linearization]):
             return None
         if self._gradient is None:
             self.run()
-        return [torch.cat(parts) for parts in self._residuals]
+        return self._residuals
 
     def residual_now(self) -> list[Float[Tensor, "N V"]]:
         """Evaluate r̃ at the same points and the parameters of now, without a graph."""
@@ -165,9 +167,8 @@ class LinearizedObjective(Sequence[Linearization]):
             return self._losses
         if self._gradient is None:
             self.run()
-        losses = torch.stack([torch.stack(parts).sum() for parts in self._parts])
         names = [linearization.term.name for linearization in self._terms]
-        return dict(zip(names, losses.tolist(), strict=True))
+        return dict(zip(names, self._totals.tolist(), strict=True))
 
     def gradient(self) -> list[Tensor]:
         """Return ∇L = Jᵀ r̃, one tensor per parameter.
@@ -339,11 +340,11 @@ class Objective:
         trained = self.parameters()  # follows what has changed
         losses: dict[str, Tensor] = {}
         for bound in self._bound:
-            parts = []
+            total = self._space.zeros(1)[0]
             for part in bound.losses():
                 part.backward()
-                parts.append(part.detach())
-            losses[bound.term.name] = torch.stack(parts).sum()
+                total += part.detach()
+            losses[bound.term.name] = total
         parameters = [p for p in trained if p.grad is not None]
         gradient = [p.grad for p in parameters if p.grad is not None]
         if not all_finite(gradient) and all_finite(list(losses.values())):

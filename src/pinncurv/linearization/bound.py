@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -110,7 +110,7 @@ class BoundTerm:
         self.followed: tuple[object, ...] = ()  # the state that was followed last
         self.follow()
         if chunk_size is not None and chunk_size >= len(x):
-            self.chunk_size = None
+            self.chunk_size, self._kept_parts = None, list(self._cut())
 
     def follow(self, network: NetworkState | None = None) -> None:
         """Find out again what has changed since the last time, if anything has.
@@ -135,10 +135,21 @@ class BoundTerm:
         with torch.inference_mode(mode=False):  # it serves later passes that autograd follows, too
             # a copy: x may share memory with what leaves no trace when it is written to, as numpy
             self.whole = self.part_type.of_all(self.term, self.x.detach().clone())
-        widest = max((max(p.shape, default=1) for p in self.parameters.values()), default=1)
-        self.parts = list(self.whole.cut(widest, self.chunk_size))
+        self._kept_parts = None if self.chunk_size else list(self._cut())
         self._structure: Structure | None = None
         self.followed = state
+
+    @property
+    def parts(self) -> Iterable[TermPart]:
+        """The term at the points that are differentiated at a time.
+
+        With a chunk size they are made anew, or what is known of them would grow with the points.
+        """
+        return self._cut() if self._kept_parts is None else self._kept_parts
+
+    def _cut(self) -> Iterator[TermPart]:
+        widest = max((max(p.shape, default=1) for p in self.parameters.values()), default=1)
+        return self.whole.cut(widest, self.chunk_size)
 
     @property
     def structure(self) -> Structure:

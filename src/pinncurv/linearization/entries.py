@@ -158,7 +158,7 @@ class BoundL2(BoundTerm):
         numbers = torch.arange(sum(p.numel() for p in chosen.values()), dtype=torch.float64)
         x = numbers[:, None].to(self.x.device)
         self.whole = EntryPart(self.term, x, Plan.of({}, x), chosen, self.term.scale(x))
-        self.parts = [self.whole]
+        self._kept_parts = [self.whole]
         self._structure = Structure((), (), {}, (), (), 1, entrywise=True)
         self.followed = state
 
