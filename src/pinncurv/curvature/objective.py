@@ -27,7 +27,7 @@ from pinncurv.linearization import (
     plain_network,
     visit_all,
 )
-from pinncurv.linops import all_finite
+from pinncurv.linops import all_finite, check_finite, read
 from pinncurv.problems import Energy, LossTerm, Problem, warn_unless_periodic
 
 
@@ -59,7 +59,7 @@ class LinearizedObjective(Sequence[Linearization]):
         self._residuals: list[list[Tensor]] = [[] for _ in linearizations]
         self._parts: list[list[Tensor]] = [[] for _ in linearizations]  # of the losses
         self._gradient: list[Tensor] | None = None
-        self._flawed: bool | None = None  # whether it is not finite though the loss is
+        self._checked = False  # whether the gradient is finite if the loss is
 
     @overload
     def __getitem__(self, index: int) -> Linearization: ...
@@ -137,11 +137,18 @@ class LinearizedObjective(Sequence[Linearization]):
 
     def _check_gradient(self) -> None:
         """Check that the gradient is finite if the loss is, which alone may be asked for."""
-        if self._flawed is None:
-            finite = all_finite(self._gradient or [])
-            self._flawed = not finite and all_finite(list(chain.from_iterable(self._parts)))
-        if self._flawed:
-            raise_for_gradient(self._terms)
+        if self._checked:
+            return
+
+        def look() -> None:
+            self._checked = False
+            if all_finite(list(chain.from_iterable(self._parts))):
+                raise_for_gradient(self._terms)
+
+        self._checked = True
+        check_finite(self._gradient or [], look)
+
+    checks_gradient = True  # nobody else need do it
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -180,7 +187,7 @@ class LinearizedObjective(Sequence[Linearization]):
             self.run()
         losses = torch.stack([torch.stack(parts).sum() for parts in self._parts])
         names = [linearization.term.name for linearization in self._terms]
-        return dict(zip(names, losses.tolist(), strict=True))
+        return dict(zip(names, read(losses)[0], strict=True))
 
     def gradient(self) -> list[Tensor]:
         """Return ∇L = Jᵀ r̃, one tensor per parameter.
@@ -415,7 +422,9 @@ class Objective:
             points = torch.randperm(N, generator=generator)[:count].sort()
             chosen.append(linearize_some(bound, points.values.to(bound.x.device)))
         with torch.no_grad():
-            losses = {name: float(loss) for name, loss in self.term_losses().items()}
+            terms = self.term_losses()
+            numbers = read(*terms.values())
+            losses = {name: loss for name, (loss,) in zip(terms, numbers, strict=True)}
         return LinearizedObjective(chosen, space, losses)
 
     def evaluate(self) -> Evaluation:
@@ -425,7 +434,8 @@ class Objective:
         """
         if self.chunk_size is not None:
             with torch.no_grad():
-                return Evaluation(float(self.loss()), self.linearize, self, self.fingerprint())
+                loss = read(self.loss())[0][0]
+                return Evaluation(loss, self.linearize, self, self.fingerprint())
         linearized = self.linearize()
         loss = sum(linearized.term_losses.values())
         return Evaluation(loss, lambda: linearized, self, self.fingerprint(followed=True))
