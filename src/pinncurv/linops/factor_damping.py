@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isfinite, sqrt
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -101,6 +101,7 @@ class FactorDamping:
     damping: float
     heuristic: Heuristic = same
     groups: Sequence[Sequence[int]] | None = None
+    settles_checks: ClassVar[bool] = True  # by a reading, before it uses any number
 
     def __post_init__(self) -> None:
         check_damping(self.damping)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -150,13 +151,15 @@ class CurvatureOptimizer(Optimizer):
         for group in self.param_groups:
             check_group(group, zero_rate=True)
             check_no_stray_gradients(group["params"])
-        try:
-            with checks_wait():
-                record = self._take(objective)
-        except _StaleError:  # of the last step, there is nothing to go on with
-            self._last = None
-            with checks_wait():
-                record = self._take(objective)
+        # other inverses may fail at what is not finite before a check says why it is not
+        settles = offers(self.preconditioner.inverse, "settles_checks")
+        for _ in range(2):
+            try:
+                with checks_wait() if settles else nullcontext():
+                    record = self._take(objective)
+                break
+            except _StaleError:  # of the last step, there is nothing to go on with
+                self._last = None
         self._progress.observe(record)
         return record
 
