@@ -38,6 +38,12 @@ _KINDS: dict[str, Mapping[str, Callable[..., Any]]] = {
     "optimizer": catalog.OPTIMIZERS,
 }
 
+
+def number_or_auto(text: str) -> int | str:
+    """Read a number of points, or auto."""
+    return text if text == "auto" else int(text)
+
+
 # Of every field of an experiment: what the help shows for its value, how it is read, and for what.
 _OPTIONS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "problem": ("P", str, "the PDE: a name, or FILE.py:NAME for your own"),
@@ -52,7 +58,7 @@ _OPTIONS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "dtype": ("T", str, "float64 or float32"),
     "device": ("D", str, "cpu, cuda, ..."),
     "threads": ("K", int, "threads of the CPU"),
-    "chunk_size": ("K", int, "points to process at a time; less memory, same result"),
+    "chunk_size": ("K", number_or_auto, "points to process at a time, or auto; same result"),
     "record_every": ("K", int, "steps between two rows of metrics; 0 for ever fewer"),
     "checkpoint_seconds": ("S", float, "seconds between two checkpoints"),
     "checkpoint_steps": ("K", int, "steps between two checkpoints"),

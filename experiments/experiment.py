@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import torch
 import typeguard
@@ -71,7 +71,8 @@ class Experiment:
         dtype: ``float64`` or ``float32``.
         device: Where to compute: cpu, cuda, ...
         threads: Number of CPU threads; None for torch's default.
-        chunk_size: How many points to process at a time; None for all.
+        chunk_size: How many points to process at a time; None for all, "auto" for what fits into
+            the memory.
         record_every: Steps between two rows of the metrics; 0 for at most 32 per doubling.
         checkpoint_seconds: Seconds between two checkpoints.
         checkpoint_steps: Steps between two checkpoints; None for by time only.
@@ -90,7 +91,7 @@ class Experiment:
     dtype: str = "float64"
     device: str = "cpu"
     threads: int | None = None
-    chunk_size: int | None = None
+    chunk_size: int | Literal["auto"] | None = None
     record_every: int = 0
     checkpoint_seconds: float = 30.0
     checkpoint_steps: int | None = None
@@ -139,7 +140,7 @@ class Experiment:
             "checkpoint_seconds",
             "checkpoint_steps",
         ):
-            if (value := getattr(self, name)) is not None and value <= 0:
+            if (value := getattr(self, name)) not in (None, "auto") and value <= 0:
                 raise UserError(f"{_flag(name)} must be positive, got {value}.")
         for name in ("resample_every", "record_every"):
             if getattr(self, name) < 0:

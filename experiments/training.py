@@ -6,7 +6,6 @@ import csv
 import hashlib
 import io
 import math
-import os
 import pickle
 import sys
 import time
@@ -25,6 +24,7 @@ from experiments.folder import write_atomically
 from experiments.objects import UserError, first_line, short, told
 from pinncurv.curvature import GaussNewton, Objective
 from pinncurv.linops import FactorizationError
+from pinncurv.machine import NotEnoughMemoryError, check_memory
 from pinncurv.optim import CurvatureOptimizer, HeldOut, StepRecord
 from pinncurv.problems import Errors, ResidualBased, Windows, warn_unless_periodic
 
@@ -105,8 +105,12 @@ class Trainer:
         settings = [f"{k}={v}" for k, v in self.experiment.of("network").items()]
         network = f"{short(self.experiment.network)}({', '.join(settings)})"
         windows = f", {len(self.windows.edges) - 1} time windows" if self.windows else ""
+        chunks = ""
+        if self.experiment.chunk_size == "auto":
+            picked = self.objective.chunk_size
+            chunks = f", {'all' if picked is None else picked} points at a time"
         dtype = self.experiment.dtype
-        return f"{self.problem.name}, {network}, {count} parameters, {dtype}{windows}"
+        return f"{self.problem.name}, {network}, {count} parameters, {dtype}{windows}{chunks}"
 
     def begin(self) -> None:
         """Let what draws from torch's own generator draw as if no other training had."""
@@ -268,18 +272,12 @@ def _check_memory(label: str, optimizer: Any, parameters: Sequence[torch.Tensor]
         optimizer.preconditioner.curvature, GaussNewton
     ):
         return
-    dimension, first = sum(p.numel() for p in parameters), parameters[0]
-    needed = 3 * dimension**2 * first.element_size()
-    if first.device.type == "cuda":
-        present = torch.cuda.mem_get_info(first.device)[1]
-    else:
-        present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > present:
-        raise UserError(
-            f"{label}: the Gauss-Newton matrix of {dimension} parameters needs about "
-            f"{needed / 2**30:.0f} GiB of memory, and there are {present / 2**30:.0f}. Choose "
-            "another optimizer, e.g. kfac_star."
-        )
+    D, first = sum(p.numel() for p in parameters), parameters[0]
+    what, instead = f"{label}: JᵀJ of {D:,} parameters", "Choose another optimizer, as kfac_star."
+    try:
+        check_memory(what, 3 * D**2, first.dtype, first.device, instead)
+    except NotEnoughMemoryError as error:
+        raise UserError(str(error)) from None
 
 
 # --- checkpoints ----------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from experiments import figures, results, tracking, training
 from experiments.command import Interruption, run_program
 from experiments.folder import RunFolder, describe_environment
 from experiments.training import Trainer, is_recorded
+from pinncurv.machine import memory
 from tests.experiments.runs import (
     ALL,
     EVERY,
@@ -440,9 +441,19 @@ def test_one_optimizer_out_of_memory_does_not_stop_the_others(
 
 
 def test_a_matrix_larger_than_the_memory_is_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(os, "sysconf", lambda name: 1)
+    monkeypatch.setattr(memory, "_ALWAYS", 0)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
     assert start(tmp_path / "run", "--optimizers", "engd") == 2
-    assert "engd: the Gauss-Newton matrix of 21 parameters needs about" in capsys.readouterr().err
+    assert "Engd: JᵀJ of 21 parameters must fit into the memory" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("_no_figure")
+def test_a_chunk_size_that_is_picked_is_said(tmp_path, capsys):
+    options = ["--optimizers", "sgd", "--steps", "1", "--chunk-size"]
+    assert start(tmp_path / "run", *options, "auto") == 0
+    assert "float64, all points at a time" in capsys.readouterr().out
+    assert start(tmp_path / "other", *options, "some") == 2
+    assert "--chunk-size" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("_no_figure")

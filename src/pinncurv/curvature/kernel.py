@@ -74,6 +74,10 @@ class KernelLinearOperator(SymmetricLinearOperator):
                 is with more residuals than parameters.
         """
         damping, name = check_damping(damping), "the kernel of the residuals"
+        R = self.shape[0]
+        what = f"the kernel of {R:,} residuals with its factorization"
+        known = "matrix" in vars(self)
+        check_memory(what, (2 if known else 3) * R * R, FACTORIZATION_DTYPE, self.device, INSTEAD)
         matrix = check_entries(self.matrix, name).to(FACTORIZATION_DTYPE, copy=True)
         matrix.diagonal().add_(damping)
         return factorize(matrix, name, damping)

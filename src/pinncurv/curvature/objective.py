@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import overload
+from typing import Literal, overload
 
 import torch
 from jaxtyping import Float
@@ -21,6 +22,7 @@ from pinncurv.linearization import (
     Linearization,
     Visitor,
     bind,
+    fitting_chunk_size,
     linearize_some,
     network_state,
     plain_network,
@@ -28,6 +30,11 @@ from pinncurv.linearization import (
 )
 from pinncurv.linops import all_finite, check_finite, read
 from pinncurv.problems import Energy, LossTerm, Problem, warn_unless_periodic
+
+_LOG = logging.getLogger(__name__)
+
+# How many points to process at a time, None for all.
+ChunkSize = int | Literal["auto"] | None
 
 
 class LinearizedObjective(Sequence[Linearization]):
@@ -236,7 +243,8 @@ class Objective:
         terms: The loss terms.
         points: The points of each term, ``[N_t, d]``.
         chunk_size: How many points to process at a time; None for all. It changes the memory that
-            is needed, not the results.
+            is needed, not the results. With ``"auto"`` it is what fits into the memory that is free
+            now; the attribute of this name, and the log, say what was picked.
         check: Whether to compare the derivatives of the network with reverse mode once, at two
             points; costs at most a step.
         compile: Whether to trace what is done at the points to flat graphs and compile them, for
@@ -257,7 +265,7 @@ class Objective:
         model: Module,
         terms: Sequence[LossTerm],
         points: Sequence[Tensor],
-        chunk_size: int | None = None,
+        chunk_size: ChunkSize = None,
         check: bool = True,
         compile: bool = False,
     ) -> None:
@@ -265,16 +273,33 @@ class Objective:
         self.model = plain_network(model)
         self.terms = tuple(terms)
         self.points = tuple(points)
-        self.chunk_size = chunk_size
         self._check = check
         self._compile = compile
         _check_terms(self.terms, self.points)
-        self._bound = [
-            bind(term, model, x, chunk_size, self.terms, check, compile)
-            for term, x in zip(self.terms, self.points, strict=True)
-        ]
+        if isinstance(chunk_size, str):
+            chunk_size = self._fitting(chunk_size)
+        self.chunk_size = chunk_size
+        self._bound = self._bind(chunk_size)
         self._structures: list[object] = [None for _ in self._bound]
         self._space = self.space
+
+    def _bind(self, chunk_size: int | None) -> list[BoundTerm]:
+        pairs = zip(self.terms, self.points, strict=True)
+        check, compile = self._check, self._compile
+        return [
+            bind(term, self.model, x, chunk_size, self.terms, check, compile) for term, x in pairs
+        ]
+
+    def _fitting(self, chunk_size: str) -> int | None:
+        """Pick how many points to process at a time, and say so."""
+        if chunk_size != "auto":
+            raise ValueError(
+                f"chunk_size must be a number of points, None or 'auto', got {chunk_size!r}. Pass "
+                "'auto' for what fits into the memory."
+            )
+        picked = fitting_chunk_size(self._bind(None))
+        _LOG.info("chunk_size='auto' picked %s", "all points" if picked is None else picked)
+        return picked
 
     @classmethod
     def sample(
@@ -282,7 +307,7 @@ class Objective:
         model: Module,
         terms: Problem | Sequence[LossTerm],
         generator: torch.Generator | None = None,
-        chunk_size: int | None = None,
+        chunk_size: ChunkSize = None,
         check: bool = True,
         compile: bool = False,
     ) -> Objective:
@@ -294,7 +319,7 @@ class Objective:
             model: The network.
             terms: A problem, or the loss terms.
             generator: Randomness, on the CPU; seed 0 by default.
-            chunk_size: How many points to process at a time; None for all.
+            chunk_size: How many points to process at a time; None for all, or ``"auto"``.
             check: Whether to compare the derivatives of the network with reverse mode once.
             compile: Whether to compile what is done at the points.
         """

@@ -26,6 +26,7 @@ from pinncurv.linearization.fisher import (
     ForwardOnly as ForwardOnly,
     Type2 as Type2,
 )
+from pinncurv.linearization.footprint import fitting_chunk_size as fitting_chunk_size
 from pinncurv.linearization.linearization import (
     Linearization as Linearization,
     Visitor as Visitor,

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pinncurv.linops.blocks import Block, check_blocks, flat_positions, from_joint, to_joint
-from pinncurv.linops.operator import SymmetricLinearOperator
+from pinncurv.linops.operator import SymmetricLinearOperator, check_dense
 
 # joint matrices, of one vector or of K with an axis of their own
 Joint = Float[Tensor, "*K d_out d_joint"]
@@ -75,6 +75,7 @@ class LayerwiseLinearOperator(SymmetricLinearOperator, ABC):
         return [y.unsqueeze(-1) for y in Y] if is_vector else Y
 
     def to_dense(self) -> Float[Tensor, "D D"]:
+        check_dense(self)
         dense = torch.zeros(self.shape, device=self.device, dtype=self.dtype)
         for i, position in enumerate(flat_positions(self.blocks, self._in_shape)):
             block = self.block_to_dense(i).to(self.dtype)

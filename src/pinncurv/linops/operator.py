@@ -12,6 +12,8 @@ from curvlinops._torch_base import PyTorchLinearOperator
 from jaxtyping import Float
 from torch import Size, Tensor
 
+from pinncurv.machine import check_memory
+
 if TYPE_CHECKING:
     from pinncurv.linops.psd import FactorizationReport
 
@@ -32,6 +34,18 @@ def check_damping(damping: float) -> float:
             "Pass a Python float such as 1e-8."
         )
     return float(damping)
+
+
+def check_dense(operator: PyTorchLinearOperator) -> None:
+    """Check that an operator fits into the memory as a matrix.
+
+    Raises:
+        NotEnoughMemoryError: If it does not.
+    """
+    rows, columns = operator.shape
+    what = f"the matrix of {type(operator).__name__}, {rows:,} x {columns:,},"
+    instead = "Use products with the operator, or parts of it."
+    check_memory(what, rows * columns, operator.dtype, operator.device, instead)
 
 
 class SymmetricLinearOperator(PyTorchLinearOperator):
@@ -131,6 +145,7 @@ class SymmetricLinearOperator(PyTorchLinearOperator):
 
     def to_dense(self) -> Float[Tensor, "D D"]:
         """Return the matrix C I."""
+        check_dense(self)
         return self @ torch.eye(self.shape[1], device=self.device, dtype=self.dtype)
 
     def diagonal(self) -> Float[Tensor, " D"]:

@@ -198,8 +198,11 @@ class QuadraticModel(StepSize):
             directions.append(situation.previous)
         gradient = torch.cat([part.flatten() for part in situation.gradient])
         V = torch.stack([torch.cat([p.flatten() for p in parts]) for parts in directions], 1)
-        images = situation.linearized.jacobian @ V
-        M = images.t() @ images + situation.damping * (V.t() @ V)
+        columns = [torch.stack(parts, -1) for parts in zip(*directions, strict=True)]
+        M = situation.damping * (V.t() @ V)
+        for image in situation.linearized.jacobian @ columns:  # of each term: all would be a copy
+            rows = image.flatten(0, -2)
+            M = M + rows.t() @ rows
         entries, b = read(M, V.t() @ gradient)
         rows = [entries[i : i + len(b)] for i in range(0, len(entries), len(b))]
         coefficients, decrease = minimize_quadratic(rows, b)
