@@ -42,6 +42,12 @@ def over_layers(cost) -> float:
     return sum(cost(d_in, d_out) for d_in, d_out in DIMS)
 
 
+def symmetric(d: int) -> int:
+    """Entries of a symmetric matrix that are computed: four panels, or of at most 128 columns."""
+    step = d if d < 128 else min(-(-d // 4), 128)
+    return sum(min(step, d - start) * min(d, start + step) for start in range(0, d, step))
+
+
 FACTORS = over_layers(lambda d_in, d_out: N * S * (d_in**2 + V * d_out**2))
 CHANNELS = over_layers(lambda d_in, d_out: N * S**2 * (d_in + V * d_out))
 KRONECKER = over_layers(lambda d_in, d_out: d_in * d_out * (d_in + d_out))
@@ -69,10 +75,10 @@ def linearizations():
 
 
 BUILD = {
-    "dense": (GaussNewton(), JACOBIAN + R * D**2),
+    "dense": (GaussNewton(), JACOBIAN + R * symmetric(D)),
     "blocks": (
         BlockDiagonalGaussNewton(),
-        JACOBIAN + over_layers(lambda d_in, d_out: R * (d_in * d_out) ** 2),
+        JACOBIAN + over_layers(lambda d_in, d_out: R * symmetric(d_in * d_out)),
     ),
     "diagonal": (DiagonalGaussNewton(), JACOBIAN),
     "expand": (KFAC(), FACTORS),

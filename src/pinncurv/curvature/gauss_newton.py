@@ -184,7 +184,8 @@ class GaussNewton:
 
     JᵀJ
 
-    Cost: N S V D + R D² to build and D² numbers; O(D³) once to invert and D² more; D² per product.
+    Cost: N S V D + R D² / 2 to build and D² numbers; O(D³) once to invert and D² more; D² per
+    product.
     """
 
     def __call__(self, linearizations: Sequence[Linearization]) -> DenseLinearOperator:
@@ -198,7 +199,7 @@ class BlockDiagonalGaussNewton:
 
     diag_l(J_lᵀJ_l)
 
-    Cost: with n = d_in d_out, N S V n + R n² to build and n² numbers per layer; O(n³) once to
+    Cost: with n = d_in d_out, N S V n + R n² / 2 to build and n² numbers per layer; O(n³) once to
     invert and n² more; n² per product.
     """
 

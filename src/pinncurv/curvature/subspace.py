@@ -22,7 +22,8 @@ from pinncurv.linops import (
     pivoted_cholesky,
     symmetrize,
 )
-from pinncurv.machine import check_memory
+from pinncurv.linops.tall_svd import tall_svd_
+from pinncurv.machine import check_memory, sizes_of
 
 
 class SubspaceGaussNewtonLinearOperator(SymmetricLinearOperator):
@@ -141,6 +142,14 @@ def _whitening(K: Float[Tensor, "m m"], eps: float) -> Float[Tensor, "m k"]:
     values, vectors = torch.linalg.eigh(symmetrize(K, "the kernel of the sampled points"))
     kept = values > len(K) * eps * values[-1]
     return vectors[:, kept] / values[kept].sqrt()
+
+
+def _times_(C: Float[Tensor, "R m"], T: Float[Tensor, "m k"]) -> Float[Tensor, "R k"]:
+    """Return C T, which is written over C."""
+    k = T.shape[1]
+    for rows in C.split(max(1, sizes_of(C.device).held // max(1, len(T)))):
+        rows[:, :k] = rows @ T
+    return C[:, :k]
 
 
 def _positive(damping: float) -> float:
@@ -271,9 +280,8 @@ class SubspaceGaussNewton:
         samples = self.choice(linearizations, self.points, self.seed)
         K = kernel_matrix(samples, space, torch.float64)
         T = _whitening(K, torch.finfo(space.dtype).eps)
-        P, sigma, Wt = torch.linalg.svd(
-            cross_kernel(linearizations, samples, space) @ T, full_matrices=False
-        )
+        images = _times_(cross_kernel(linearizations, samples, space), T)
+        P, sigma, Wt = tall_svd_(images)
         return SubspaceGaussNewtonLinearOperator(
             linearizations, JacobianLinearOperator(samples, space), T @ Wt.mT, sigma, P
         )

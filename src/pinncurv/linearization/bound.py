@@ -114,6 +114,7 @@ class BoundTerm:
         self._checks = check
         self._compiles = compile
         self._passes: CompiledPasses | None = None
+        self._kept_parts: list[TermPart] | None = None
         self.followed: tuple[object, ...] = ()  # the state that was followed last
         self.follow()
         if chunk_size is not None and chunk_size >= len(x):

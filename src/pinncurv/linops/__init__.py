@@ -20,6 +20,7 @@ so blocks of n = d_in d_out, and D parameters in all; sums over layers are left 
 - ``cg``, ``cg_inverse``: preconditioned conjugate gradients, and the inverse by them.
 - ``pivoted_cholesky``: a few columns that stand for a matrix.
 - ``reading``: few waits for the device.
+- ``tall_svd``: the decomposition of many rows in their own memory.
 - ``psd``: the one path for factorizations of positive semidefinite matrices.
 """
 
