@@ -8,7 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pinncurv.compilation import Graphs
 from pinncurv.curvature.parameters import ParameterSpace
+from pinncurv.curvature.together import together
 from pinncurv.linearization import Chunk, JacobianBlock, Linearization, Type2, run
 from pinncurv.linops import PyTorchLinearOperator
 
@@ -54,16 +56,21 @@ class JacobianLinearOperator(_Between):
     Args:
         linearizations: One per term, with the exact output gradients.
         space: The parameters; by default those of the terms.
+        graphs: What is compiled of the objective, if it is not that of the linearizations.
 
     Raises:
         ValueError: If a linearization has other output gradients than the exact ones.
     """
 
     def __init__(
-        self, linearizations: Sequence[Linearization], space: ParameterSpace | None = None
+        self,
+        linearizations: Sequence[Linearization],
+        space: ParameterSpace | None = None,
+        graphs: Graphs | None = None,
     ) -> None:
         check_exact(linearizations)
         self.linearizations = linearizations
+        self.graphs = graphs or getattr(linearizations, "graphs", None)
         self.space = ParameterSpace.of(linearizations) if space is None else space
         out_shapes = [(len(lin.x), lin.num_components) for lin in linearizations]
         super().__init__([tuple(shape) for shape in self.space.shapes], out_shapes)
@@ -100,7 +107,16 @@ class JacobianLinearOperator(_Between):
 
         def visit(t: int, chunk: Chunk) -> None:
             blocks = self.space.arrange(self.linearizations[t], chunk)
-            products[t].append(self.product(blocks, directions, chunk).transpose(0, 1))
+
+            def multiply() -> list[Tensor]:
+                return [self.product(blocks, directions, chunk)]
+
+            if type(self) is JacobianLinearOperator:  # others may use tensors of their own
+                key = "product with J", self.space.blocks
+                (image,) = together(self.graphs, key, multiply, blocks, directions)
+            else:
+                (image,) = multiply()
+            products[t].append(image.transpose(0, 1))
 
         run(self.linearizations, visit)
         return [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in products]

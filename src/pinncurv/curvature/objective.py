@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from typing import overload
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Module
 
+from pinncurv.compilation import Graphs
 from pinncurv.curvature.finiteness import raise_for_gradient
 from pinncurv.curvature.jacobian import JacobianLinearOperator
 from pinncurv.curvature.parameters import ParameterSpace
@@ -43,7 +45,9 @@ class LinearizedObjective(Sequence[Linearization]):
     Args:
         linearizations: One per term.
         space: The parameters.
-        losses: The losses L_t of all points, where the linearizations are of some.
+        losses: The losses L_t of all points, if they are known.
+        of_some: Whether the linearizations are of some points.
+        graphs: What is compiled of functions of the blocks, if it is.
     """
 
     def __init__(
@@ -51,9 +55,12 @@ class LinearizedObjective(Sequence[Linearization]):
         linearizations: Sequence[Linearization],
         space: ParameterSpace,
         losses: dict[str, float] | None = None,
+        of_some: bool = False,
+        graphs: Graphs | None = None,
     ) -> None:
         self.space = space
-        self.of_some = losses is not None
+        self.of_some = of_some
+        self.graphs = graphs
         self._losses = losses
         self._terms = tuple(linearizations)
         self._residuals: list[list[Tensor]] = [[] for _ in linearizations]
@@ -163,7 +170,8 @@ class LinearizedObjective(Sequence[Linearization]):
     @cached_property
     def jacobian(self) -> JacobianLinearOperator:
         """J, from the list of parameters to one tensor ``[N_t, V_t]`` per term."""
-        return JacobianLinearOperator(self._terms, self.space)  # no cycle: it is freed at once
+        # of the terms, not of self: without a cycle it is freed at once
+        return JacobianLinearOperator(self._terms, self.space, self.graphs)
 
     @property
     def residual(self) -> list[Float[Tensor, "N V"]] | None:
@@ -272,6 +280,7 @@ class Objective:
             bind(term, model, x, chunk_size, self.terms, check, compile)
             for term, x in zip(self.terms, self.points, strict=True)
         ]
+        self._graphs = _graphs_of(self.model) if compile else None
         self._structures: list[object] = [None for _ in self._bound]
         self._space = self.space
 
@@ -384,8 +393,12 @@ class Objective:
 
     def linearize(self) -> LinearizedObjective:
         """Linearize all terms at the current parameters."""
+        return self._linearize(None)
+
+    def _linearize(self, losses: dict[str, float] | None) -> LinearizedObjective:
         space = self.space  # follows what has changed
-        return LinearizedObjective([Linearization(bound) for bound in self._bound], space)
+        made = [Linearization(bound) for bound in self._bound]
+        return LinearizedObjective(made, space, losses, graphs=self._graphs)
 
     @property
     def is_sum_of_squares(self) -> bool:
@@ -422,10 +435,13 @@ class Objective:
             points = torch.randperm(N, generator=generator)[:count].sort()
             chosen.append(linearize_some(bound, points.values.to(bound.x.device)))
         with torch.no_grad():
-            terms = self.term_losses()
-            numbers = read(*terms.values())
-            losses = {name: loss for name, (loss,) in zip(terms, numbers, strict=True)}
-        return LinearizedObjective(chosen, space, losses)
+            losses = self._losses_now()
+        return LinearizedObjective(chosen, space, losses, of_some=True)
+
+    def _losses_now(self) -> dict[str, float]:
+        terms = self.term_losses()
+        numbers = read(*terms.values())
+        return {name: loss for name, (loss,) in zip(terms, numbers, strict=True)}
 
     def evaluate(self) -> Evaluation:
         """Evaluate L together with what the next linearization at these parameters needs.
@@ -434,8 +450,9 @@ class Objective:
         """
         if self.chunk_size is not None:
             with torch.no_grad():
-                loss = read(self.loss())[0][0]
-                return Evaluation(loss, self.linearize, self, self.fingerprint())
+                losses = self._losses_now()
+            again = partial(self._linearize, losses)
+            return Evaluation(sum(losses.values()), again, self, self.fingerprint())
         linearized = self.linearize()
         loss = sum(linearized.term_losses.values())
         return Evaluation(loss, lambda: linearized, self, self.fingerprint(followed=True))
@@ -456,6 +473,13 @@ class Objective:
             return (*versions, *(bound.followed for bound in self._bound))
         network = network_state(self.model)
         return (*versions, *(bound.state(network) for bound in self._bound))
+
+
+_GRAPHS: WeakKeyDictionary[Module, Graphs] = WeakKeyDictionary()
+
+
+def _graphs_of(model: Module) -> Graphs:
+    return _GRAPHS.setdefault(model, Graphs("Sums over the points", closed=True))
 
 
 def _sum(parts: Iterator[Tensor]) -> Tensor:

@@ -165,9 +165,9 @@ class BoundTerm:
                     found = find_structure(few, self.model, self.parameters, self.as_jets)
                     if self._checks:
                         check_derivatives(self.whole, self.model, self.parameters)
-                known = before[self.model.training] = _Found(
-                    made_from, found, self._checks, CompiledPasses(self.term.name)
-                )
+                passes = CompiledPasses.of(self.term.name, known and known.passes)
+                known = _Found(made_from, found, self._checks, passes)
+                before[self.model.training] = known
             found, scale = known.structure, self.whole.scale
             if isinstance(scale, Tensor) and scale.shape[1] not in (1, found.components):
                 raise ValueError(
