@@ -165,7 +165,7 @@ class BoundTerm:
                     found = find_structure(few, self.model, self.parameters, self.as_jets)
                     if self._checks:
                         check_derivatives(self.whole, self.model, self.parameters)
-                passes = CompiledPasses.of(self.term.name, known and known.passes)
+                passes = CompiledPasses.of(self.term.name, known.passes if known else None)
                 known = _Found(made_from, found, self._checks, passes)
                 before[self.model.training] = known
             found, scale = known.structure, self.whole.scale
