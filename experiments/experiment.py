@@ -39,7 +39,7 @@ DEFAULT_SECONDS = 16.0
 _MOST_THREADS = max(os.cpu_count() or 1, 256)
 
 # Fields that a setting may change for one optimizer alone.
-OF_ONE = ("seconds", "steps", "resample_every", "chunk_size")
+OF_ONE = ("seconds", "steps", "resample_every", "chunk_size", "compile")
 
 # What a function of the user's own may ask for by these names.
 _OF_NETWORKS = ("d_in", "d_out")
@@ -72,6 +72,7 @@ class Experiment:
         device: Where to compute: cpu, cuda, ...
         threads: Number of CPU threads; None for torch's default.
         chunk_size: How many points to process at a time; None for all.
+        compile: Whether passes are compiled, outside of the budget.
         record_every: Steps between two rows of the metrics; 0 for at most 32 per doubling.
         checkpoint_seconds: Seconds between two checkpoints.
         checkpoint_steps: Steps between two checkpoints; None for by time only.
@@ -91,6 +92,7 @@ class Experiment:
     device: str = "cpu"
     threads: int | None = None
     chunk_size: int | None = None
+    compile: bool = False
     record_every: int = 0
     checkpoint_seconds: float = 30.0
     checkpoint_steps: int | None = None

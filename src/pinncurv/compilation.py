@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -128,7 +129,11 @@ class Graphs:
                 f"it would be compiled more than {_MOST_GRAPHS} times, for other numbers in the "
                 "functions or other numbers of points each time"
             )
-        self.known[key] = _Known(compiled(function, given, fixed, self.closed))
+        start = time.perf_counter()
+        try:
+            self.known[key] = _Known(compiled(function, given, fixed, self.closed))
+        finally:
+            _SPENT.append(time.perf_counter() - start)
         return self.known[key]
 
     def _refused(
@@ -146,6 +151,14 @@ class Graphs:
             stacklevel=2,
         )
         return result
+
+
+_SPENT: list[float] = []
+
+
+def seconds_spent() -> float:
+    """Return how long this process has traced and compiled, which is no time of a step."""
+    return sum(_SPENT)
 
 
 def form_of(tensors: Sequence[Tensor]) -> tuple[Hashable, ...]:
