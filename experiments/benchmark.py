@@ -56,10 +56,10 @@ def main(arguments: Sequence[str]) -> ExitCode:
     print(f"torch {torch.__version__}, {options.device}, {options.threads} threads, {DTYPE}")
     program = _costs if options.costs else _counts if options.count else _times
     results: Results = []
+    _write(options, results)  # before an hour has passed, to see whether it can be written
     for size in options.sizes:
         results += program(size, options)
-        if options.output is not None:  # after each size: what was measured is kept
-            _write(options, results)
+        _write(options, results)
     return ExitCode.SUCCESS
 
 
@@ -85,7 +85,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Refuse what cannot be measured, before an hour has passed.
+    """Refuse what cannot be measured.
 
     Raises:
         UserError: If there is something.
@@ -119,6 +119,13 @@ def _figures(size: str, options: argparse.Namespace) -> list[str]:
 
 
 def _write(options: argparse.Namespace, results: Results) -> None:
+    """Write what has been measured so far, if it is to be written.
+
+    Raises:
+        UserError: If it cannot be.
+    """
+    if options.output is None:
+        return
     environment = describe_environment(torch.device(options.device))
     environment["threads"] = options.threads
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from statistics import median_low
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -14,7 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _PRODUCTS = {
     f"aten::{n}{i}" for n in ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv") for i in ("", "_")
 }
+STEPS = 5
 _SYNCHRONIZATIONS = {"cudaStreamSynchronize", "cudaEventSynchronize"}
+# Methods of a tensor by which Python reads values of it, from whatever device.
 _READS = ("item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__")
 
 
@@ -27,23 +30,19 @@ class Event(Protocol):
 
 @dataclass(frozen=True)
 class Counts:
-    """What one step makes.
+    """What the profiler sees of one step.
 
     Attributes:
         calls: Torch operations, without those that they call themselves.
         products: Matrix products, with those inside of compiled graphs.
         launches: Launches of kernels and of graphs on a GPU.
         synchronizations: How often the CPU waits for a stream of a GPU.
-        reads: Values that Python reads: item, tolist, numpy, float, bool, int.
-        flops: Of matrix products by torch; None if compiled graphs hide some.
     """
 
     calls: int
     products: int
     launches: int
     synchronizations: int
-    reads: int = 0
-    flops: int | None = None
 
 
 def count_events(events: Iterable[Event]) -> Counts:
@@ -66,7 +65,7 @@ def _outer(event: Event) -> Iterator[str]:
 
 @contextmanager
 def counted_reads() -> Iterator[list[str]]:
-    """Collect the names of the reads of values, on whatever device."""
+    """Collect the names of the methods by which values are read."""
     reads: list[str] = []
 
     def counted(name: str) -> Callable[..., Any]:
@@ -80,7 +79,7 @@ def counted_reads() -> Iterator[list[str]]:
 
     own = {name: Tensor.__dict__[name] for name in _READS if name in Tensor.__dict__}
     try:
-        for name, read in [(name, counted(name)) for name in _READS]:
+        for name, read in {name: counted(name) for name in _READS}.items():
             setattr(Tensor, name, read)
         yield reads
     finally:
@@ -113,18 +112,21 @@ class ProductFlops(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count(work: Callable[[], object], device: str, compiled: bool) -> dict[str, Any]:
-    """Return the counts of one step each."""
+def count(work: Callable[[], object], device: str, compiled: bool) -> dict[str, int]:
+    """Return the medians of each count over some steps, a few of which shorten their update."""
     activities = [ProfilerActivity.CPU]
     if device != "cpu":
         activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities) as profiler:
-        work()
-    events = asdict(count_events(profiler.events()))
-    with counted_reads() as reads:
-        work()
-    if compiled:  # would be traced anew for a mode
-        return {**events, "reads": len(reads)}
-    with ProductFlops() as flops:
-        work()
-    return {**events, "reads": len(reads), "flops": flops.total}
+    steps = []
+    for _ in range(STEPS):
+        with profile(activities=activities) as profiler:
+            work()
+        with counted_reads() as reads:
+            work()
+        step = {**asdict(count_events(profiler.events())), "reads": len(reads)}
+        if not compiled:  # which would be traced anew for a mode
+            with ProductFlops() as products:
+                work()
+            step["flops"] = products.total
+        steps.append(step)
+    return {name: median_low(step[name] for step in steps) for name in steps[0]}

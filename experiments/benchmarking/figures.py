@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -77,9 +77,11 @@ def target(figure: str, size: str, device: str) -> Target:
     return targets.get((figure, size), Target())
 
 
-def verdict(what: str, value: float, limit: float) -> str:
-    """Say whether a target is met."""
-    return f"{what} {value:.3f}: target {limit:g} {'met' if value <= limit else 'MISSED'}"
+def verdict(what: str, value: float, limit: float | None) -> Iterator[str]:
+    """Yield whether a target is met, nothing where there is none."""
+    if limit is not None:
+        met = "met" if value <= limit else "MISSED"
+        yield f"{what} {value:.3f}: target {limit:g} {met}"
 
 
 def build(figure: str, name: str, compiled: bool = False, device: str = "cpu") -> Evaluate:

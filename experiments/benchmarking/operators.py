@@ -86,7 +86,7 @@ def measure(name: str, size: str, device: str) -> dict[str, float]:
     gradient = linearized.gradient()
     reset_peak(device)
     before, start = megabytes(device), time.perf_counter()
-    times = []
+    times: list[tuple[float, float]] = []
     while len(times) < REPETITIONS and time.perf_counter() - start < SECONDS:
         times.append(_once(method, linearized, gradient, device))
     build, solve = map(statistics.median, zip(*times, strict=True))

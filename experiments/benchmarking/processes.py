@@ -15,6 +15,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -82,15 +83,17 @@ class Worker:
     def turn(self) -> dict[str, Any]:
         """Return the results of one turn."""
         assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
+        with suppress(BrokenPipeError):  # of a process that has ended, which is read next
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
         return self._read()
 
     def end(self) -> None:
-        """End the process."""
+        """End the process, if it has not ended yet."""
         for pipe in (self.process.stdin, self.process.stdout):
             assert pipe is not None
-            pipe.close()
+            with suppress(BrokenPipeError):
+                pipe.close()
         self.process.wait()  # not for those that it may have started to compile
         self._errors.close()
 
@@ -100,7 +103,9 @@ class Worker:
             return dict(json.loads(line))
         status = self.process.wait()
         self._errors.seek(0)
-        raise ChildProcessError(self._errors.read().strip() or f"exit status {status}")
+        errors = self._errors.read().strip()
+        self.end()
+        raise ChildProcessError(errors or f"exit status {status}")
 
 
 def last_line(error: ChildProcessError) -> str:

@@ -209,20 +209,18 @@ class _Measured:
         assert row.ratio is not None
         assert row.megabytes is not None
         goal = target(series.figure, self.name, self.setting.device)
-        checks = [
-            ("ratio", row.ratio, goal.compiled if series.compiled else goal.eager),
-            ("MB", row.megabytes, goal.megabytes),
-            ("MB over baseline", row.megabytes / self._median(_BASELINE, "megabytes"), goal.memory),
-        ]
+        baseline = self._median(_BASELINE, "megabytes")
+        yield from verdict("ratio", row.ratio, goal.compiled if series.compiled else goal.eager)
+        yield from verdict("MB", row.megabytes, goal.megabytes)
+        yield from verdict("MB over baseline", row.megabytes / baseline, goal.memory)
+        if series.compiled and row.share:
+            yield from verdict("over floor", 1 / row.share, goal.over_floor)
         eager = replace(series, compiled=False)
         if series.compiled and eager in self.turns:
-            checks.append(("over eager", self._over(series, eager), goal.over_eager))
-        if series.compiled and row.share:
-            checks.append(("over floor", 1 / row.share, goal.over_floor))
+            yield from verdict("over eager", self._over(series, eager), goal.over_eager)
         if row.over_old is not None and row.old_megabytes is not None:
-            checks.append(("new / old", row.over_old, OVER_OLD))
-            checks.append(("MB new / old", row.megabytes / row.old_megabytes, OVER_OLD))
-        yield from (verdict(*check) for check in checks if check[2] is not None)
+            yield from verdict("new / old", row.over_old, OVER_OLD)
+            yield from verdict("MB new / old", row.megabytes / row.old_megabytes, OVER_OLD)
 
     def _median(self, series: Series, key: str) -> float:
         return median(turn[key] for turn in self.turns[series])
