@@ -27,7 +27,7 @@ from pinncurv.linearization import (
     plain_network,
     visit_all,
 )
-from pinncurv.linops import all_finite
+from pinncurv.linops import all_finite, check_finite, read
 from pinncurv.problems import Energy, LossTerm, Problem, warn_unless_periodic
 
 
@@ -59,7 +59,7 @@ class LinearizedObjective(Sequence[Linearization]):
         self._residuals: list[list[Tensor]] = [[] for _ in linearizations]
         self._parts: list[list[Tensor]] = [[] for _ in linearizations]  # of the losses
         self._gradient: list[Tensor] | None = None
-        self._flawed: bool | None = None  # whether it is not finite though the loss is
+        self._checked = False  # whether the gradient is finite if the loss is
 
     @overload
     def __getitem__(self, index: int) -> Linearization: ...
@@ -103,15 +103,9 @@ class LinearizedObjective(Sequence[Linearization]):
             residuals[t].append(chunk.residual)
             energy = chunk.energy
             losses[t].append(0.5 * chunk.residual.square().sum() if energy is None else energy)
-            chunk = chunk.slope or chunk
-            u = chunk.residual.t()[..., None]
-            blocks = self.space.arrange(self._terms[t], chunk)
-            for place, block in zip(self.space.blocks, blocks, strict=True):
-                if block is None:
-                    continue
-                for i, part in zip(place.positions, block.adjoint_product(u), strict=True):
-                    known = gradient[i]
-                    gradient[i] = part[0] if known is None else known.add_(part[0])
+            for i, part in self._gradient_parts(self._terms[t], chunk.slope or chunk):
+                known = gradient[i]
+                gradient[i] = part if known is None else known.add_(part)
 
         visit_all(self._terms, (*visitors, collect))
         zeros = self.space.parameters.values()
@@ -122,13 +116,39 @@ class LinearizedObjective(Sequence[Linearization]):
         if visitors:
             self._check_gradient()
 
+    def _gradient_parts(
+        self, linearization: Linearization, chunk: Chunk
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield the parts of Jᵀr̃ with the positions of their parameters, to be written to."""
+        if chunk.gradient is not None:
+            for name, part in chunk.gradient.items():
+                yield self._positions[id(linearization.parameters[name])], part.clone()
+            return
+        u = chunk.residual.t()[..., None]
+        blocks = self.space.arrange(linearization, chunk)
+        for place, block in zip(self.space.blocks, blocks, strict=True):
+            if block is not None:
+                for i, part in zip(place.positions, block.adjoint_product(u), strict=True):
+                    yield i, part[0]
+
+    @cached_property
+    def _positions(self) -> dict[int, int]:
+        return {id(p): i for i, p in enumerate(self.space.parameters.values())}
+
     def _check_gradient(self) -> None:
         """Check that the gradient is finite if the loss is, which alone may be asked for."""
-        if self._flawed is None:
-            finite = all_finite(self._gradient or [])
-            self._flawed = not finite and all_finite(list(chain.from_iterable(self._parts)))
-        if self._flawed:
-            raise_for_gradient(self._terms)
+        if self._checked:
+            return
+
+        def look() -> None:
+            self._checked = False
+            if all_finite(list(chain.from_iterable(self._parts))):
+                raise_for_gradient(self._terms)
+
+        self._checked = True
+        check_finite(self._gradient or [], look)
+
+    checks_gradient = True  # nobody else need do it
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -167,7 +187,7 @@ class LinearizedObjective(Sequence[Linearization]):
             self.run()
         losses = torch.stack([torch.stack(parts).sum() for parts in self._parts])
         names = [linearization.term.name for linearization in self._terms]
-        return dict(zip(names, losses.tolist(), strict=True))
+        return dict(zip(names, read(losses)[0], strict=True))
 
     def gradient(self) -> list[Tensor]:
         """Return ∇L = Jᵀ r̃, one tensor per parameter.
@@ -218,6 +238,9 @@ class Objective:
             is needed, not the results.
         check: Whether to compare the derivatives of the network with reverse mode once, at two
             points; costs at most a step.
+        compile: Whether to trace what is done at the points to flat graphs and compile them, for
+            many steps with as many points. It takes a quarter of a minute for each term, once on a
+            disk. What can't be compiled runs as it is written, with a warning.
 
     Raises:
         TypeError: If a term is no LossTerm.
@@ -235,6 +258,7 @@ class Objective:
         points: Sequence[Tensor],
         chunk_size: int | None = None,
         check: bool = True,
+        compile: bool = False,
     ) -> None:
         _check_are_terms(terms)
         self.model = plain_network(model)
@@ -242,9 +266,10 @@ class Objective:
         self.points = tuple(points)
         self.chunk_size = chunk_size
         self._check = check
+        self._compile = compile
         _check_terms(self.terms, self.points)
         self._bound = [
-            bind(term, model, x, chunk_size, self.terms, check)
+            bind(term, model, x, chunk_size, self.terms, check, compile)
             for term, x in zip(self.terms, self.points, strict=True)
         ]
         self._structures: list[object] = [None for _ in self._bound]
@@ -258,6 +283,7 @@ class Objective:
         generator: torch.Generator | None = None,
         chunk_size: int | None = None,
         check: bool = True,
+        compile: bool = False,
     ) -> Objective:
         """Draw the points of every term from its sampler, in the network's dtype and device.
 
@@ -269,6 +295,7 @@ class Objective:
             generator: Randomness, on the CPU; seed 0 by default.
             chunk_size: How many points to process at a time; None for all.
             check: Whether to compare the derivatives of the network with reverse mode once.
+            compile: Whether to compile what is done at the points.
         """
         chosen = terms.terms if isinstance(terms, Problem) else terms
         _check_are_terms(chosen)
@@ -281,7 +308,7 @@ class Objective:
             )
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         points = [term.points.sample(generator, like.dtype, like.device) for term in chosen]
-        made = cls(model, chosen, points, chunk_size, check)
+        made = cls(model, chosen, points, chunk_size, check, compile)
         if isinstance(terms, Problem):
             warn_unless_periodic(terms, model, points)
         return made
@@ -292,7 +319,9 @@ class Objective:
         Args:
             generator: Randomness.
         """
-        return type(self).sample(self.model, self.terms, generator, self.chunk_size, self._check)
+        return type(self).sample(
+            self.model, self.terms, generator, self.chunk_size, self._check, self._compile
+        )
 
     def parameters(self) -> list[Tensor]:
         """Return all trained tensors, for an optimizer: of the network and of the terms."""
@@ -393,7 +422,9 @@ class Objective:
             points = torch.randperm(N, generator=generator)[:count].sort()
             chosen.append(linearize_some(bound, points.values.to(bound.x.device)))
         with torch.no_grad():
-            losses = {name: float(loss) for name, loss in self.term_losses().items()}
+            terms = self.term_losses()
+            numbers = read(*terms.values())
+            losses = {name: loss for name, (loss,) in zip(terms, numbers, strict=True)}
         return LinearizedObjective(chosen, space, losses)
 
     def evaluate(self) -> Evaluation:
@@ -403,7 +434,8 @@ class Objective:
         """
         if self.chunk_size is not None:
             with torch.no_grad():
-                return Evaluation(float(self.loss()), self.linearize, self, self.fingerprint())
+                loss = read(self.loss())[0][0]
+                return Evaluation(loss, self.linearize, self, self.fingerprint())
         linearized = self.linearize()
         loss = sum(linearized.term_losses.values())
         return Evaluation(loss, lambda: linearized, self, self.fingerprint(followed=True))

@@ -233,6 +233,15 @@ class Layout:
             return any(contraction.per_point for contraction in self.contractions)
         return any(isinstance(p.weight, Tensor) and p.weight.ndim > 0 for p in self.products)
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The directions, and the coefficients of sums that are tensors."""
+        given: list[Coefficient | None] = [self.directions]
+        for contraction in self.contractions:
+            given += [contraction.weights, contraction.matrix]
+        given += [product.weight for product in (self.higher or ((), ()))[1]]
+        return [tensor for tensor in given if isinstance(tensor, Tensor)]
+
     def first(self, data: Tensor) -> Tensor:
         """Return the first-derivative channels of stored data."""
         return data[1 : 1 + self.R]

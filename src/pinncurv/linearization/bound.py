@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules import module as globally
@@ -22,6 +24,7 @@ from pinncurv.linearization.checks import (
 )
 from pinncurv.linearization.chunk import Chunk
 from pinncurv.linearization.part import TermPart
+from pinncurv.linearization.passes import CompiledPasses, LossWithGradient
 from pinncurv.linearization.structure import Structure, find_structure, signature
 from pinncurv.linearization.watching import circumstances, identity
 from pinncurv.problems import LossTerm
@@ -80,6 +83,7 @@ class BoundTerm:
         chunk_size: Most points of a part; None for no limit but the cache.
         terms: All terms of the objective, in whose order trained tensors are named.
         check: Whether to compare the derivatives of the network with reverse mode, at two points.
+        compile: Whether to compile passes.
 
     Raises:
         ValueError: If points mix or the points, dtypes or parameters do not fit; names the term.
@@ -98,6 +102,7 @@ class BoundTerm:
         chunk_size: int | None = None,
         terms: Sequence[LossTerm] = (),
         check: bool = False,
+        compile: bool = False,
     ) -> None:
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1 or None, got {chunk_size}.")
@@ -107,6 +112,8 @@ class BoundTerm:
         self._terms = tuple(terms) or (term,)
         self.chunk_size = chunk_size
         self._checks = check
+        self._compiles = compile
+        self._passes: CompiledPasses | None = None
         self.followed: tuple[object, ...] = ()  # the state that was followed last
         self.follow()
         if chunk_size is not None and chunk_size >= len(x):
@@ -158,7 +165,9 @@ class BoundTerm:
                     found = find_structure(few, self.model, self.parameters, self.as_jets)
                     if self._checks:
                         check_derivatives(self.whole, self.model, self.parameters)
-                known = before[self.model.training] = _Found(made_from, found, self._checks)
+                known = before[self.model.training] = _Found(
+                    made_from, found, self._checks, CompiledPasses(self.term.name)
+                )
             found, scale = known.structure, self.whole.scale
             if isinstance(scale, Tensor) and scale.shape[1] not in (1, found.components):
                 raise ValueError(
@@ -167,6 +176,7 @@ class BoundTerm:
                     "all, or one for each component."
                 )
             self._structure = found
+            self._passes = known.passes if self._compiles else None
         return self._structure
 
     def _made_from(self) -> tuple[object, ...]:
@@ -223,12 +233,64 @@ class BoundTerm:
         detached = outputs.detach()
         return Chunk(detached * part.scale, detached, blocks)
 
+    def linearize_again(self, part: TermPart, gradient: bool = False) -> Chunk:
+        """Do the same by a compiled pass, if passes are compiled.
+
+        Args:
+            part: The points, of which there are as many every time.
+            gradient: Whether to compute the gradient along, if the pass is compiled.
+        """
+
+        def linearize(part: TermPart) -> Chunk:
+            chunk = self.linearize(part)
+            return chunk.with_gradient() if gradient else chunk
+
+        check_differentiable(self.term.name)
+        if self._compiled is None:
+            return self.linearize(part)
+        kind = "linearization with gradient" if gradient else "linearization"
+        chunk: Chunk = self._run(kind, linearize, part)
+        return chunk
+
+    @property
+    def _compiled(self) -> CompiledPasses | None:
+        """The compiled passes, if passes are compiled."""
+        return None if not self._compiles or self.structure.entrywise else self._passes
+
+    def _run(self, kind: str, function: Callable[[TermPart], Any], part: TermPart) -> Any:
+        """Make a pass, compiled if passes are."""
+        passes = self._compiled
+        if passes is None:
+            return function(part)
+        return passes.call(kind, function, part, list(self.parameters.values()))
+
+    @torch.no_grad()
+    def residual(self, part: TermPart) -> Float[Tensor, "n V"]:
+        """Evaluate the scaled residual r̃ without a graph."""
+        residual: Tensor = self._run("residual", lambda part: part.residual(self.model), part)
+        return residual
+
     def losses(self) -> Iterator[Tensor]:
         """Yield what the parts contribute to the loss, with a graph unless torch.no_grad is on.
 
         What has changed must have been followed.
         """
-        return (part.loss(self.model) for part in self.parts)
+        if self._compiled is None:
+            return (part.loss(self.model) for part in self.parts)
+        if not torch.is_grad_enabled():
+            return (self._run("loss", lambda p: p.loss(self.model), part) for part in self.parts)
+        parameters = tuple(self.parameters.values())
+
+        def evaluate(part: TermPart) -> tuple[Tensor, ...]:
+            with torch.enable_grad():
+                loss = part.loss(self.model)
+                grads = torch.autograd.grad(loss, parameters, materialize_grads=True)
+            return loss.detach(), *grads
+
+        return (
+            LossWithGradient.apply(partial(self._run, "gradient", evaluate, part), *parameters)
+            for part in self.parts
+        )
 
     def _check(self) -> None:
         """Check points against term and network before any work."""
@@ -272,6 +334,7 @@ class _Found:
     made_from: tuple[object, ...]
     structure: Structure
     checked: bool
+    passes: CompiledPasses
 
 
 _Terms = weakref.WeakKeyDictionary[LossTerm, dict[bool, _Found]]

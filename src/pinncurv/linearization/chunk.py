@@ -25,6 +25,7 @@ class Chunk:
         blocks: The blocks of the Jacobian by the name of their first parameter.
         slope: Of an energy, the chunk that the gradient is Jᵀr̃ of, J_n = sqrt(w_n / N) ∂ℓ/∂θ.
         energy: Of an energy, what these points contribute to the loss.
+        gradient: Jᵀr̃ by the names of the parameters, if the pass has computed it along.
     """
 
     residual: Float[Tensor, "n V"]
@@ -32,6 +33,17 @@ class Chunk:
     blocks: dict[str, JacobianBlock]
     slope: Chunk | None = None
     energy: Float[Tensor, ""] | None = None
+    gradient: dict[str, Tensor] | None = None
+
+    def with_gradient(self) -> Chunk:
+        """Return the chunk with Jᵀr̃, the gradient of what these points contribute to the loss."""
+        u = self.residual.t()[..., None]
+        gradient = {
+            name: part[0]
+            for block in self.blocks.values()
+            for name, part in zip(block.names, block.adjoint_product(u), strict=True)
+        }
+        return replace(self, gradient=gradient)
 
     def with_fisher(self, fisher: Fisher) -> Chunk:
         """Return the chunk with another choice of output gradients, from the exact one."""

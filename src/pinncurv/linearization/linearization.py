@@ -67,7 +67,7 @@ class Linearization:
     def _chunks(self, parts: Iterable[TermPart]) -> Iterator[Chunk]:
         exact = self.fisher == Type2()
         for part in parts:
-            chunk = self.bound.linearize(part)
+            chunk = self.bound.linearize_again(part, gradient=self.chunk_size is None)
             yield chunk if exact else chunk.with_fisher(self.fisher)
             del chunk  # or it would live on while the next one is computed
 
@@ -148,8 +148,9 @@ class Linearization:
     @torch.no_grad()
     def residual_now(self) -> Float[Tensor, "N V"]:
         """Evaluate r̃ at the same points and the parameters of now, without a graph."""
-        parts = self.bound.parts if self._whole is self.bound.whole else [self._whole]
-        return torch.cat([part.residual(self.model) for part in parts])
+        if self._whole is not self.bound.whole:  # of other numbers of points every time
+            return self._whole.residual(self.model)
+        return torch.cat([self.bound.residual(part) for part in self.bound.parts])
 
     def at(self, points: Int[Tensor, " m"]) -> Linearization:
         """Linearize anew at some of the points, as parts of all: with the same scale w_n / N.
@@ -187,6 +188,7 @@ def bind(
     chunk_size: int | None = None,
     terms: Sequence[LossTerm] = (),
     check: bool = False,
+    compile: bool = False,
 ) -> BoundTerm:
     """Bind a term to a network and points; arguments as of ``BoundTerm``."""
     if not isinstance(term, LossTerm):
@@ -196,7 +198,7 @@ def bind(
         )
     kinds: dict[type[LossTerm], type[BoundTerm]] = {L2: BoundL2, Energy: BoundEnergy}
     kind = next((kind for own, kind in kinds.items() if isinstance(term, own)), BoundTerm)
-    return kind(term, model, x, chunk_size, terms, check)
+    return kind(term, model, x, chunk_size, terms, check, compile)
 
 
 def linearize(

@@ -74,6 +74,27 @@ class TermPart:
             yield self.at(slice(start, start + step))
 
     @cached_property
+    def traceable(self) -> TermPart:
+        """The part with a scale that is a tensor, so that no number belongs to these points."""
+        scale = self.scale
+        tensor = scale if isinstance(scale, Tensor) else self.x.new_full((1, 1), scale)
+        return replace(self, scale=tensor)
+
+    @cached_property
+    def tensors(self) -> list[Tensor]:
+        """All tensors that are others at other points, in the same order for every part."""
+        scale = [self.scale] if isinstance(self.scale, Tensor) else []
+        layout = self.plan.layout.tensors
+        return [self.x, self.seed.channels, *layout, *self.data.values(), *scale]
+
+    @cached_property
+    def form(self) -> tuple[object, ...]:
+        """What parts have in common that one graph serves: all of ``tensors`` but the values."""
+        ids = [id(tensor) for tensor in self.tensors]
+        metas = [(t.dtype, t.shape, t.stride(), ids.index(id(t))) for t in self.tensors]
+        return tuple(metas)
+
+    @cached_property
     def seed(self) -> Jet:
         """The jet of the points."""
         with torch.inference_mode(mode=False):  # it serves later passes that autograd follows, too

@@ -19,6 +19,7 @@ so blocks of n = d_in d_out, and D parameters in all; sums over layers are left 
 - ``factor_damping``, ``simultaneous``: the inverse with damping in every Kronecker factor.
 - ``cg``, ``cg_inverse``: preconditioned conjugate gradients, and the inverse by them.
 - ``pivoted_cholesky``: a few columns that stand for a matrix.
+- ``reading``: few waits for the device.
 - ``psd``: the one path for factorizations of positive semidefinite matrices.
 """
 
@@ -94,11 +95,17 @@ from pinncurv.linops.psd import (
     Factorization as Factorization,
     FactorizationError as FactorizationError,
     FactorizationReport as FactorizationReport,
-    all_finite as all_finite,
     eigh as eigh,
     factorize as factorize,
     factorize_from as factorize_from,
     symmetrize as symmetrize,
+)
+from pinncurv.linops.reading import (
+    all_finite as all_finite,
+    check as check,
+    check_finite as check_finite,
+    checks_wait as checks_wait,
+    read as read,
 )
 from pinncurv.linops.resolution import (
     DampingBelowResolution as DampingBelowResolution,

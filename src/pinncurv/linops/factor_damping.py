@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import isfinite, sqrt
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,14 +17,17 @@ from pinncurv.linops.inverses import factorize_damped
 from pinncurv.linops.kronecker import SumKroneckerLinearOperator
 from pinncurv.linops.operator import PyTorchLinearOperator, check_damping
 from pinncurv.linops.psd import (
+    FACTORIZATION_DTYPE,
     FactorizationError,
     FactorizationReport,
     check_nonsingular,
     eigh,
     is_singular,
+    symmetric_part,
     symmetrize,
 )
-from pinncurv.linops.simultaneous import diagonalize
+from pinncurv.linops.reading import read
+from pinncurv.linops.simultaneous import Pencil
 
 
 @dataclass(frozen=True)
@@ -33,12 +37,12 @@ class FactorDampings:
     (B + λ_B I) ⊗ (A + λ_A I)
 
     Attributes:
-        A: λ_A.
+        A: λ_A, a number or a tensor of one element on the device of the factors.
         B: λ_B.
     """
 
-    A: float
-    B: float
+    A: float | Tensor
+    B: float | Tensor
 
 
 Heuristic = Callable[[KroneckerFactors, float], FactorDampings]
@@ -63,9 +67,9 @@ def trace_norm(factors: KroneckerFactors, damping: float) -> FactorDampings:
 
     From Martens and Grosse 2015, section 6.3.
     """
-    a = factors.A.trace().item() / len(factors.A)
-    b = factors.B.trace().item() / len(factors.B)
-    pi = sqrt(a / b) if a > 0 and b > 0 else 1.0
+    a = factors.A.trace() / len(factors.A)
+    b = factors.B.trace() / len(factors.B)
+    pi = torch.where((a > 0) & (b > 0), a / b, 1.0).sqrt()
     return FactorDampings(pi * sqrt(damping), sqrt(damping) / pi)
 
 
@@ -114,12 +118,15 @@ class FactorDamping:
                 "Factor damping must be given a SumKroneckerLinearOperator, got "
                 f"{type(operator).__name__}. Use Damped(damping) for other operators."
             )
-        positions = _check_groups(self.groups, len(operator.terms))
-        invert = _invert_one if len(positions) == 1 else _invert_two
+        groups = _check_groups(self.groups, len(operator.terms))
+        sides = [self._sides(operator, i, groups) for i in _with_factors(operator)]
+        states = [side.numbers for layer in sides for side in layer]
+        numbers = read(*states)  # the only wait for the device
+        if not all(isfinite(state[0]) for state in numbers):
+            _check_finite(operator)
+        pairs = iter(zip(sides, zip(numbers[::2], numbers[1::2], strict=True), strict=True))
         inverses = [
-            invert([self._damped_pair(operator, i, group) for group in positions])
-            if block.kronecker
-            else _invert_dense(operator, i, self.damping)
+            _invert(*next(pairs)) if block.kronecker else _invert_dense(operator, i, self.damping)
             for i, block in enumerate(operator.blocks)
         ]
         return KroneckerCongruenceLinearOperator(
@@ -131,25 +138,24 @@ class FactorDamping:
             [report for inverse in inverses for report in inverse.reports],
         )
 
-    def _damped_pair(
-        self, operator: SumKroneckerLinearOperator, layer: int, group: Sequence[int]
-    ) -> _DampedPair:
-        """Merge the factors of a group of terms and add the damping to their diagonals."""
-        pairs = [
-            KroneckerFactors(
-                symmetrize(operator.factors[layer][t].A, operator.factor_name(layer, t, "A")),
-                symmetrize(operator.factors[layer][t].B, operator.factor_name(layer, t, "B")),
-            )
-            for t in group
-        ]
-        merged = merge(pairs)
-        dampings = self.heuristic(merged, float(self.damping))
-        # the factors are fresh tensors of symmetrize or merge, so in-place is safe
-        merged.A.diagonal().add_(dampings.A)
-        merged.B.diagonal().add_(dampings.B)
-        terms = "+".join(operator.terms[t] for t in group)
-        name = f"layer {operator.blocks[layer].name}, term {terms}"
-        return _DampedPair(merged.A, merged.B, dampings, name)
+    def _sides(
+        self, operator: SumKroneckerLinearOperator, layer: int, groups: Sequence[Sequence[int]]
+    ) -> tuple[_Side, _Side]:
+        """Merge the factors of each group of terms, and add the damping to their diagonals."""
+        pairs = operator.factors[layer]
+        A = symmetric_part(torch.stack([pair.A for pair in pairs]).to(FACTORIZATION_DTYPE))
+        B = symmetric_part(torch.stack([pair.B for pair in pairs]).to(FACTORIZATION_DTYPE))
+        merged = [merge([KroneckerFactors(A[t], B[t]) for t in group]) for group in groups]
+        dampings = [self.heuristic(pair, float(self.damping)) for pair in merged]
+        # the factors are views of fresh tensors, so in-place is safe
+        for pair, damping in zip(merged, dampings, strict=True):
+            pair.A.diagonal().add_(damping.A)
+            pair.B.diagonal().add_(damping.B)
+        terms = ["+".join(operator.terms[t] for t in group) for group in groups]
+        names = [f"layer {operator.blocks[layer].name}, term {group}" for group in terms]
+        first, second = [pair.A for pair in merged], [pair.B for pair in merged]
+        floors = [d.A for d in dampings], [d.B for d in dampings]
+        return _side(first, floors[0], names, "A"), _side(second, floors[1], names, "B")
 
 
 def _check_groups(groups: Sequence[Sequence[int]] | None, T: int) -> list[list[int]]:
@@ -165,19 +171,41 @@ def _check_groups(groups: Sequence[Sequence[int]] | None, T: int) -> list[list[i
     return positions
 
 
-@dataclass(frozen=True)
-class _DampedPair:
-    """Damped factors of one layer and one group of terms, in float64."""
+def _with_factors(operator: SumKroneckerLinearOperator) -> list[int]:
+    return [i for i, block in enumerate(operator.blocks) if block.kronecker]
 
-    A: Float[Tensor, "d_joint d_joint"]
-    B: Float[Tensor, "d_out d_out"]
-    dampings: FactorDampings
+
+def _check_finite(operator: SumKroneckerLinearOperator) -> None:
+    """Name the first factor that is not finite, if it is no sum that overflows."""
+    for i in _with_factors(operator):
+        for t, pair in enumerate(operator.factors[i]):
+            symmetrize(pair.A, operator.factor_name(i, t, "A"))
+            symmetrize(pair.B, operator.factor_name(i, t, "B"))
+
+
+@dataclass(frozen=True)
+class _Single:
+    """A damped factor of the only group of terms; what is read of it, see ``Pencil``."""
+
+    P: Float[Tensor, "n n"]
+    numbers: Float[Tensor, " 2"]
     name: str
 
-    @property
-    def floor(self) -> float:
-        """A lower bound on the eigenvalues of B ⊗ A."""
-        return self.dampings.A * self.dampings.B
+
+_Side = Pencil | _Single
+
+
+def _side(
+    factors: Sequence[Tensor], floors: Sequence[float | Tensor], names: Sequence[str], factor: str
+) -> _Side:
+    """Return one factor of a layer, of one or two groups of terms."""
+    if len(factors) == 1:
+        (P,), (floor,) = factors, floors
+        number = torch.as_tensor(floor, dtype=P.dtype, device=P.device)
+        name = f"{names[0]}, damped factor {factor}"
+        return _Single(P, torch.stack([P.sum(), number]), name)
+    name = f"the sum of {names[0]} and {names[1]}, damped factors {factor}"
+    return Pencil.of(torch.stack(list(factors)), floors, name)
 
 
 @dataclass(frozen=True)
@@ -202,28 +230,21 @@ def _invert_dense(
     return _LayerInverse(basis, torch.ones_like(identity[:1]), (factorization.report,))
 
 
-def _invert_one(pairs: Sequence[_DampedPair]) -> _LayerInverse:
-    """Invert B ⊗ A by the eigendecompositions of both factors."""
-    (pair,) = pairs
-    A = eigh(pair.A, f"{pair.name}, damped factor A", pair.dampings.A)
-    B = eigh(pair.B, f"{pair.name}, damped factor B", pair.dampings.B)
-    check_nonsingular(A)
-    check_nonsingular(B)
-    basis = KroneckerBasis(A.eigenvectors, B.eigenvectors)
-    return _LayerInverse(
-        basis, torch.outer(1 / B.eigenvalues, 1 / A.eigenvalues), (A.report, B.report)
-    )
-
-
-def _invert_two(pairs: Sequence[_DampedPair]) -> _LayerInverse:
-    """Invert B_1 ⊗ A_1 + B_2 ⊗ A_2 by simultaneous diagonalization of the A_t and of the B_t."""
-    one, two = pairs
-    name = f"the sum of {one.name} and {two.name}, damped factors"
-    A = diagonalize(one.A, two.A, one.dampings.A, two.dampings.A, f"{name} A")
-    B = diagonalize(one.B, two.B, one.dampings.B, two.dampings.B, f"{name} B")
+def _invert(sides: tuple[Any, Any], numbers: Sequence[Sequence[float]]) -> _LayerInverse:
+    """Invert B ⊗ A by two eigendecompositions, or B_1 ⊗ A_1 + B_2 ⊗ A_2 by two congruences."""
+    if isinstance(sides[0], _Single):
+        (one, other), floors = sides, [state[1] for state in numbers]
+        a, b = eigh(one.P, one.name, floors[0]), eigh(other.P, other.name, floors[1])
+        check_nonsingular(a)
+        check_nonsingular(b)
+        basis = KroneckerBasis(a.eigenvectors, b.eigenvectors)
+        return _LayerInverse(
+            basis, torch.outer(1 / b.eigenvalues, 1 / a.eigenvalues), (a.report, b.report)
+        )
+    A, B = (side.diagonalize(state) for side, state in zip(sides, numbers, strict=True))
     eigenvalues = torch.outer(A.s1 * B.s1 * B.a1, A.a1).addr_(A.s2 * B.s2 * B.a2, A.a2)
-    if one.floor + two.floor == 0:
-        _check_nonsingular(eigenvalues, name)
+    if sum(a * b for a, b in zip(numbers[0][-2:], numbers[1][-2:], strict=True)) == 0:
+        _check_nonsingular(eigenvalues, sides[0].name)
     return _LayerInverse(KroneckerBasis(A.E, B.E), 1 / eigenvalues, A.reports + B.reports)
 
 

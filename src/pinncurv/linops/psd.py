@@ -8,7 +8,6 @@ few units of rounding), and report what was done.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf, isfinite, sqrt
 
@@ -16,18 +15,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pinncurv.linops.reading import read
+
 FACTORIZATION_DTYPE = torch.float64
 
 
 class FactorizationError(ValueError):
     """A matrix that should be symmetric positive (semi)definite could not be factorized."""
-
-
-def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether all entries are finite, by one synchronization with the device."""
-    total = float(torch.stack([tensor.sum() for tensor in tensors]).sum())
-    # the converse fails on overflow
-    return isfinite(total) or all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 @dataclass(frozen=True)
@@ -151,12 +145,17 @@ def symmetrize(
     """
     M = matrix.to(dtype)
     # a finite sum proves finite entries in one reduction; the converse fails on overflow
-    if not isfinite(M.sum().item()) and not bool(M.isfinite().all()):
+    if not isfinite(read(M.sum())[0][0]) and not bool(M.isfinite().all()):
         count = int((~M.isfinite()).sum())
         raise FactorizationError(
             f"The entries of {name} must be finite, got {count} of {M.numel()} that are not. "
             "Look for a diverged loss (smaller steps, more damping) or an overflow in the model."
         )
+    return symmetric_part(M)
+
+
+def symmetric_part(M: Float[Tensor, "*K n n"]) -> Float[Tensor, "*K n n"]:
+    """Return (M + Mᵀ) / 2."""
     half = 0.5 * M
     return half + half.mT
 
@@ -219,13 +218,24 @@ def cholesky(
     matrix: Float[Tensor, "n n"], name: str, floor: float = 0.0
 ) -> CholeskyFactorization | None:
     """Factorize a matrix as ``factorize`` does, but None where Cholesky's algorithm fails."""
+    L, good = cholesky_with_flag(matrix, floor)
+    if not read(good)[0][0]:
+        return None
+    return CholeskyFactorization(L, FactorizationReport(name, "cholesky", floor))
+
+
+def cholesky_with_flag(
+    matrix: Float[Tensor, "n n"], floor: float | Tensor
+) -> tuple[Float[Tensor, "n n"], Tensor]:
+    """Return Cholesky's factor, and whether the algorithm did not fail, without reading that."""
     L, info = torch.linalg.cholesky_ex(matrix)
     pivots = L.diagonal()
     # in exact arithmetic all are at least the root of the smallest eigenvalue
-    rounding = sqrt(len(L) * torch.finfo(L.dtype).eps) * pivots.max().item()
-    if info.item() != 0 or not pivots.min().item() >= (sqrt(floor) or rounding):
-        return None
-    return CholeskyFactorization(L, FactorizationReport(name, "cholesky", floor))
+    rounding = sqrt(len(L) * torch.finfo(L.dtype).eps)
+    if isinstance(floor, Tensor):
+        smallest = torch.where(floor > 0, floor.sqrt(), rounding * pivots.amax())
+        return L, (info == 0) & (pivots.amin() >= smallest)
+    return L, (info == 0) & (pivots.amin() >= (sqrt(floor) or rounding * pivots.amax()))
 
 
 def factorize_from(
@@ -249,7 +259,7 @@ def factorize_from(
     Raises:
         FactorizationError: If no damping up to the size of the matrix is enough.
     """
-    size = float(torch.linalg.matrix_norm(matrix))
+    size = read(torch.linalg.matrix_norm(matrix))[0][0]
     first = damping
     while 0 < damping <= max(first, 10 * size) < inf:
         damped = matrix.clone()

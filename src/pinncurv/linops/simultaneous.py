@@ -1,12 +1,26 @@
 """Simultaneous diagonalization of two symmetric positive definite matrices."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pinncurv.linops.psd import FactorizationError, FactorizationReport, eigh, factorize
+from pinncurv.linops.psd import (
+    CholeskyFactorization,
+    Factorization,
+    FactorizationError,
+    FactorizationReport,
+    check_nonsingular,
+    cholesky_with_flag,
+    eigh,
+    symmetrize,
+)
+from pinncurv.linops.reading import read
 
 
 @dataclass(frozen=True)
@@ -32,14 +46,9 @@ class SimultaneousDiagonalization:
     reports: tuple[FactorizationReport, ...]
 
 
-def diagonalize(
-    P1: Float[Tensor, "n n"],
-    P2: Float[Tensor, "n n"],
-    floor1: float,
-    floor2: float,
-    name: str,
-) -> SimultaneousDiagonalization:
-    """Diagonalize two positive definite matrices by a congruence.
+@dataclass(frozen=True)
+class Pencil:
+    """Two positive definite matrices, to be diagonalized by a congruence.
 
     M = P_1 / s_1 + P_2 / s_2 = R Rᵀ,  R⁻¹ (P_1 / s_1) R⁻ᵀ = U diag(a) Uᵀ,  E = R⁻ᵀ U
 
@@ -47,30 +56,88 @@ def diagonalize(
     by one of the two, and treats both alike. The eigenvalues obey a ∈ [0, 1], and more exactly
     a ≥ λ_1 / (s_1 m_max) and 1 − a ≥ λ_2 / (s_2 m_max) for P_i ≥ λ_i I and M ≤ m_max I; they are
     clipped to these bounds (with the trace of M, 2n, as m_max), which rounding violates if the P_i
-    are numerically singular. The P_i are symmetric and finite; λ_1, λ_2 are ``floor1``, ``floor2``.
+    are numerically singular. What that takes happens in two parts, so that a device is waited for
+    once between them, for any number of pencils.
+
+    Attributes:
+        P: The symmetric matrices P_1 and P_2.
+        scaled: P_1 / s_1.
+        M: P_1 / s_1 + P_2 / s_2.
+        L: Cholesky's factor of M, if the algorithm did not fail.
+        numbers: On the device, the sum of M, the smaller trace, whether Cholesky's algorithm did
+            not fail, s_1, s_2, λ_1 and λ_2.
+        name: What the matrices are.
+    """
+
+    P: Float[Tensor, "2 n n"]
+    scaled: Float[Tensor, "n n"]
+    M: Float[Tensor, "n n"]
+    L: Float[Tensor, "n n"]
+    numbers: Float[Tensor, " 7"]
+    name: str
+
+    @classmethod
+    def of(cls, P: Float[Tensor, "2 n n"], floors: Sequence[float | Tensor], name: str) -> Pencil:
+        """Begin with two matrices, and the lower bounds λ_1, λ_2 on their eigenvalues."""
+        means = P.diagonal(dim1=-2, dim2=-1).mean(-1)
+        s = torch.where(means > 0, means, 1.0)  # one for a zero matrix
+        scaled = P / s[:, None, None]
+        M = scaled[0] + scaled[1]
+        bounds = torch.stack([torch.as_tensor(f, dtype=P.dtype, device=P.device) for f in floors])
+        L, good = cholesky_with_flag(M, (bounds / s).sum())
+        numbers = [M.sum()[None], means.amin()[None], good.to(M)[None], s, bounds]
+        return cls(P, scaled[0], M, L, torch.cat(numbers), name)
+
+    def diagonalize(self, numbers: Sequence[float]) -> SimultaneousDiagonalization:
+        """Go on, knowing the numbers.
+
+        Raises:
+            FactorizationError: If a matrix is not finite, or M is numerically singular and both
+                floors are zero.
+        """
+        total, smaller_trace, good, s1, s2, floor1, floor2 = numbers
+        if not isfinite(total):
+            for i, P in enumerate(self.P, 1):
+                symmetrize(P, f"{self.name}, term {i}")
+        if smaller_trace < 0:
+            raise FactorizationError(
+                f"The matrices in {self.name} must be positive semidefinite, got a trace of "
+                f"{smaller_trace * len(self.M):.1e}. Check the signs of the sums that define the "
+                "factors."
+            )
+        factorization = self._factorization(bool(good), floor1 / s1 + floor2 / s2)
+        whitened = factorization.whiten(factorization.whiten(self.scaled).mT)
+        largest = 2.0 * len(self.M)  # the trace of M bounds its largest eigenvalue
+        eigen = eigh(whitened, f"{self.name}, whitened", floor1 / (s1 * largest))
+        a1 = eigen.eigenvalues.clamp(max=1)
+        return SimultaneousDiagonalization(
+            factorization.whiten_adjoint(eigen.eigenvectors),
+            a1,
+            (1 - a1).clamp_(min=floor2 / (s2 * largest)),
+            s1,
+            s2,
+            (factorization.report, eigen.report),
+        )
+
+    def _factorization(self, good: bool, floor: float) -> Factorization:
+        if good:
+            return CholeskyFactorization(self.L, FactorizationReport(self.name, "cholesky", floor))
+        decomposition = eigh(self.M, self.name, floor)
+        check_nonsingular(decomposition)
+        return decomposition
+
+
+def diagonalize(
+    P1: Float[Tensor, "n n"],
+    P2: Float[Tensor, "n n"],
+    floor1: float,
+    floor2: float,
+    name: str,
+) -> SimultaneousDiagonalization:
+    """Diagonalize two symmetric positive definite matrices by a congruence, see ``Pencil``.
 
     Raises:
-        FactorizationError: If M is numerically singular and both floors are zero.
+        FactorizationError: As ``Pencil.diagonalize`` does.
     """
-    trace1, trace2 = P1.trace().item(), P2.trace().item()
-    if min(trace1, trace2) < 0:
-        raise FactorizationError(
-            f"The matrices in {name} must be positive semidefinite, got a trace of "
-            f"{min(trace1, trace2):.1e}. Check the signs of the sums that define the factors."
-        )
-    s1, s2 = trace1 / len(P1) or 1.0, trace2 / len(P2) or 1.0  # one for a zero matrix
-    scaled = P1 / s1
-    M = torch.add(scaled, P2, alpha=1 / s2)
-    factorization = factorize(M, name, floor1 / s1 + floor2 / s2)
-    whitened = factorization.whiten(factorization.whiten(scaled).mT)
-    largest = 2.0 * len(M)  # the trace of M bounds its largest eigenvalue
-    eigen = eigh(whitened, f"{name}, whitened", floor1 / (s1 * largest))
-    a1 = eigen.eigenvalues.clamp(max=1)
-    return SimultaneousDiagonalization(
-        factorization.whiten_adjoint(eigen.eigenvectors),
-        a1,
-        (1 - a1).clamp_(min=floor2 / (s2 * largest)),
-        s1,
-        s2,
-        (factorization.report, eigen.report),
-    )
+    pencil = Pencil.of(torch.stack([P1, P2]), (floor1, floor2), name)
+    return pencil.diagonalize(read(pencil.numbers)[0])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pinncurv.linops import checks_wait
 from pinncurv.optim.batch import GrowingBatch
 from pinncurv.optim.damping import ConstantDamping, DampingRule, check_adaption
 from pinncurv.optim.identity import (
@@ -149,6 +150,18 @@ class CurvatureOptimizer(Optimizer):
         for group in self.param_groups:
             check_group(group, zero_rate=True)
             check_no_stray_gradients(group["params"])
+        try:
+            with checks_wait():
+                record = self._take(objective)
+        except _StaleError:  # of the last step, there is nothing to go on with
+            self._last = None
+            with checks_wait():
+                record = self._take(objective)
+        self._progress.observe(record)
+        return record
+
+    def _take(self, objective: LeastSquares) -> StepRecord:
+        """Take one step on one batch, or none."""
         linearized = self._linearize(objective)
         of_some = getattr(linearized, "of_some", False)
         sample = linearized if of_some else None
@@ -159,7 +172,8 @@ class CurvatureOptimizer(Optimizer):
             self.preconditioner.refresh(linearized)
             gradient = linearized.gradient()
             finite_loss(linearized.term_losses)
-            finite_gradient(gradient)
+            if not getattr(linearized, "checks_gradient", False):
+                finite_gradient(gradient)
             share = share_of(linearized)
             for left in reversed(range(self.damping_rule.retries + 1)):
                 record, proposal, direction, update = self._propose(linearized, gradient, trial)
@@ -185,7 +199,6 @@ class CurvatureOptimizer(Optimizer):
             trial.restore()
             self.preconditioner.restore(before)
             raise
-        self._progress.observe(record)
         return record
 
     def _linearize(self, objective: LeastSquares) -> LinearizedLoss:
@@ -197,8 +210,9 @@ class CurvatureOptimizer(Optimizer):
             so_far = self.preconditioner.state
             with torch.enable_grad():
                 some = self.batch.linearize(objective, so_far["rows"], so_far["step"])
-        reused = some is None and last is not None and last.ended_at(objective, trained)
-        source = last.evaluation if last is not None and reused else objective
+        source: Any = objective
+        if some is None and last is not None and last.ended_at(objective, trained, _raise_stale):
+            source = last.evaluation
         linearized = _linearize(source) if some is None else some
         mine, theirs = ({id(p) for p in ps} for ps in (trained, linearized.parameters))
         if mine != theirs:
@@ -376,6 +390,14 @@ class CurvatureOptimizer(Optimizer):
         mine = {name: getattr(self, name) for name in names}
         own = {"_last": None, "_loaded": self._loaded, "_progress": Progress()}
         return {**super().__getstate__(), **mine, **own}
+
+
+class _StaleError(Exception):
+    """Parameters are not those that the last step has evaluated."""
+
+
+def _raise_stale() -> None:
+    raise _StaleError
 
 
 def _linearize(source: Any) -> LinearizedLoss:

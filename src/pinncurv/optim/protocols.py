@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from pinncurv.linops import PyTorchLinearOperator, all_finite
+from pinncurv.linops import PyTorchLinearOperator, check_finite
 
 
 @runtime_checkable
@@ -194,15 +194,18 @@ def finite_loss(term_losses: Mapping[str, float]) -> float:
 
 
 def finite_gradient(gradient: Sequence[Tensor]) -> None:
-    """Check that a gradient is finite, for objectives that do not.
+    """Check that a gradient is finite, for objectives that do not; within a step, a bit later.
 
     Raises:
         FloatingPointError: If it is not.
     """
-    if not all_finite(gradient):
+
+    def raise_error() -> None:
         bad = [i for i, part in enumerate(gradient) if not bool(part.isfinite().all())]
         raise FloatingPointError(
             "The gradient must be finite before a step, as the loss is, but it is not for the "
             f"parameters {bad} of {len(gradient)}. Look for a square root, norm or power whose "
             "derivative is infinite where its value is guarded."
         )
+
+    check_finite(gradient, raise_error)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pinncurv.linops import all_finite
+from pinncurv.linops import all_finite, read
 from pinncurv.optim.protocols import LinearizedLoss
 
 # How far along the velocity of a path its residual is looked at.
@@ -152,7 +152,8 @@ def share_of(linearized: LinearizedLoss) -> float:
 
 def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     """Return the inner product of two lists of tensors."""
-    return float(torch.stack([(a * b).sum() for a, b in zip(left, right, strict=True)]).sum())
+    products = [(a * b).sum() for a, b in zip(left, right, strict=True)]
+    return read(torch.stack(products).sum())[0][0]
 
 
 def damping_of(inverse: Any, damping: float) -> float:

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pinncurv.linops import read
 from pinncurv.optim.protocols import offers
 from pinncurv.optim.situation import Situation
 
@@ -199,7 +200,9 @@ class QuadraticModel(StepSize):
         V = torch.stack([torch.cat([p.flatten() for p in parts]) for parts in directions], 1)
         images = situation.linearized.jacobian @ V
         M = images.t() @ images + situation.damping * (V.t() @ V)
-        coefficients, decrease = minimize_quadratic(M.tolist(), (V.t() @ gradient).tolist())
+        entries, b = read(M, V.t() @ gradient)
+        rows = [entries[i : i + len(b)] for i in range(0, len(entries), len(b))]
+        coefficients, decrease = minimize_quadratic(rows, b)
         momentum = coefficients[1] if len(coefficients) > 1 else 0.0
         return Proposal(coefficients[0], momentum, decrease)
 

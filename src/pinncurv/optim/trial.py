@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pinncurv.linops import check, read
 from pinncurv.optim.protocols import LeastSquares, StepRecord
 from pinncurv.optim.situation import dot
 
@@ -37,7 +38,7 @@ class Trial:
         """Return L(θ + scale · update) without a graph; the parameters stay at θ."""
         try:
             self._place(update, scale)
-            loss = float(self.objective.loss())
+            loss = read(self.objective.loss())[0][0]
             if loss < self._lowest[0]:
                 self._lowest = loss, self._now
             return loss
@@ -68,14 +69,25 @@ class Trial:
             L; NaN if the parameters overflow.
         """
         self._place(update, scale)
-        if not math.isfinite(self._now.sum()):
-            return math.nan  # a saturated network would hide it from the loss
+        overflows: list[bool] = []  # which a saturated network would hide from the loss
+        check(self._now.sum().isfinite(), lambda: overflows.append(True))
+        try:
+            loss = self._evaluate(limit)
+            read()  # or the check still waits
+        except (FloatingPointError, ValueError):
+            read()
+            if not overflows:
+                raise
+        return math.nan if overflows else loss
+
+    def _evaluate(self, limit: float | None) -> float:
+        """Return L where the parameters are, and keep what a next step needs."""
         evaluate = getattr(self.objective, "evaluate", None) if self._keeps else None
         known, where = self._lowest
         if evaluate is None and where is not None and torch.equal(self._now, where):
             return known
         if evaluate is None or limit is not None:
-            loss = float(self.objective.loss())
+            loss = read(self.objective.loss())[0][0]
             if evaluate is None or limit is None or not loss <= limit:
                 return loss
         with torch.enable_grad():
@@ -151,17 +163,32 @@ class Trial:
         """Set the parameters back to θ, bit for bit."""
         self._place(None)
 
-    def ended_at(self, objective: LeastSquares, parameters: Sequence[Tensor]) -> bool:
-        """Whether the next step starts where this one was evaluated, and nothing has changed."""
-        return (
-            self.evaluation is not None
-            and objective is self.objective
-            and self.evaluation.is_current()
-            and {id(p) for p in parameters} == {id(p) for p in self.parameters}
-            and (now := _flat(self.parameters)).dtype == self._now.dtype
-            and now.device == self._now.device
-            and torch.equal(now, self._now)
-        )
+    def ended_at(
+        self,
+        objective: LeastSquares,
+        parameters: Sequence[Tensor],
+        otherwise: Callable[[], None],
+    ) -> bool:
+        """Whether the next step starts where this one was evaluated, and nothing has changed.
+
+        Args:
+            objective: The objective of the next step.
+            parameters: Its parameters.
+            otherwise: What is called, later, if the answer is yes but numbers of the parameters
+                have changed behind torch's back, as through ``tensor.data``.
+        """
+        if (
+            self.evaluation is None
+            or objective is not self.objective
+            or not self.evaluation.is_current()
+            or {id(p) for p in parameters} != {id(p) for p in self.parameters}
+        ):
+            return False
+        now = _flat(self.parameters)
+        if now.dtype != self._now.dtype or now.device != self._now.device:
+            return False
+        check((now == self._now).all(), otherwise)
+        return True
 
     def _place(self, update: Sequence[Tensor] | None, scale: float = 1.0) -> None:
         self.evaluation, self._now = None, self._start

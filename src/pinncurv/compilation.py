@@ -1,0 +1,180 @@
+"""Functions of tensors as flat graphs, compiled once and called without a look at anything else."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+
+Run = Callable[..., Sequence[Tensor]]
+
+
+class NotCompiled(UserWarning):
+    """Something that should be compiled can't be, and runs as it is written."""
+
+
+class _NoReads(TorchFunctionMode):
+    """Refuses to read values, which would be frozen into the graph.
+
+    Of tensors that a graph makes, torch refuses it already.
+
+    Args:
+        given: The tensors whose values may change from call to call, by identity.
+    """
+
+    def __init__(self, given: Mapping[int, object]) -> None:
+        super().__init__()
+        self._given = given
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: Any = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Let everything pass but the methods that return numbers."""
+        name = getattr(func, "__name__", "")
+        if name in _READS and args and id(args[0]) in self._given:
+            raise RuntimeError(f"Tensor.{name} reads a value that may change from call to call")
+        return func(*args, **(kwargs or {}))
+
+
+_READS = {"item", "tolist", "numpy", "equal", "allclose", "is_nonzero", "cpu"} | {
+    f"__{name}__"
+    for name in ("bool", "float", "int", "index", "complex", "array", "dlpack", "contains")
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Compiled:
+    """A compiled function of some tensors.
+
+    Args:
+        run: What the compiler made of the graph; takes the sources in order.
+        sources: Where the inputs of the graph come from: the position of a given tensor, or a
+            tensor that is always the same one, such as a parameter.
+        outputs: What is returned: the position of an output of the graph, or of an input.
+        device: The type of the device.
+    """
+
+    run: Run
+    sources: tuple[int | Tensor, ...]
+    outputs: tuple[tuple[bool, int], ...]
+    device: str
+
+    @torch.no_grad()
+    def __call__(self, given: Sequence[Tensor]) -> list[Tensor]:
+        """Return the outputs, for given tensors of the same shapes as those it was traced with."""
+        inputs = [given[s] if isinstance(s, int) else s for s in self.sources]
+        made = self.run(*inputs)
+        if self.device != "cpu":  # a CUDA graph writes to the same memory when it runs again
+            made = [tensor.clone() for tensor in made]
+        return [inputs[i] if is_input else made[i] for is_input, i in self.outputs]
+
+
+def compiled(
+    function: Callable[[], Sequence[Tensor]], given: Sequence[Tensor], fixed: Sequence[Tensor] = ()
+) -> Compiled:
+    """Trace a function to a flat graph of tensor operations, and compile that.
+
+    The graph holds the numbers that the function uses, but no values of tensors: those that are
+    given are its inputs, and all others that it uses are read anew at every call. Graphs that are
+    the same are compiled once in a process, and by torch once on a disk.
+
+    Args:
+        function: Uses the given tensors themselves and any others, and returns tensors.
+        given: The tensors that may be others in a later call.
+        fixed: Tensors whose values may change, but which are always the same objects.
+
+    Raises:
+        Exception: If the function reads values of tensors, or the compiler fails; of many types.
+    """
+    positions = {id(tensor): i for i, tensor in reversed(list(enumerate(given)))}
+    known = {**dict.fromkeys(map(id, fixed)), **positions}
+    with FakeTensorMode(allow_non_fake_inputs=True), _NoReads(known), torch.no_grad():
+        graph = make_fx(lambda: list(function()))()
+    sources, outputs = _flatten(graph, positions)
+    _check_no_copies(sources, [*given, *fixed])
+    like = [given[s] if isinstance(s, int) else s for s in sources]
+    device = next((tensor.device.type for tensor in like if tensor.device.type != "cpu"), "cpu")
+    return Compiled(_run_of(graph, like, device), sources, outputs, device)
+
+
+def _flatten(
+    graph: GraphModule, positions: Mapping[int, int]
+) -> tuple[tuple[int | Tensor, ...], tuple[tuple[bool, int], ...]]:
+    """Make all tensors that a graph uses its inputs, and return only what is none of them."""
+    nodes = list(graph.graph.nodes)
+    tensors: dict[int, tuple[int | Tensor, Node]] = {}
+    used = [node for node in nodes if node.op == "get_attr"]
+    with graph.graph.inserting_before(nodes[0]):
+        for node in used:
+            tensor = getattr(graph, str(node.target))
+            if id(tensor) not in tensors:
+                placeholder = graph.graph.placeholder(f"input_{len(tensors)}")
+                tensors[id(tensor)] = positions.get(id(tensor), tensor), placeholder
+            node.replace_all_uses_with(tensors[id(tensor)][1])
+    for node in used:
+        graph.graph.erase_node(node)
+    order = {
+        node: i for i, node in enumerate(n for n in graph.graph.nodes if n.op == "placeholder")
+    }
+    by_order = sorted(tensors.values(), key=lambda pair: order[pair[1]])
+    output = next(node for node in reversed(graph.graph.nodes) if node.op == "output")
+    results: list[Node] = list(output.args[0])
+    made = list(dict.fromkeys(node for node in map(_alias, results) if node not in order))
+    outputs = tuple(
+        (node in order, order[node] if node in order else made.index(node))
+        for node in map(_alias, results)
+    )
+    output.args = (tuple(made),)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return tuple(source for source, _ in by_order), outputs
+
+
+def _alias(node: Node) -> Node:
+    """Return what a node is a detached alias of."""
+    while node.target is torch.ops.aten.detach.default:
+        (node,) = node.all_input_nodes
+    return node
+
+
+def _check_no_copies(sources: Sequence[int | Tensor], owners: Sequence[Tensor]) -> None:
+    """Check that no alias of what may change, as ``tensor.data`` is one, is taken for a constant.
+
+    Raises:
+        RuntimeError: If one is.
+    """
+    ids = {id(owner) for owner in owners}
+    memory = {owner.untyped_storage().data_ptr() for owner in owners}
+    for source in sources:
+        if isinstance(source, Tensor) and id(source) not in ids:
+            pointer = source.untyped_storage().data_ptr()
+            if pointer and pointer in memory:
+                raise RuntimeError("it uses a view of a tensor that may be another one later")
+
+
+_MADE: dict[Any, Run] = {}
+
+
+def _run_of(graph: GraphModule, like: Sequence[Tensor], device: str) -> Run:
+    """Compile a graph, unless the same one has been compiled."""
+    metas = tuple((t.dtype, tuple(t.shape), t.stride(), str(t.device)) for t in like)
+    key = graph.code, metas, torch.get_num_threads()
+    if key not in _MADE:
+        options = {"triton.cudagraphs": device == "cuda"}  # what mode="reduce-overhead" sets
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the compiler about itself
+            plain: list[Any] = [tensor.detach() for tensor in like]
+            _MADE[key] = torch._inductor.compile(graph, plain, options=options)
+    return _MADE[key]
