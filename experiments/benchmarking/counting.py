@@ -16,6 +16,10 @@ _PRODUCTS = {
     f"aten::{n}{i}" for n in ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv") for i in ("", "_")
 }
 STEPS = 5
+_LAUNCHES = {
+    *("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx"),
+    *("cudaLaunchCooperativeKernel", "cudaGraphLaunch"),
+}
 _SYNCHRONIZATIONS = {"cudaStreamSynchronize", "cudaEventSynchronize"}
 # Methods of a tensor by which Python reads values of it, from whatever device.
 _READS = ("item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__")
@@ -52,7 +56,7 @@ def count_events(events: Iterable[Event]) -> Counts:
         outer = set(_outer(event))
         calls += event.name.startswith("aten::") and not any(n.startswith("aten::") for n in outer)
         products += event.name in _PRODUCTS and not outer & _PRODUCTS
-        launches += event.name.startswith("cu") and "Launch" in event.name
+        launches += event.name in _LAUNCHES
         synchronizations += event.name in _SYNCHRONIZATIONS
     return Counts(calls, products, launches, synchronizations)
 

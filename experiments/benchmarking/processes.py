@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -170,13 +170,29 @@ TURNS: dict[str, Callable[[Job], Turn]] = {
 }
 
 
+def check_compiled(caught: Sequence[warnings.WarningMessage]) -> None:
+    """Check that what was to be compiled is.
+
+    Raises:
+        RuntimeError: If a warning says that it runs as it is written.
+    """
+    # compiled steps are not in every commit that this file is run against
+    from pinncurv.compilation import NotCompiled  # noqa: PLC0415 - see above
+
+    for warning in caught:
+        if issubclass(warning.category, NotCompiled):
+            raise RuntimeError(str(warning.message))
+
+
 def main(argument: str) -> None:
     """Do a job: one turn per line of standard input."""
     job = Job(**json.loads(argument))
     torch.set_num_threads(job.threads)
     start = time.perf_counter()
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True, action="default") as caught:
         turn = TURNS[job.kind](job)
+        if job.compiled:
+            check_compiled(caught)
         about = {
             "package": pinncurv.__file__,
             "ready": time.perf_counter() - start,

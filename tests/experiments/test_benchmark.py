@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import operator
+import warnings
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -17,6 +18,7 @@ from experiments import benchmark
 from experiments.benchmarking import counting, figures, floors, processes, turns
 from experiments.benchmarking.sizes import SIZES, build_network
 from experiments.command import run_program
+from pinncurv.compilation import NotCompiled
 from pinncurv.curvature import Objective
 
 NESTED = [name for name in SIZES if name not in ("extra", "k1200", "k3500")]
@@ -398,6 +400,15 @@ def test_an_eager_figure_must_not_be_missing(monkeypatch):
     monkeypatch.setattr(turns, "Worker", refuse)
     with pytest.raises(ChildProcessError, match="broken"):
         turns.measure_size("tiny", [("gradient", False)], turns.Setting(rounds=1))
+
+
+def test_what_is_not_compiled_is_not_measured_as_compiled():
+    with warnings.catch_warnings(record=True, action="always") as caught:
+        warnings.warn("a step is slow", UserWarning, stacklevel=1)
+        processes.check_compiled(caught)
+        warnings.warn("no compiler is found", NotCompiled, stacklevel=1)
+    with pytest.raises(RuntimeError, match="no compiler is found"):
+        processes.check_compiled(caught)
 
 
 def test_a_process_that_ends_says_why():
