@@ -7,6 +7,9 @@ the KFAC* step of m, which it does with 1 % more parameters, outside of linear l
 are second-order problems; kdv, biharmonic and laplace100 are there for derivatives of orders three
 and four, and for many coordinates.
 
+``gradient`` is loss and gradient by one linearization, eager and compiled the same call, the other
+figures are steps of the presets; ``kfac_star_chunked`` in chunks of 500 points.
+
 Every figure has a process of its own, and one more for compiled steps. The processes of one size
 take turns of a fraction of a second, and ratios are medians of ratios within a turn, so that a busy
 machine slows both sides. Each round has new ones. The floor is what the figure needs by counting,

@@ -1,6 +1,5 @@
 """The time of a piece of work, and the peak memory of this process (Linux) or of a GPU."""
 
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +9,10 @@ import torch
 _PROC = Path("/proc/self")
 
 
-def median_seconds(work: Callable[[], object], device: str, repetitions: int = 3) -> float:
-    """Return the median time of a piece of work, after one that does not count."""
-    work()
-    return statistics.median(seconds(work, device) for _ in range(repetitions))
+def best_seconds(work: Callable[[], object], device: str, repetitions: int = 5) -> float:
+    """Return the shortest time of a piece of work, after one that does not count."""
+    seconds(work, device)
+    return min(seconds(work, device) for _ in range(repetitions))
 
 
 def seconds(work: Callable[[], object], device: str) -> float:

@@ -1,8 +1,9 @@
 """The floor of a figure by counting: what it needs, at the rates of the machine.
 
-A step can't be faster than the matrix products that it needs, at the rate of a large product on
-this machine, and the eigendecompositions that it needs, as torch.linalg.eigh takes for matrices of
-their sizes. Elementwise operations, the start of operations and Python are not in the floor.
+A step can't be faster than the matrix products that it needs, at the best rate of a product of its
+shape on this machine, and the eigendecompositions that it needs, at the best time of
+torch.linalg.eigh for matrices of their sizes. Elementwise operations, the start of operations and
+Python are not in the floor.
 
 What is needed is counted from the widths d_in × d_out, N points and S channels of each term, in
 floating-point operations, two for a multiplication. A symmetric product is half of a product.
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from experiments.benchmarking.clock import median_seconds
+from experiments.benchmarking.clock import best_seconds
 from experiments.benchmarking.sizes import DTYPE, Size
 
 
@@ -180,11 +181,11 @@ def measure_product(shape: tuple[int, int, int], device: str) -> float:
     m, k, n = shape
     left = torch.randn(m, k, dtype=DTYPE, device=device)
     right, out = left.new_ones(k, n), left.new_empty(m, n)
-    return 2 * m * k * n / median_seconds(lambda: torch.mm(left, right, out=out), device)
+    return 2 * m * k * n / best_seconds(lambda: torch.mm(left, right, out=out), device)
 
 
 def measure_eigen(n: int, device: str) -> float:
     """Return the seconds of an eigendecomposition of a positive definite matrix of n rows."""
     root = torch.randn(n, n, dtype=DTYPE, device=device)
     matrix = root @ root.mT
-    return median_seconds(lambda: torch.linalg.eigh(matrix), device)
+    return best_seconds(lambda: torch.linalg.eigh(matrix), device)
