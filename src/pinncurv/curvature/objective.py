@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain
@@ -228,7 +229,10 @@ class Evaluation:
 
     def is_current(self) -> bool:
         """Whether parameters, buffers, points and data are those that were evaluated."""
-        return self.fingerprint == self.objective.fingerprint()
+        same = self.fingerprint == self.objective.fingerprint()
+        if same:
+            self.objective._is_known()
+        return same
 
 
 class Objective:
@@ -282,6 +286,7 @@ class Objective:
         ]
         self._graphs = _graphs_of(self.model) if compile else None
         self._structures: list[object] = [None for _ in self._bound]
+        self._looks: int | None = None  # how often to look for changes; None for every time
         self._space = self.space
 
     @classmethod
@@ -345,8 +350,24 @@ class Objective:
         """The trained tensors and the blocks they belong to."""
         return self._follow()
 
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Look for what has changed once inside the block, where nothing but parameters changes."""
+        before, self._looks = self._looks, 1
+        try:
+            yield
+        finally:
+            self._looks = before
+
+    def _is_known(self) -> None:
+        """Note that what the loss depends on has been looked at."""
+        self._looks = self._looks and 0
+
     def _follow(self) -> ParameterSpace:
         """Find out and check what has changed, and return the space."""
+        if self._looks == 0:
+            return self._space
+        self._is_known()
         network = network_state(self.model)  # one look for all terms
         for bound in self._bound:
             bound.follow(network)
