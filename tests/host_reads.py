@@ -39,20 +39,22 @@ class HostReads:
 
     ``item`` (of ``.item()``, ``float``, ``bool`` and ``int`` too), ``tolist``, ``equal`` and
     ``copy`` (to the CPU, to NumPy) are reads. ``shape`` (of a result that the values decide, such
-    as a mask's) and ``check`` (of a factorization's error codes) make a GPU wait as well.
+    as a mask's) and ``check`` (of a factorization's error codes) make a GPU wait as well, and
+    ``upload`` (from the CPU) may.
 
-    On a CPU every tensor counts, also one that would be on the host anyway, and ``.to("cpu")``
-    does not; on a pretended device (``tests.devices``) exactly those on it.
+    Args:
+        device: Of which tensors: those on a GPU, or pretended (``tests.devices``); or those on the
+            CPU, where also those count that would be on the host anyway, and no ``.to("cpu")``.
 
     Attributes:
         counts: How often, by kind.
         sites: How often, by kind and innermost lines within the package.
     """
 
-    def __init__(self, package: str = "/pinncurv/") -> None:
+    def __init__(self, device: str = "cpu") -> None:
         self.counts: Counter[str] = Counter()
         self.sites: Counter[tuple[str, str]] = Counter()
-        self._package = package
+        self.device = device
         self._modes = (_Functions(self), _Operations(self))
 
     def __enter__(self) -> "HostReads":
@@ -66,13 +68,13 @@ class HostReads:
 
     @property
     def reads(self) -> int:
-        """How often a value was read: all kinds but ``shape`` and ``check``."""
-        return self.counts.total() - self.counts["shape"] - self.counts["check"]
+        """How often a value was read."""
+        return sum(self.counts[kind] for kind in ("item", "tolist", "equal", "copy"))
 
     def record(self, kind: str) -> None:
         self.counts[kind] += 1
         frames = [f for f, _ in traceback.walk_stack(sys._getframe(1))]
-        inside = [f for f in frames if self._package in f.f_code.co_filename][:3]
+        inside = [f for f in frames if "/pinncurv/" in f.f_code.co_filename][:3]
         lines = [f"{_short(f.f_code.co_filename)}:{f.f_lineno}" for f in inside]
         self.sites[kind, " < ".join(lines) or "elsewhere"] += 1
 
@@ -89,7 +91,7 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kind = UNDISPATCHED.get(func)
-        if kind is not None and isinstance(args[0], Tensor) and args[0].device.type == "cpu":
+        if kind is not None and self._counted.device == args[0].device.type == "cpu":
             self._counted.record(kind)
         return func(*args, **(kwargs or {}))
 
@@ -101,20 +103,21 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        kind = _kind(func, args, kwargs or {}, out)
+        given = [x.device.type for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        kind = _kind(func.overloadpacket, args, given, out, self._counted.device)
         if kind is not None:
             self._counted.record(kind)
         return out
 
 
-def _kind(func, args, kwargs, out) -> str | None:
-    packet = func.overloadpacket
+def _kind(packet, args, given: list[str], out, device: str) -> str | None:
+    if packet in (aten._to_copy, aten.copy_):  # copy_ returns what it writes to
+        crossed = {(device, "cpu"): "copy", ("cpu", device): "upload"}
+        return crossed.get((given[-1], out.device.type)) if device != "cpu" else None
+    if device not in given:
+        return None
     if packet in READS:
         return READS[packet]
-    given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    if packet in (aten._to_copy, aten.copy_):  # copy_ returns what it writes to
-        left = given[-1].device.type != "cpu"
-        return "copy" if left and out.device.type == "cpu" else None
     if packet in SHAPED_BY_VALUES or _has_mask(packet, args):
         return "shape"
     return "check" if packet in CHECKED else None

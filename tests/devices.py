@@ -1,0 +1,150 @@
+"""A device that is none: it computes on the CPU and refuses what a GPU would refuse.
+
+Tensors on it have values, so that whole trainings run and end where those on the CPU do. They
+refuse to meet tensors of the CPU, and what the host reads has to be copied there. Backward passes
+run on a thread of their own, as on a GPU. What only a GPU has (its libraries, streams, graphs,
+rounding, speed) is not seen.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils import backend_registration
+from torch.utils._python_dispatch import return_and_correct_aliasing
+from torch.utils._pytree import tree_leaves, tree_map
+
+aten = torch.ops.aten
+
+PRETENDED = "pretended"
+# Torch itself offers operations for every device; these it composes by resizing, which a wrapper
+# can't follow, or calls beneath Python (an index that is a list).
+KERNELS = """
+    eye eye.m arange arange.start arange.start_step linspace logspace range range.step
+    randperm randperm.generator tril_indices triu_indices
+    empty.memory_format empty_strided copy_ index.Tensor
+"""
+COPIES = {aten._to_copy, aten.copy_}
+# Their second argument, a list of indices, may be on the CPU.
+INDEXED = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
+# They take a number that is a tensor on the CPU, as all pointwise operations do.
+NUMBERS = {*INDEXED, aten.masked_fill, aten.masked_fill_, aten.fill_}
+
+_library: list[torch.library.Library] = []
+
+
+def register() -> None:
+    """Tell torch of the device, before the process' first backward pass makes its threads."""
+    if _library:
+        return
+    backend_registration._setup_privateuseone_for_python_backend(PRETENDED)
+    _library.append(torch.library.Library("aten", "IMPL"))
+    for name in KERNELS.split():
+        packet, _, overload = name.partition(".")
+        func = getattr(getattr(aten, packet), overload or "default")
+        _library[0].impl(name, partial(_kernel, func), "PrivateUse1")
+
+
+class Pretended(Tensor):
+    """A tensor that says that it is on the device, and holds one on the CPU."""
+
+    held: Tensor
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> Pretended:
+        made = Tensor._make_wrapper_subclass(
+            cls,
+            held.shape,
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device=torch.device(PRETENDED, 0),
+        )
+        made.held = held
+        return made
+
+    def __repr__(self) -> str:
+        return f"Pretended({self.held})"
+
+    # Whatever has these two is swapped, not written to, where a module moves.
+
+    def __tensor_flatten__(self):
+        return ["held"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner, context, shape, strides) -> Pretended:
+        return Pretended(inner["held"])
+
+    # What torch refuses for subclasses that it allows for tensors on a GPU.
+
+    def data_ptr(self) -> int:
+        return self.held.data_ptr()
+
+    def tolist(self) -> list:
+        return self.cpu().tolist()
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return dispatch(func, args, kwargs or {})
+
+
+def dispatch(func, args, kwargs):
+    """Run an operation on what the tensors hold.
+
+    Raises:
+        RuntimeError: If it mixes devices as no operation of a GPU does.
+    """
+    _refuse_mixed(func, args, kwargs)
+    given = _pretended(args, kwargs)
+    device = kwargs.get("device")
+    pretends = bool(given) if device is None else torch.device(device).type == PRETENDED
+    if pretends:
+        _refuse_generator(func, kwargs)
+    if device is not None:
+        kwargs = {**kwargs, "device": "cpu"}
+    held, options = tree_map(lambda leaf: getattr(leaf, "held", leaf), (args, kwargs))
+    out = func(*held, **options)
+    if any(tensor.shape != tensor.held.shape for tensor in given):
+        raise NotImplementedError(f"The pretended device can't follow a resize: {func}.")
+    if not pretends:
+        return out
+    out = tree_map(lambda leaf: Pretended(leaf) if type(leaf) is Tensor else leaf, out)
+    return return_and_correct_aliasing(func, args, kwargs, out)
+
+
+def _kernel(func, *args, **kwargs):
+    return dispatch(func, args, kwargs)
+
+
+def _pretended(*trees) -> list[Pretended]:
+    return [leaf for leaf in tree_leaves(trees) if isinstance(leaf, Pretended)]
+
+
+def _refuse_mixed(func, args, kwargs) -> None:
+    """Raise where CUDA would: tensors of both devices, but for copies, indices and numbers."""
+    packet = func.overloadpacket
+    if packet in COPIES:
+        return
+    written = func._schema.is_mutable and not isinstance(args[0], Pretended)
+    if packet in INDEXED and isinstance(args[0], Pretended):
+        args = (args[0], *args[2:])
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    here = [tensor for tensor in tensors if not isinstance(tensor, Pretended)]
+    if not here or len(here) == len(tensors):
+        return
+    numbers = torch.Tag.pointwise in func.tags or packet in NUMBERS
+    if written or not numbers or any(tensor.dim() for tensor in here):
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, got {len(here)} of {len(tensors)} on "
+            f"the CPU in {func}."
+        )
+
+
+def _refuse_generator(func, kwargs) -> None:
+    generator = kwargs.get("generator")
+    if generator is not None and generator.device.type != PRETENDED:
+        raise RuntimeError(f"Expected a generator on the device, got a CPU generator in {func}.")
