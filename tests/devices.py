@@ -8,10 +8,11 @@ rounding, speed) is not seen.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, _utils, nn
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
@@ -45,6 +46,8 @@ def register() -> None:
         packet, _, overload = name.partition(".")
         func = getattr(getattr(aten, packet), overload or "default")
         _library[0].impl(name, partial(_kernel, func), "PrivateUse1")
+    zeros = partial(_kernel, aten.zeros.default)  # forward mode's zeros, without their shortcuts
+    _library[0].impl("_efficientzerotensor", zeros, "PrivateUse1")
 
 
 class Pretended(Tensor):
@@ -77,6 +80,20 @@ class Pretended(Tensor):
     def __tensor_unflatten__(inner, context, shape, strides) -> Pretended:
         return Pretended(inner["held"])
 
+    def __deepcopy__(self, memo: dict) -> Pretended:
+        if id(self) not in memo:
+            copied = Pretended(self.held.clone()).requires_grad_(self.requires_grad)
+            if isinstance(self, nn.Parameter):
+                copied._is_param = True  # what makes it one
+            memo[id(self)] = copied
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol):
+        held, where = self.held.detach(), str(self.device)
+        if isinstance(self, nn.Parameter):
+            return _utils._rebuild_parameter, (Pretended(held), self.requires_grad, OrderedDict())
+        return _utils._rebuild_device_tensor_from_cpu_tensor, (held, self.dtype, where, False)
+
     # What torch refuses for subclasses that it allows for tensors on a GPU.
 
     def data_ptr(self) -> int:
@@ -108,12 +125,12 @@ def dispatch(func, args, kwargs):
         kwargs = {**kwargs, "device": "cpu"}
     held, options = tree_map(lambda leaf: getattr(leaf, "held", leaf), (args, kwargs))
     out = func(*held, **options)
+    if pretends:
+        out = tree_map(lambda leaf: Pretended(leaf) if type(leaf) is Tensor else leaf, out)
+        out = return_and_correct_aliasing(func, args, kwargs, out)
     if any(tensor.shape != tensor.held.shape for tensor in given):
         raise NotImplementedError(f"The pretended device can't follow a resize: {func}.")
-    if not pretends:
-        return out
-    out = tree_map(lambda leaf: Pretended(leaf) if type(leaf) is Tensor else leaf, out)
-    return return_and_correct_aliasing(func, args, kwargs, out)
+    return out
 
 
 def _kernel(func, *args, **kwargs):
