@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from functools import partial
 
+import pytest
 import torch
 from torch import Tensor, _utils, nn
 from torch.utils import backend_registration
@@ -27,6 +28,9 @@ KERNELS = """
     randperm randperm.generator tril_indices triu_indices
     empty.memory_format empty_strided copy_ index.Tensor
 """
+# For tests of what has to be right on a device: the pretended one, and a GPU where there is one.
+_is_missing = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+DEVICES = [PRETENDED, pytest.param("cuda", marks=[pytest.mark.gpu, _is_missing])]
 COPIES = {aten._to_copy, aten.copy_}
 # Their second argument, a list of indices, may be on the CPU.
 INDEXED = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
@@ -48,6 +52,21 @@ def register() -> None:
         _library[0].impl(name, partial(_kernel, func), "PrivateUse1")
     zeros = partial(_kernel, aten.zeros.default)  # forward mode's zeros, without their shortcuts
     _library[0].impl("_efficientzerotensor", zeros, "PrivateUse1")
+
+
+def move_(module: nn.Module, device: str) -> None:
+    """Move a network as ``module.to``, which fails where somebody holds weak references to it.
+
+    The parameters stay the same objects, as they do when they move to a GPU.
+    """
+    if PRETENDED not in (device, next(module.parameters()).device.type):
+        module.to(device)
+        return
+    for parameter in module.parameters():
+        other = nn.Parameter(parameter.detach().to(device))
+        parameter.__class__, other.__class__ = other.__class__, parameter.__class__
+        parameter.__dict__, other.__dict__ = other.__dict__, parameter.__dict__
+        torch._C._swap_tensor_impl(parameter, other)
 
 
 class Pretended(Tensor):
