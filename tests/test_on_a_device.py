@@ -93,7 +93,8 @@ def test_problems(name, device):
         objective = Objective(model, problem.terms, batch, check=where != "cpu")
         linearized = objective.linearize()
         yield from linearized.gradient()
-        yield from linearized.residual
+        if objective.is_sum_of_squares:
+            yield from linearized.residual
         if problem.solution is not None:
             yield problem.errors(model, batch[0][:9]).rmse
 
@@ -193,3 +194,103 @@ def test_inverses(name, device):
             yield flat(solver.solve_residual(linearized.residual))
 
     assert_same(run, device, rtol=1e-6)
+
+
+# --- training -------------------------------------------------------------------------------------
+
+# Those that tests/optim/test_state.py takes to a device are not here.
+TRAINERS = {
+    "spring": presets.spring,
+    "ekfac": presets.ekfac,
+    "levenberg_marquardt": presets.levenberg_marquardt,
+    "subspace": presets.subspace_gauss_newton,
+    "growing": lambda p: CurvatureOptimizer(p, KFAC(), Damped(1e-2), batch=GrowingBatch(8)),
+    "adam": lambda p: FirstOrder(torch.optim.Adam(p)),
+    "lbfgs": lambda p: FirstOrder(torch.optim.LBFGS(p, max_iter=3)),
+    "bfgs": lambda p: FirstOrder(SSBFGS(p)),
+    "broyden": lambda p: FirstOrder(SSBroyden(p)),
+}
+
+
+@on_devices
+@pytest.mark.parametrize("name", TRAINERS)
+def test_steps_on_new_points_with_others_held_out(name, device):
+    def run(where):
+        model, draws = network().to(where), torch.Generator().manual_seed(1)
+        objective = poisson(model)
+        optimizer = TRAINERS[name](objective.parameters())
+        held_out = HeldOut(objective.resampled(draws), every=1)
+        for _ in range(2):
+            record = held_out(optimizer.step(objective))
+            yield from (record.loss, record.held_out)
+            objective = objective.resampled(draws)
+        yield flat(model)
+
+    assert_same(run, device, rtol=1e-6)
+
+
+@on_devices
+def test_decay_chunks_and_samples_of_the_points(device):
+    def run(where):
+        model, problem = network().to(where), problems.poisson2d(14, 8)
+        terms, draws = [*problem.terms, L2(0.1)], torch.Generator().manual_seed(0)
+        objective = Objective.sample(model, terms, draws, chunk_size=5)
+        objective.backward()
+        yield from [parameter.grad for parameter in model.parameters()]
+        yield from objective.linearize_some(9, draws).gradient()
+        assert str(coverage(model, objective.linearize().linearizations))
+
+    assert_same(run, device)
+
+
+@on_devices
+def test_points_and_weights_that_follow_the_residual(device):
+    def run(where):
+        heat, draws = problems.heat1d(), torch.Generator().manual_seed(0)
+        model, weights = network().to(where), CausalWeights(0.0, 1.0, slabs=4)
+        term = replace(heat.terms[0], weight=weights)
+        chosen = ResidualBased(term, model, 20, draws=2)
+        x = chosen.sample(draws, torch.float64, where)
+        weights.update_(term, model, x)
+        yield x
+        yield from Objective(model, [term], [x]).linearize().gradient()
+
+    assert_same(run, device)
+
+
+@on_devices
+@pytest.mark.filterwarnings("ignore::pinncurv.problems.NotPeriodic")
+def test_windows_of_time(device):
+    def run(where):
+        windows = Windows((0.0, 0.5, 1.0))
+        for seed in (1, 2):
+            model = windows.scaled(network(seed=seed)).to(where)
+            objective = Objective.sample(model, windows.problem(problems.allen_cahn))
+            yield from objective.linearize().gradient()
+            windows.append(model)
+        yield windows(torch.linspace(0, 1, 8, dtype=torch.float64).view(4, 2).to(where))
+
+    assert_same(run, device)
+
+
+@on_devices
+def test_two_operators_are_compared(device):
+    def run(where):
+        linearized = poisson(network().to(where)).linearize()
+        exact, kfac = (recipe(linearized.linearizations) for recipe in (GaussNewton(), KFAC()))
+        for limit in (1024, 4):  # exactly, and by probes
+            made = comparison.compare(
+                kfac, exact, linearized.gradient(), 1e-2, dense_limit=limit, probes=4
+            )
+            yield from (made.cosine.value, made.condition_number, made.step.cosine)
+        yield comparison.frobenius_by_layer(kfac, exact).relative_error
+
+    assert_same(run, device, rtol=1e-6)
+
+
+@on_devices
+def test_verification(device):
+    model = network(2, 2, 1).to(device)
+    terms = problems.poisson2d(3, 2).terms
+    batch = [term.points.sample(torch.Generator(), torch.float64, device) for term in terms]
+    verify(model, terms, batch, curvature=KFAC()).raise_if_failed()
