@@ -29,8 +29,13 @@ KERNELS = """
     empty.memory_format empty_strided copy_ index.Tensor
 """
 # For tests of what has to be right on a device: the pretended one, and a GPU where there is one.
-_is_missing = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-DEVICES = [PRETENDED, pytest.param("cuda", marks=[pytest.mark.gpu, _is_missing])]
+has_gpu = torch.cuda.is_available()
+not_beside_a_gpu = pytest.mark.skipif(has_gpu, reason="torch knows one accelerator at a time")
+_needs_a_gpu = pytest.mark.skipif(not has_gpu, reason="needs CUDA")
+DEVICES = [
+    pytest.param(PRETENDED, marks=not_beside_a_gpu),
+    pytest.param("cuda", marks=[pytest.mark.gpu, _needs_a_gpu]),
+]
 COPIES = {aten._to_copy, aten.copy_}
 # Their second argument, a list of indices, may be on the CPU.
 INDEXED = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
@@ -42,7 +47,7 @@ _library: list[torch.library.Library] = []
 
 def register() -> None:
     """Tell torch of the device, before the process' first backward pass makes its threads."""
-    if _library:
+    if _library or has_gpu:
         return
     backend_registration._setup_privateuseone_for_python_backend(PRETENDED)
     _library.append(torch.library.Library("aten", "IMPL"))

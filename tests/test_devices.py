@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from tests.devices import PRETENDED, Pretended
+from tests.devices import PRETENDED, Pretended, not_beside_a_gpu
 from tests.host_reads import HostReads
+
+pytestmark = not_beside_a_gpu
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from torch import nn
 from pinncurv import presets
 from pinncurv.curvature import Objective
 from pinncurv.problems import poisson2d
+from tests.devices import DEVICES
 from tests.host_reads import HostReads
 
 READS = {
@@ -51,14 +52,16 @@ def test_what_stays_on_the_device_is_not():
     assert not counted.counts
 
 
-def test_a_step_of_kfac_star():
-    """Shows where, with ``pytest -s``."""
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_step_of_kfac_star(device):
+    """It uploads nothing, and values decide no shapes; ``pytest -s`` shows what it reads."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    model = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)).double().to(device)
     objective = Objective.sample(model, poisson2d())
     optimizer = presets.kfac_star(model.parameters())
     optimizer.step(objective)
-    with HostReads() as counted:
+    with HostReads(device) as counted:
         optimizer.step(objective)
     print(counted.report())
     assert counted.reads > 0  # whether it is accepted
+    assert counted.counts["upload"] == counted.counts["shape"] == 0

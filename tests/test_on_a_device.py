@@ -1,6 +1,5 @@
 """What runs on the CPU runs on a device to the same values: no tensor is left behind."""
 
-import copy
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -37,8 +36,8 @@ from pinncurv.curvature import (
 )
 from pinncurv.linearization import linearize
 from pinncurv.linops import Damped, FactorDamping
-from pinncurv.optim import CurvatureOptimizer, FirstOrder, GrowingBatch, HeldOut, SSBFGS, SSBroyden
-from pinncurv.problems import L2, CausalWeights, Problem, ResidualBased, Windows
+from pinncurv.optim import SSBFGS, CurvatureOptimizer, FirstOrder, GrowingBatch, HeldOut, SSBroyden
+from pinncurv.problems import L2, CausalWeights, ResidualBased, Windows
 from pinncurv.verification import verify
 from tests import kinds, networks
 from tests.devices import DEVICES
@@ -77,11 +76,17 @@ FURTHER = {
     "poisson_disk_ritz": problems.poisson_disk_ritz,
 }
 PROBLEMS = SHIPPED | GALLERY | INVERSE | FURTHER
+# The code of others, in other dimensions.
+ALIKE = [name for name in SHIPPED if name.startswith(("anisotropic_log", "poisson1", "poisson5"))]
+ALIKE += ["fokker_planck3d", "log_fokker_planck2d", "anisotropic_fokker_planck3d"]
 
 
 @pytest.mark.filterwarnings("ignore::pinncurv.problems.NotPeriodic")
 @on_devices
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in ALIKE else ()) for name in PROBLEMS],
+)
 def test_problems(name, device):
     def run(where):
         problem = PROBLEMS[name]()
@@ -155,11 +160,10 @@ RECIPES = {
 
 
 @on_devices
-@pytest.mark.parametrize("chunk_size", [None, 3])
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipes(name, chunk_size, device):
+def test_recipes(name, device):
     def run(where):
-        linearized = poisson(network().to(where), chunk_size=chunk_size).linearize()
+        linearized = poisson(network().to(where)).linearize()
         operator = RECIPES[name](linearized.linearizations)
         yield operator.to_dense()
         if name not in ("hessian", "residual hessian", "matrix-free"):
@@ -213,7 +217,10 @@ TRAINERS = {
 
 
 @on_devices
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if n == "broyden" else ()) for n in TRAINERS],
+)
 def test_steps_on_new_points_with_others_held_out(name, device):
     def run(where):
         model, draws = network().to(where), torch.Generator().manual_seed(1)
@@ -238,6 +245,8 @@ def test_decay_chunks_and_samples_of_the_points(device):
         objective.backward()
         yield from [parameter.grad for parameter in model.parameters()]
         yield from objective.linearize_some(9, draws).gradient()
+        for recipe in (KFAC(), MatrixFreeGaussNewton(), DiagonalGaussNewton(), Kernel()):
+            yield recipe(objective.linearize().linearizations).to_dense()
         assert str(coverage(model, objective.linearize().linearizations))
 
     assert_same(run, device)

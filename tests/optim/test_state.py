@@ -27,6 +27,10 @@ from tests.optim.cases import (
     values,
 )
 
+# The others have states like one of these, and hessian_free takes ten times as long.
+QUICK = ("kfac", "kfac_star", "engd", "gauss_newton_cg", "engd_w", "adaptive_intervals", "auto")
+ON_DEVICES = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in OPTIMIZERS]
+
 
 def through_a_file(state):
     """Save and load as a careful user does."""
@@ -444,7 +448,7 @@ def test_a_batch_of_another_dtype():
 
 
 @pytest.mark.parametrize("elsewhere", DEVICES)
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", ON_DEVICES)
 def test_another_device_between_two_steps(name, elsewhere):
     model, twin = network(), network()
     optimizer, reference = (OPTIMIZERS[name](m.parameters()) for m in (model, twin))
@@ -459,7 +463,7 @@ def test_another_device_between_two_steps(name, elsewhere):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", ON_DEVICES)
 def test_loading_on_another_device(name, device):
     model, twin = network(), network().to(device)
     optimizer = OPTIMIZERS[name](model.parameters())
