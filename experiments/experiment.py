@@ -246,13 +246,13 @@ class Experiment:
                 f"{self.problem} must be or return a pinncurv.Problem, got "
                 f"{type(problem).__name__}."
             )
-        problem = copy.deepcopy(problem)  # the function may return the same one every time
-        for term in problem.terms:
+        own = copy.deepcopy(problem)  # the function may return the same one every time
+        for term in own.terms:
             for owner in (term, *term.operators.values()):
                 for part in vars(owner).values():
                     if isinstance(part, nn.Module):
                         part.to(self.device, DTYPES[self.dtype])
-        return problem
+        return own
 
     def build_network(self, problem: Problem, seed: int) -> nn.Module:
         """Build the network, drawn on the CPU in the experiment's type."""
