@@ -223,6 +223,8 @@ class Experiment:
     def build_problem(self, **window: Any) -> Problem:
         """Build the problem anew, so that what its terms train is trained by one optimizer only.
 
+        Networks in residuals and coefficients get the experiment's type and device.
+
         Args:
             window: Start, end and initial values, with time windows.
         """
@@ -246,7 +248,13 @@ class Experiment:
                 f"{self.problem} must be or return a pinncurv.Problem, got "
                 f"{type(problem).__name__}."
             )
-        return copy.deepcopy(problem)  # the function may return the same one every time
+        own = copy.deepcopy(problem)  # the function may return the same one every time
+        for term in own.terms:
+            for owner in (term, *term.operators.values()):
+                for part in vars(owner).values():
+                    if isinstance(part, nn.Module):
+                        part.to(self.device, DTYPES[self.dtype])
+        return own
 
     def build_network(self, problem: Problem, seed: int) -> nn.Module:
         """Build the network, drawn on the CPU in the experiment's type."""

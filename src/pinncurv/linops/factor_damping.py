@@ -27,7 +27,7 @@ from pinncurv.linops.psd import (
     symmetrize,
 )
 from pinncurv.linops.reading import read
-from pinncurv.linops.simultaneous import Pencil
+from pinncurv.linops.simultaneous import Pencil, known, tensors_of
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,8 @@ class _Single:
     """A damped factor of the only group of terms; what is read of it, see ``Pencil``."""
 
     P: Float[Tensor, "n n"]
-    numbers: Float[Tensor, " 2"]
+    floors: tuple[float | Tensor]
+    numbers: Float[Tensor, " _"]
     name: str
 
 
@@ -202,9 +203,8 @@ def _side(
     """Return one factor of a layer, of one or two groups of terms."""
     if len(factors) == 1:
         (P,), (floor,) = factors, floors
-        number = torch.as_tensor(floor, dtype=P.dtype, device=P.device)
         name = f"{names[0]}, damped factor {factor}"
-        return _Single(P, torch.stack([P.sum(), number]), name)
+        return _Single(P, (floor,), torch.stack([P.sum(), *tensors_of(floors)]), name)
     name = f"the sum of {names[0]} and {names[1]}, damped factors {factor}"
     return Pencil.of(torch.stack(list(factors)), floors, name)
 
@@ -234,8 +234,10 @@ def _invert_dense(
 def _invert(sides: tuple[Any, Any], numbers: Sequence[Sequence[float]]) -> _LayerInverse:
     """Invert B ⊗ A by two eigendecompositions, or B_1 ⊗ A_1 + B_2 ⊗ A_2 by two congruences."""
     if isinstance(sides[0], _Single):
-        (one, other), floors = sides, [state[1] for state in numbers]
-        a, b = eigh(one.P, one.name, floors[0]), eigh(other.P, other.name, floors[1])
+        a, b = (
+            eigh(side.P, side.name, *known(side.floors, read[1:]))
+            for side, read in zip(sides, numbers, strict=True)
+        )
         check_nonsingular(a)
         check_nonsingular(b)
         basis = KroneckerBasis(a.eigenvectors, b.eigenvectors)
@@ -244,7 +246,8 @@ def _invert(sides: tuple[Any, Any], numbers: Sequence[Sequence[float]]) -> _Laye
         )
     A, B = (side.diagonalize(state) for side, state in zip(sides, numbers, strict=True))
     eigenvalues = torch.outer(A.s1 * B.s1 * B.a1, A.a1).addr_(A.s2 * B.s2 * B.a2, A.a2)
-    if sum(a * b for a, b in zip(numbers[0][-2:], numbers[1][-2:], strict=True)) == 0:
+    floors = [known(side.floors, read[5:]) for side, read in zip(sides, numbers, strict=True)]
+    if sum(a * b for a, b in zip(*floors, strict=True)) == 0:
         _check_nonsingular(eigenvalues, sides[0].name)
     return _LayerInverse(KroneckerBasis(A.E, B.E), 1 / eigenvalues, A.reports + B.reports)
 
