@@ -231,7 +231,7 @@ class Evaluation:
         """Whether parameters, buffers, points and data are those that were evaluated."""
         same = self.fingerprint == self.objective.fingerprint()
         if same:
-            self.objective._is_known()
+            self.objective._looks = self.objective._looks and 0
         return same
 
 
@@ -359,15 +359,11 @@ class Objective:
         finally:
             self._looks = before
 
-    def _is_known(self) -> None:
-        """Note that what the loss depends on has been looked at."""
-        self._looks = self._looks and 0
-
     def _follow(self) -> ParameterSpace:
         """Find out and check what has changed, and return the space."""
         if self._looks == 0:
             return self._space
-        self._is_known()
+        self._looks = self._looks and 0
         network = network_state(self.model)  # one look for all terms
         for bound in self._bound:
             bound.follow(network)

@@ -27,7 +27,7 @@ from pinncurv.linops.psd import (
     symmetrize,
 )
 from pinncurv.linops.reading import read
-from pinncurv.linops.simultaneous import Pencil, known, tensors_of
+from pinncurv.linops.simultaneous import Pencil
 
 
 @dataclass(frozen=True)
@@ -120,11 +120,12 @@ class FactorDamping:
                 f"{type(operator).__name__}. Use Damped(damping) for other operators."
             )
         groups = _check_groups(self.groups, len(operator.terms))
-        sides = [self._sides(operator, i, groups) for i in _with_factors(operator)]
+        layers = [i for i, block in enumerate(operator.blocks) if block.kronecker]
+        sides = [self._sides(operator, i, groups) for i in layers]
         states = [side.numbers for layer in sides for side in layer]
         numbers = read(*states)  # the only wait for the device
         if not all(isfinite(state[0]) for state in numbers):
-            _check_finite(operator)
+            _check_finite(operator, layers)
         pairs = iter(zip(sides, zip(numbers[::2], numbers[1::2], strict=True), strict=True))
         inverses = [
             _invert(*next(pairs)) if block.kronecker else _invert_dense(operator, i, self.damping)
@@ -172,13 +173,9 @@ def _check_groups(groups: Sequence[Sequence[int]] | None, T: int) -> list[list[i
     return positions
 
 
-def _with_factors(operator: SumKroneckerLinearOperator) -> list[int]:
-    return [i for i, block in enumerate(operator.blocks) if block.kronecker]
-
-
-def _check_finite(operator: SumKroneckerLinearOperator) -> None:
+def _check_finite(operator: SumKroneckerLinearOperator, layers: Sequence[int]) -> None:
     """Name the first factor that is not finite, if it is no sum that overflows."""
-    for i in _with_factors(operator):
+    for i in layers:
         for t, pair in enumerate(operator.factors[i]):
             symmetrize(pair.A, operator.factor_name(i, t, "A"))
             symmetrize(pair.B, operator.factor_name(i, t, "B"))
@@ -189,8 +186,7 @@ class _Single:
     """A damped factor of the only group of terms; what is read of it, see ``Pencil``."""
 
     P: Float[Tensor, "n n"]
-    floors: tuple[float | Tensor]
-    numbers: Float[Tensor, " _"]
+    numbers: Float[Tensor, " 2"]
     name: str
 
 
@@ -204,7 +200,8 @@ def _side(
     if len(factors) == 1:
         (P,), (floor,) = factors, floors
         name = f"{names[0]}, damped factor {factor}"
-        return _Single(P, (floor,), torch.stack([P.sum(), *tensors_of(floors)]), name)
+        bound = floor if isinstance(floor, Tensor) else P.new_full((), floor)
+        return _Single(P, torch.stack([P.sum(), bound]), name)
     name = f"the sum of {names[0]} and {names[1]}, damped factors {factor}"
     return Pencil.of(torch.stack(list(factors)), floors, name)
 
@@ -234,10 +231,7 @@ def _invert_dense(
 def _invert(sides: tuple[Any, Any], numbers: Sequence[Sequence[float]]) -> _LayerInverse:
     """Invert B ⊗ A by two eigendecompositions, or B_1 ⊗ A_1 + B_2 ⊗ A_2 by two congruences."""
     if isinstance(sides[0], _Single):
-        a, b = (
-            eigh(side.P, side.name, *known(side.floors, read[1:]))
-            for side, read in zip(sides, numbers, strict=True)
-        )
+        a, b = (eigh(side.P, side.name, read[1]) for side, read in zip(sides, numbers, strict=True))
         check_nonsingular(a)
         check_nonsingular(b)
         basis = KroneckerBasis(a.eigenvectors, b.eigenvectors)
@@ -246,8 +240,7 @@ def _invert(sides: tuple[Any, Any], numbers: Sequence[Sequence[float]]) -> _Laye
         )
     A, B = (side.diagonalize(state) for side, state in zip(sides, numbers, strict=True))
     eigenvalues = torch.outer(A.s1 * B.s1 * B.a1, A.a1).addr_(A.s2 * B.s2 * B.a2, A.a2)
-    floors = [known(side.floors, read[5:]) for side, read in zip(sides, numbers, strict=True)]
-    if sum(a * b for a, b in zip(*floors, strict=True)) == 0:
+    if sum(a * b for a, b in zip(numbers[0][-2:], numbers[1][-2:], strict=True)) == 0:
         _check_nonsingular(eigenvalues, sides[0].name)
     return _LayerInverse(KroneckerBasis(A.E, B.E), 1 / eigenvalues, A.reports + B.reports)
 

@@ -64,9 +64,8 @@ class Pencil:
         scaled: P_1 / s_1.
         M: P_1 / s_1 + P_2 / s_2.
         L: Cholesky's factor of M, if the algorithm did not fail.
-        floors: λ_1 and λ_2.
         numbers: On the device, the sum of M, the smaller trace, whether Cholesky's algorithm did
-            not fail, s_1, s_2, and the floors that are tensors.
+            not fail, s_1, s_2, λ_1 and λ_2.
         name: What the matrices are.
     """
 
@@ -74,8 +73,7 @@ class Pencil:
     scaled: Float[Tensor, "n n"]
     M: Float[Tensor, "n n"]
     L: Float[Tensor, "n n"]
-    floors: tuple[float | Tensor, float | Tensor]
-    numbers: Float[Tensor, " _"]
+    numbers: Float[Tensor, " 7"]
     name: str
 
     @classmethod
@@ -85,10 +83,11 @@ class Pencil:
         s = torch.where(means > 0, means, 1.0)  # one for a zero matrix
         scaled = P / s[:, None, None]
         M = scaled[0] + scaled[1]
-        one, two = floors
-        L, good = cholesky_with_flag(M, one / s[0] + two / s[1])
-        numbers = [M.sum(), means.amin(), good.to(M), *s.unbind(), *tensors_of(floors)]
-        return cls(P, scaled[0], M, L, (one, two), torch.stack(numbers), name)
+        # a number is filled in on the device, not sent there
+        bounds = [f if isinstance(f, Tensor) else P.new_full((), f) for f in floors]
+        L, good = cholesky_with_flag(M, bounds[0] / s[0] + bounds[1] / s[1])
+        numbers = [M.sum(), means.amin(), good.to(M), *s.unbind(), *bounds]
+        return cls(P, scaled[0], M, L, torch.stack(numbers), name)
 
     def diagonalize(self, numbers: Sequence[float]) -> SimultaneousDiagonalization:
         """Go on, knowing the numbers.
@@ -97,8 +96,7 @@ class Pencil:
             FactorizationError: If a matrix is not finite, or M is numerically singular and both
                 floors are zero.
         """
-        total, smaller_trace, good, s1, s2, *read = numbers
-        floor1, floor2 = known(self.floors, read)
+        total, smaller_trace, good, s1, s2, floor1, floor2 = numbers
         if not isfinite(total):
             for i, P in enumerate(self.P, 1):
                 symmetrize(P, f"{self.name}, term {i}")
@@ -128,17 +126,6 @@ class Pencil:
         decomposition = eigh(self.M, self.name, floor)
         check_nonsingular(decomposition)
         return decomposition
-
-
-def tensors_of(floors: Sequence[float | Tensor]) -> list[Tensor]:
-    """Return the lower bounds that are on the device and must be read."""
-    return [floor for floor in floors if isinstance(floor, Tensor)]
-
-
-def known(floors: Sequence[float | Tensor], read: Sequence[float]) -> list[float]:
-    """Return lower bounds as numbers, knowing those that were read."""
-    numbers = iter(read)
-    return [next(numbers) if isinstance(floor, Tensor) else floor for floor in floors]
 
 
 def diagonalize(
