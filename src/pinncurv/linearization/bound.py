@@ -254,7 +254,8 @@ class BoundTerm:
         """Make a pass, compiled if passes are."""
         if not self.compiles:
             return function(part)
-        assert self.structure is not None and self._passes is not None  # found together
+        assert self.structure is not None  # which finds both
+        assert self._passes is not None
         return self._passes.call(kind, function, part, list(self.parameters.values()))
 
     @torch.no_grad()
