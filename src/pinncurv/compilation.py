@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 
 Run = Callable[..., Sequence[Tensor]]
@@ -321,6 +322,8 @@ def _run_of(graph: GraphModule, like: Sequence[Tensor], device: str) -> Run:
         options = {"triton.cudagraphs": device == "cuda"}  # what mode="reduce-overhead" sets
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the compiler about itself
-            plain: list[Any] = [tensor.detach() for tensor in like]
+            # tensors without values, of an environment of shapes: without that torch caches nothing
+            fake = FakeTensorMode(shape_env=ShapeEnv())
+            plain: list[Any] = [fake.from_tensor(t.detach(), static_shapes=True) for t in like]
             _MADE[key] = torch._inductor.compile(graph, plain, options=options)
     return _MADE[key]
