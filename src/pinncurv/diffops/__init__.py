@@ -1,7 +1,7 @@
 """Differential operators: what to read off a jet.
 
 ``operator.py`` is what an operator must declare, ``operators.py`` are the shipped ones on the
-coordinates of ``coordinates.py``, and ``plan.py`` evaluates several of them in one pass. A new
+coordinates of ``coordinates.py``, ``random_directions.py`` estimates sums of second derivatives, and ``plan.py`` evaluates several of them in one pass. A new
 operator is a subclass of ``DifferentialOperator`` anywhere.
 """
 
@@ -22,4 +22,9 @@ from pinncurv.diffops.operators import (
     Value as Value,
 )
 from pinncurv.diffops.plan import Plan as Plan, evaluate as evaluate
+from pinncurv.diffops.random_directions import (
+    RandomCoordinates as RandomCoordinates,
+    RandomDirections as RandomDirections,
+    RandomSigns as RandomSigns,
+)
 from pinncurv.jets import Derivative as Derivative

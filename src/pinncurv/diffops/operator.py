@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.nn import Module
 
 from pinncurv.jets import Derivative
@@ -41,6 +41,10 @@ class DifferentialOperator(ABC):
 
     def at(self, part: slice | Tensor) -> DifferentialOperator:
         """Return the operator at a part of the points: cut the coefficients given per point."""
+        return self
+
+    def redrawn(self, generator: Generator) -> DifferentialOperator:
+        """Return the operator with new random directions, if it has any."""
         return self
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:

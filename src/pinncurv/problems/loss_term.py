@@ -115,6 +115,17 @@ class LossTerm:
         data = {name: tensor[part] for name, tensor in self.data.items()}
         return self.with_fields(operators=operators, data=data)
 
+    def redrawn(self, generator: torch.Generator) -> "LossTerm":
+        """Return the term with new random directions of the operators that have any.
+
+        Args:
+            generator: Randomness; not used where no operator has random directions.
+        """
+        operators = {name: operator.redrawn(generator) for name, operator in self.operators.items()}
+        if all(operators[name] is self.operators[name] for name in operators):
+            return self
+        return self.with_fields(operators=operators)
+
     def to(self, x: Tensor) -> "LossTerm":
         """Return the term with its data on the points' device and, if real, in their dtype.
 

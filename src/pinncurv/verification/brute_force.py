@@ -137,16 +137,18 @@ def derivative(operator: DifferentialOperator, u: PointFunction, x: Float[Tensor
 
     (D u)(x)
 
-    The shipped operators are evaluated by their definition. For another one, the derivatives that
-    it requests are computed by theirs, and its ``read`` combines them.
+    The shipped operators are evaluated by their definition. For another one, and for an estimate
+    along random directions, the derivatives that it requests are computed by theirs, and its
+    ``read`` combines them.
 
     Args:
         operator: The operator, at this point alone.
         u: The network as a function of one point.
         x: The point.
     """
+    is_exact = getattr(operator, "sampling", None) is None
     for kind in type(operator).__mro__:
-        if kind in _DEFINITIONS:
+        if kind in _DEFINITIONS and is_exact:
             return _DEFINITIONS[kind](operator, u, x)
     values = {}
     for name, request in operator.requests(x[None]).items():
