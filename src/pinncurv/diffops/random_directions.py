@@ -58,8 +58,8 @@ class RandomDirections(ABC):
                 )
         if self.samples < 1:
             raise ValueError(
-                f"There must be 1 or more samples, got {self.samples}. For the exact operator leave "
-                "sampling out."
+                f"There must be 1 or more samples, got {self.samples}. Leave sampling out for the "
+                "exact operator."
             )
         if not -_LARGEST_SEED <= self.seed <= _LARGEST_SEED:
             raise ValueError(f"The seed must have 64 bits, got {self.seed}. Take a smaller one.")
