@@ -286,7 +286,7 @@ def coefficient(given: Any, x: Tensor, n: int, ndim: int) -> Tensor:
 
 
 def frame(operator: Any, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Return directions B ``[d, k]`` and c with D u = Σ_ij c_ij ∂_{b_i}∂_{b_j} u, before sampling."""
+    """Return B ``[d, k]`` and c with D u = Σ_ij c_ij ∂_{b_i}∂_{b_j} u, before any sampling."""
     if _kind(operator) == "FactoredSecondOrder":
         F = coefficient(operator.factors, x, n, 2)
         return F, torch.eye(F.shape[1], dtype=x.dtype)

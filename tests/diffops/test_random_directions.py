@@ -1,4 +1,4 @@
-"""Estimates along random directions: their law, their exactness, and what they are computed from."""
+"""Estimates along random directions: their law, where they are exact, what they compute."""
 
 import pickle
 from dataclasses import replace
