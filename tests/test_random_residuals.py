@@ -308,7 +308,7 @@ def test_the_line_search_sees_the_residual_of_the_step():
     objective = Objective.sample(model, problem)
     optimizer = presets.kfac_star(objective.parameters())
     for _ in range(3):
-        before = float(objective.loss())
+        before = float(objective.loss().detach())
         record = optimizer.step(objective)
         oracles.assert_close(torch.tensor(record.loss), torch.tensor(before), 1e-12)
         assert record.new_loss < record.loss
