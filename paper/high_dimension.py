@@ -24,7 +24,6 @@ from pinncurv.curvature import Objective
 from pinncurv.diffops import Laplacian, RandomCoordinates, RandomDirections, RandomSigns
 from pinncurv.optim import FirstOrder
 from pinncurv.problems import Ansatz, Drawn, LossTerm, Problem
-from pinncurv.problems.problem import zero
 
 
 def two_body(
@@ -59,13 +58,17 @@ def two_body(
 
 def ball(d_in: int, d_out: int, widths: tuple[int, ...] = (64, 64, 48, 48)) -> nn.Module:
     """Return a perceptron times 1 - |x|²."""
-    return Ansatz(mlp(d_in, d_out, widths), _factor, zero)
+    return Ansatz(mlp(d_in, d_out, widths), _factor, _nothing)
 
 
 def _in_ball(dim: int, n: int, generator: Generator) -> Tensor:
     normal = torch.randn(n, dim, generator=generator, dtype=torch.float64)
     radius = torch.rand(n, 1, generator=generator, dtype=torch.float64) ** (1 / dim)
     return radius * normal / normal.norm(dim=1, keepdim=True)
+
+
+def _nothing(x):
+    return torch.zeros_like(x[:, :1])
 
 
 def _factor(x):
