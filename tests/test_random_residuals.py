@@ -22,6 +22,7 @@ from pinncurv.diffops import (
     Gradient,
     Laplacian,
     Partial,
+    Plan,
     RandomCoordinates,
     RandomSigns,
     SecondOrder,
@@ -31,6 +32,7 @@ from pinncurv.linearization import linearize
 from pinncurv.optim import FirstOrder, HeldOut
 from pinncurv.problems import (
     Box,
+    Energy,
     Fixed,
     LossTerm,
     ResidualBased,
@@ -226,6 +228,52 @@ def test_losses_over_draws_have_the_stated_bias():
     error = losses.std() / len(losses) ** 0.5
     assert abs(losses.mean() - wanted) < 4 * error
     assert wanted - exact > 10 * error  # the bias is seen
+
+
+def test_the_product_of_two_estimates_is_unbiased():
+    """Though its square is not: for first-order methods, since it is not convex."""
+    model, box = build("tanh", D), Box.unit(D).interior(400)
+    two = {name: Laplacian(sampling=RandomSigns(1, seed)) for name, seed in (("a", 0), ("b", 1))}
+    product = Energy(two, box, density=lambda x, a, b: 0.5 * (a - 1) * (b - 1))
+    square = LossTerm({"a": two["a"]}, lambda x, a: a - 1, box)
+    exact = LossTerm({"a": Laplacian()}, lambda x, a: a - 1, box)
+    generator, errors = torch.Generator().manual_seed(0), []
+    for _ in range(50):
+        (x,) = Objective.sample(model, [exact], generator).points
+        losses = [Objective(model, [t], [x]).loss().detach() for t in (exact, product, square)]
+        errors.append(torch.stack(losses[1:]) - losses[0])
+    errors = torch.stack(errors)
+    mean, spread = errors.mean(0), errors.std(0) / len(errors) ** 0.5
+    assert abs(mean[0]) < 4 * spread[0]
+    assert mean[1] > 10 * spread[1]
+    objective = Objective.sample(model, [product])
+    FirstOrder(torch.optim.Adam(objective.parameters())).step(objective)
+    with pytest.raises(ValueError, match="must be convex"):
+        presets.kfac_star(objective.parameters()).step(objective)
+
+
+def test_operators_that_share_directions_go_on_to_do_so():
+    x, sampling = points(6, D), RandomSigns(2, seed=4)
+    operators = {
+        "a": Laplacian(sampling=sampling),
+        "b": SecondOrder.from_factors(torch.eye(D).double(), sampling=sampling),
+        "c": Laplacian(sampling=RandomSigns(2, seed=5)),
+    }
+    term = LossTerm(operators, lambda x, a, b, c: a * b - c, Fixed(x))
+    objective = Objective(build("tanh", D), [term], [x])
+    (redrawn,) = objective.resampled(torch.Generator().manual_seed(0)).terms
+    seeds = [operator.sampling.seed for operator in redrawn.operators.values()]
+    assert seeds[0] == seeds[1] != seeds[2]
+    assert seeds[0] != 4
+    assert Plan.of(redrawn.operators, x).layout.R == Plan.of(operators, x).layout.R == 4
+
+
+def test_exact_terms_take_no_random_number():
+    term = LossTerm({"lap": Laplacian()}, lambda x, lap: lap, Fixed(points(2, D)))
+    generator = torch.Generator().manual_seed(0)
+    before = generator.get_state()
+    assert term.redrawn(generator) is term
+    assert torch.equal(generator.get_state(), before)
 
 
 def test_a_new_seed_is_followed():

@@ -277,9 +277,13 @@ def test_seeds(kind):
     x, first = points(20, 3), kind(2, seed=5)
     assert torch.equal(first.draw(x, 8), kind(2, seed=5).draw(x, 8))
     assert not torch.equal(first.draw(x, 8), kind(2, seed=6).draw(x, 8))
-    one, other = (first.redrawn(torch.Generator().manual_seed(s)) for s in (0, 1))
-    assert one == first.redrawn(torch.Generator().manual_seed(0))
+    one, other = first.redrawn(123), first.redrawn(124)
+    assert one == first.redrawn(123)
     assert one not in (first, other)
+    assert one != kind(2, seed=6).redrawn(123)
+    largest = (1 << 63) - 1
+    for seed in (0, largest, -largest - 1):  # stays in 64 bits
+        kind(2, seed=seed).redrawn(largest).draw(x, 8)
     assert (type(one), one.samples) == (kind, 2)
 
 
@@ -293,16 +297,12 @@ def test_equality_text_and_pickles():
 
 
 def test_only_what_is_random_is_redrawn():
-    generator = torch.Generator().manual_seed(0)
-    before = generator.get_state()
     for operator in (Value(), Laplacian(), SecondOrder(C), Directional(C[0]), Gradient()):
-        assert operator.redrawn(generator) is operator
-    assert torch.equal(generator.get_state(), before)
+        assert operator.sampling is None
+        assert operator.redrawn(7) is operator
     for operator in operators(RandomSigns(2)).values():
-        redrawn = operator.redrawn(generator)
-        assert type(redrawn) is type(operator)
-        assert redrawn.sampling.seed != operator.sampling.seed
-        assert replace(redrawn, sampling=None) is not redrawn
+        redrawn = operator.redrawn(7)
+        assert vars(redrawn) == {**vars(operator), "sampling": RandomSigns(2, seed=7)}
 
 
 def test_coefficients_of_points_are_cut_with_them():
@@ -339,9 +339,9 @@ class Weighted(DifferentialOperator):
         """Multiply by the coefficient."""
         return (1 + x.square().sum(1, keepdim=True)) * derivatives["lap"]
 
-    def redrawn(self, generator):
+    def redrawn(self, seed):
         """Take other directions."""
-        return Weighted(self.sampling.redrawn(generator))
+        return Weighted(self.sampling.redrawn(seed))
 
 
 def test_directions_and_operators_of_ones_own():

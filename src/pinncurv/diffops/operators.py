@@ -8,7 +8,7 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.nn import Module
 
 from pinncurv.diffops.coordinates import as_dim, as_dims, embed, present, standard_basis
@@ -53,10 +53,10 @@ class _Sampled(_Operator):
                 f"{self.sampling!r}. Write e.g. sampling=RandomCoordinates(16)."
             )
 
-    def redrawn(self, generator: Generator) -> DifferentialOperator:
+    def redrawn(self, seed: int) -> DifferentialOperator:
         if self.sampling is None:
             return self
-        return replace(self, sampling=self.sampling.redrawn(generator))
+        return replace(self, sampling=self.sampling.redrawn(seed))
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
-from torch import Generator, Tensor
+from torch import Tensor
 
 from pinncurv.diffops.point_bits import point_bits
 from pinncurv.jets import Derivative
 
-_LARGEST_SEED = (1 << 63) - 1
+_SEEDS = 1 << 63
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,14 @@ class RandomDirections(ABC):
 
     The *square* of an unbiased residual is biased: E[r̂²] = r² + Var[r̂]. A loss is that much too
     large, and its minimizer fits the solution and keeps the variance small, too. It is right where
-    the variance vanishes at the solution, and otherwise the better, the more samples. (The product
-    of two independent estimates is unbiased, but no sum of squares, so has no Gauss-Newton matrix.)
-    Directions that stay can be fitted as points can: draw new points while training, and measure
-    with the exact operator.
+    the variance vanishes at the solution, and otherwise the better, the more samples. The product
+    of two estimates with different seeds is unbiased: ``Energy`` with the density ½ r̂₁ r̂₂. That is
+    not convex, so it has a loss and a gradient, for first-order optimizers, but no Gauss-Newton
+    matrix. Directions that stay can be fitted as points can: draw new points while training, and
+    measure with the exact operator.
+
+    The channels, and so KFAC, depend on the directions: they are unit vectors, so that with all
+    coordinates KFAC is that of the exact operator.
 
     A subclass says how directions are drawn.
 
@@ -61,7 +65,7 @@ class RandomDirections(ABC):
                 f"There must be 1 or more samples, got {self.samples}. Leave sampling out for the "
                 "exact operator."
             )
-        if not -_LARGEST_SEED <= self.seed <= _LARGEST_SEED:
+        if not -_SEEDS <= self.seed < _SEEDS:
             raise ValueError(f"The seed must have 64 bits, got {self.seed}. Take a smaller one.")
 
     @abstractmethod
@@ -73,14 +77,13 @@ class RandomDirections(ABC):
             k: The number of coordinates, not less than m.
         """
 
-    def redrawn(self, generator: Generator) -> RandomDirections:
-        """Return others of the same kind.
+    def redrawn(self, seed: int) -> RandomDirections:
+        """Return others of the same kind; those that were equal stay equal to each other.
 
         Args:
-            generator: Draws the seed.
+            seed: A random number of at most 63 bits.
         """
-        seed = torch.randint(_LARGEST_SEED, (), generator=generator, device=generator.device)
-        return replace(self, seed=int(seed))
+        return replace(self, seed=self.seed ^ seed)
 
     def estimate(
         self,

@@ -121,9 +121,11 @@ class LossTerm:
         Args:
             generator: Randomness; not used where no operator has random directions.
         """
-        operators = {name: operator.redrawn(generator) for name, operator in self.operators.items()}
-        if all(operators[name] is self.operators[name] for name in operators):
+        if all(operator.sampling is None for operator in self.operators.values()):
             return self
+        # one number for all, so that operators that share directions go on to do so
+        seed = int(torch.randint((1 << 63) - 1, (), generator=generator, device=generator.device))
+        operators = {name: operator.redrawn(seed) for name, operator in self.operators.items()}
         return self.with_fields(operators=operators)
 
     def to(self, x: Tensor) -> "LossTerm":

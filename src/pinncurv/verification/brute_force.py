@@ -146,9 +146,8 @@ def derivative(operator: DifferentialOperator, u: PointFunction, x: Float[Tensor
         u: The network as a function of one point.
         x: The point.
     """
-    is_exact = getattr(operator, "sampling", None) is None
     for kind in type(operator).__mro__:
-        if kind in _DEFINITIONS and is_exact:
+        if kind in _DEFINITIONS and operator.sampling is None:
             return _DEFINITIONS[kind](operator, u, x)
     values = {}
     for name, request in operator.requests(x[None]).items():
