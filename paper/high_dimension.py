@@ -114,10 +114,10 @@ OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
 
 
 def measure(dim: int, n_interior: int, sampling: RandomDirections | None, steps: int) -> list[str]:
-    """Return the cells of a row: milliseconds of a batch and of steps, megabytes at their peak.
+    """Return the cells of a row: milliseconds of a batch and of steps, megabytes, and the bias.
 
-    Times are those of the process, medians after a first step; memory is above that of a small
-    problem, with the network, points and optimizers.
+    Times are those of the process, medians after a first step; memory is its peak so far above that
+    of a small problem. The bias is the loss of the exact solution at 200 points.
     """
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -125,7 +125,17 @@ def measure(dim: int, n_interior: int, sampling: RandomDirections | None, steps:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     rows = _step(two_body(dim, n_interior, sampling), ball(dim, 1), steps)
     cells = [f"{1e3 * seconds:.1f}" for seconds, _ in rows.values()]
-    return [*cells, *(f"{(peak - before) / 1e3:.0f}" for _, peak in list(rows.values())[1:])]
+    cells += [f"{(peak - before) / 1e3:.0f}" for _, peak in list(rows.values())[1:]]
+    return [*cells, f"{_bias(dim, sampling):.1e}"]
+
+
+def _bias(dim: int, sampling: RandomDirections | None) -> float:
+    if sampling is None:
+        return 0.0
+    problem = two_body(dim, 200, sampling)
+    (x,) = problem.sample(Generator().manual_seed(0), torch.float64, "cpu")
+    assert problem.solution is not None
+    return 0.5 * float(problem.terms[0].scaled_residual(problem.solution, x).square().sum())
 
 
 def _step(problem: Problem, network: nn.Module, steps: int) -> dict[str, tuple[float, int]]:
@@ -156,7 +166,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, metavar="K", help="steps to time")
     options = parser.parse_args()
     units = [f"{name} [ms]" for name in ("new batch", *OPTIMIZERS)]
-    header = ["Laplacian", *units, *(f"{name} [MB]" for name in OPTIMIZERS)]
+    header = ["Laplacian", *units, *(f"{name} [MB]" for name in OPTIMIZERS), "bias"]
     for dim in options.dims:
         print(f"\nd = {dim}, {options.points} points\n")
         print("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|", flush=True)

@@ -40,9 +40,10 @@ def test_the_network_vanishes_on_the_sphere():
 def test_costs_of_a_step():
     measure = resolve(f"{FILE}:measure", {}, "program")
     cells = measure(12, 5, RandomCoordinates(3), 1)
-    assert len(cells) == 5
+    assert len(cells) == 6
     assert all(float(cell) >= 0 for cell in cells)
-    assert min(float(cell) for cell in cells[:3]) > 0
+    assert min(float(cell) for cell in (*cells[:3], cells[5])) > 0
+    assert float(measure(12, 5, RandomCoordinates(12), 1)[5]) < 1e-20  # without any bias
 
 
 @pytest.mark.usefixtures("_no_figure")
