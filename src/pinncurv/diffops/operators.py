@@ -260,14 +260,15 @@ class SecondOrder(_Sampled):
 
     def requests(self, x: Tensor) -> Mapping[str, Derivative]:
         dims = present(x, self.dims)
-        k, basis = len(dims), standard_basis(x, self.dims)
+        k = len(dims)
         if _is_trained(self.matrix):
             _check_not_sampled(self.sampling)
-            return _all_derivatives(basis, 2)
+            return _all_derivatives(standard_basis(x, dims), 2)
         c = _evaluate(self.matrix, x, "matrix", (k, k))
         c = (c + c.mT) / 2
         if self.sampling is not None:
             return {"u": self.sampling.estimate(x, k, partial(embed, x=x, dims=dims), c)}
+        basis = standard_basis(x, dims)
         if c.ndim == 3:  # where it happens to vanish must not change the channels
             full = not torch.equal(c, torch.diag_embed(c.diagonal(dim1=1, dim2=2)))
             pairs = [(i, j) for i in range(k) for j in range(i, k) if i == j or full]
