@@ -32,6 +32,7 @@ from pinncurv.linearization import (
 )
 from pinncurv.linops import all_finite, check_finite, read
 from pinncurv.problems import Energy, LossTerm, Problem, warn_unless_periodic
+from pinncurv.problems.samplers import is_fixed
 
 
 class LinearizedObjective(Sequence[Linearization]):
@@ -330,11 +331,15 @@ class Objective:
     def resampled(self, generator: torch.Generator) -> Objective:
         """Return the objective at new points from the samplers of its terms.
 
+        Random directions of operators are new, too: those of new points are, and where points stay,
+        a new seed is drawn.
+
         Args:
             generator: Randomness.
         """
+        terms = [t.redrawn(generator) if is_fixed(t.points) else t for t in self.terms]
         return type(self).sample(
-            self.model, self.terms, generator, self.chunk_size, self._check, self._compile
+            self.model, terms, generator, self.chunk_size, self._check, self._compile
         )
 
     def parameters(self) -> list[Tensor]:
