@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pinncurv.curvature.parameters import ParameterSpace, visit_blocks
+from pinncurv.curvature.single import SingleLayer, add_gram_, check_single, widened
 from pinncurv.linearization import (
     Fisher,
     JacobianBlock,
@@ -111,14 +112,18 @@ class KFAC:
             Σ_t B_t ⊗ A_t ≈ (Σ_t B_t) ⊗ (Σ_t tr(B_t) A_t / Σ_t tr(B_t)). It preserves the trace,
             and the damped inverse is cheap.
         dense_limit: Largest exact block of a parameter that is no weight of a linear layer.
+        single: Whether the factors are formed in float32, with an error of some 1e-7 of their
+            largest eigenvalue; they are kept, averaged and factorized as without it.
     """
 
     sharing: WeightSharing = expand
     fisher: Fisher | None = None
     merge_terms: bool = False
     dense_limit: int = policy.LARGEST_PARAMETER
+    single: bool = False
 
     def __post_init__(self) -> None:
+        check_single(self.single)
         if not isinstance(self.sharing, WeightSharing):
             raise TypeError(
                 "sharing must be expand or reduce of pinncurv.curvature, got "
@@ -141,7 +146,7 @@ class KFAC:
             if space.blocks[i].kronecker:
                 new = self._moments(block)
             else:
-                A = block.add_gram_(space.zeros(*2 * (space.blocks[i].numel,)))
+                A = add_gram_(space.zeros(*2 * (space.blocks[i].numel,)), block, self.single)
                 new = _Moments(A, A.new_zeros(()), 1)
             known = moments[i][t]
             moments[i][t] = new if known is None else known.add_(new)
@@ -159,6 +164,14 @@ class KFAC:
     def _moments(self, block: JacobianBlock) -> _Moments:
         """Return the sums over points of one layer; no B without output gradients."""
         layer = block.as_layer()
+        if not self.single:
+            return self._moments_of(layer)
+        small = SingleLayer.of(layer)
+        moments = self._moments_of(small.layer)
+        A, B = widened(moments.A, small.z), widened(moments.B, small.g)
+        return _Moments(A, B, moments.points)
+
+    def _moments_of(self, layer: LinearLayer) -> _Moments:
         A = self.sharing.input_moment(layer)
         B = A.new_zeros(()) if layer.G is None else self.sharing.gradient_moment(layer)
         return _Moments(A, B, layer.Z.shape[1])

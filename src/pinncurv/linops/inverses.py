@@ -42,7 +42,8 @@ class Damped:
         """Return the damped inverse of an operator."""
         matrix = getattr(operator, "matrix", None)
         if self.damping > 0 and isinstance(matrix, Tensor):
-            warn_below_resolution(self.damping, float(matrix.trace()), matrix.dtype)
+            precision = getattr(operator, "precision", matrix.dtype)
+            warn_below_resolution(self.damping, float(matrix.trace()), precision, matrix.dtype)
         inverse = getattr(type(operator), "inverse", None)
         if inverse is None or inverse is SymmetricLinearOperator.inverse:
             return CGInverseLinearOperator(operator, self.damping)

@@ -1,0 +1,123 @@
+"""Large symmetric products in single precision, for factorizations in double precision.
+
+A matrix is divided by a power of two near its largest entry before it is rounded to float32, so
+that neither its own size nor the square of it leaves the range of float32. Sums of products are
+multiplied by it again in the precision of the parameters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pinncurv.linearization import DenseRows, EntryRows, JacobianBlock, LinearLayer
+
+
+def check_single(single: Any) -> None:
+    """Check that a recipe was told whether, and not what, to form in single precision.
+
+    Raises:
+        TypeError: If it is neither True nor False.
+    """
+    if not isinstance(single, bool):
+        raise TypeError(
+            f"single must be True or False, got {single!r}. True forms the products of the "
+            "curvature in float32, False in the data type of the parameters; there is no other."
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Scaled:
+    """A matrix in float32 and its scale.
+
+    X ≈ s Y,  max |Y| ∈ [½, 1)
+
+    Args:
+        values: Y.
+        scale: s, a power of two in the data type of X; a tensor without axes.
+    """
+
+    values: Tensor
+    scale: Float[Tensor, ""]
+
+    @classmethod
+    def of(cls, X: Tensor) -> Scaled:
+        """Round a matrix to float32; one that is not finite stays so."""
+        # the norm of the largest entry takes ten times as long
+        least, largest = X.aminmax()
+        size = torch.maximum(-least, largest).clamp(min=torch.finfo(X.dtype).tiny)
+        mantissa, _ = torch.frexp(size)
+        return cls((X * (mantissa / size)).float(), size / mantissa)
+
+    def gram(self) -> Float[Tensor, "d d"]:
+        """Return XᵀX ≈ s² YᵀY, in the data type of X."""
+        return widened(self.values.mT @ self.values, self.scale)
+
+
+def widened(products: Tensor, scale: Float[Tensor, ""]) -> Tensor:
+    """Return sums of products of two scaled matrices, s² P, in the data type of s."""
+    return products.to(scale.dtype).mul_(scale).mul_(scale)
+
+
+@dataclass(frozen=True, eq=False)
+class SingleLayer:
+    """A linear layer's inputs and gradients in float32.
+
+    Z ≈ z Z',  G ≈ g G'
+
+    Args:
+        layer: Z' and G'; Z' has a column for the bias, which is scaled with it.
+        z: A power of two.
+        g: Another one.
+    """
+
+    layer: LinearLayer
+    z: Float[Tensor, ""]
+    g: Float[Tensor, ""]
+
+    @classmethod
+    def of(cls, layer: LinearLayer) -> SingleLayer:
+        """Round both."""
+        Z = Scaled.of(layer.with_bias_column(layer.Z, 0))
+        G = None if layer.G is None else Scaled.of(layer.G)
+        small = replace(layer, bias=None, Z=Z.values, G=None if G is None else G.values)
+        return cls(small, Z.scale, torch.ones_like(Z.scale) if G is None else G.scale)
+
+
+@dataclass(frozen=True, eq=False)
+class SingleBlock:
+    """The columns of the Jacobian that belong to a block, in float32.
+
+    J_l ≈ s J_l',  on the joint matrix [W, b] of a layer
+
+    Args:
+        block: J_l', or J_l as it is where there is nothing to multiply.
+        scale: s.
+    """
+
+    block: JacobianBlock
+    scale: Float[Tensor, ""]
+
+    @classmethod
+    def of(cls, block: JacobianBlock) -> SingleBlock:
+        """Round a block."""
+        if isinstance(block, DenseRows):
+            rows = Scaled.of(block.matrix)
+            return cls(replace(block, matrix=rows.values), rows.scale)
+        small = SingleLayer.of(block.as_layer())
+        return cls(small.layer, small.z * small.g)
+
+
+def add_gram_(
+    total: Float[Tensor, "n n"], block: JacobianBlock, single: bool
+) -> Float[Tensor, "n n"]:
+    """Add J_lᵀJ_l on the joint matrix, flattened, and return the sum."""
+    if not single or isinstance(block, EntryRows):  # whose product is diagonal
+        return block.add_gram_(total)
+    small = SingleBlock.of(block)
+    part = torch.zeros_like(total, dtype=torch.float32)
+    return total.add_(widened(small.block.add_gram_(part), small.scale))
