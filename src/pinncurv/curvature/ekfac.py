@@ -14,7 +14,7 @@ from pinncurv.curvature.block_rows import BlockRows, check_gradients
 from pinncurv.curvature.kfac import KFAC, WeightSharing, check_dense_blocks, expand
 from pinncurv.curvature.parameters import ParameterSpace, visit_blocks
 from pinncurv.curvature.second_moments import second_moments
-from pinncurv.curvature.single import SingleLayer, check_single, widened
+from pinncurv.curvature.single import SingleLayer, check_single, is_narrow, widened
 from pinncurv.linearization import Fisher, JacobianBlock, Linearization
 from pinncurv.linops import (
     Block,
@@ -92,7 +92,7 @@ class PartialTraces(EigenBasis):
         ]
 
         def visit(t: int, i: int, block: JacobianBlock) -> None:
-            if not single:
+            if not single or is_narrow(*space.blocks[i].shape):
                 rows = BlockRows.of(block, space.dtype)
                 traces[i].A.add_(rows.contract_outputs())
                 traces[i].B.add_(rows.contract_inputs())
@@ -231,12 +231,13 @@ class EKFAC:
             B = eigh(symmetrize(pair.B, names[1]), names[1])
             bases.append(KroneckerBasis(A.eigenvectors, B.eigenvectors))
             reports += [A.report, B.report]
-        dtype = torch.float32 if self.single else space.dtype
-        casts = [KroneckerBasis(b.A.to(dtype), b.B.to(dtype)) for b in bases]
+        single = [self.single and not is_narrow(*block.shape) for block in space.blocks]
+        dtypes = [torch.float32 if small else space.dtype for small in single]
+        casts = [KroneckerBasis(b.A.to(d), b.B.to(d)) for b, d in zip(bases, dtypes, strict=True)]
         scales = [[space.zeros(*block.shape) for _ in linearizations] for block in space.blocks]
 
         def visit(t: int, i: int, block: JacobianBlock) -> None:
-            if not self.single:
+            if not single[i]:
                 scales[i][t].add_(second_moments(block.as_layer(), casts[i]))
                 return
             small = SingleLayer.of(block.as_layer())

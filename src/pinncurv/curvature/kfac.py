@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pinncurv.curvature.parameters import ParameterSpace, visit_blocks
-from pinncurv.curvature.single import SingleLayer, add_gram_, check_single, widened
+from pinncurv.curvature.single import SingleLayer, add_gram_, check_single, is_narrow, widened
 from pinncurv.linearization import (
     Fisher,
     JacobianBlock,
@@ -163,17 +163,18 @@ class KFAC:
 
     def _moments(self, block: JacobianBlock) -> _Moments:
         """Return the sums over points of one layer; no B without output gradients."""
-        layer = block.as_layer()
-        if not self.single:
-            return self._moments_of(layer)
-        small = SingleLayer.of(layer)
-        moments = self._moments_of(small.layer)
-        A, B = widened(moments.A, small.z), widened(moments.B, small.g)
-        return _Moments(A, B, moments.points)
-
-    def _moments_of(self, layer: LinearLayer) -> _Moments:
-        A = self.sharing.input_moment(layer)
-        B = A.new_zeros(()) if layer.G is None else self.sharing.gradient_moment(layer)
+        layer, sharing = block.as_layer(), self.sharing
+        small = SingleLayer.of(layer) if self.single else None
+        if small is None or is_narrow(layer.Z.shape[-1]):
+            A = sharing.input_moment(layer)
+        else:
+            A = widened(sharing.input_moment(small.layer), small.z)
+        if layer.G is None:
+            B = A.new_zeros(())
+        elif small is None or is_narrow(layer.d_out):
+            B = sharing.gradient_moment(layer)
+        else:
+            B = widened(sharing.gradient_moment(small.layer), small.g)
         return _Moments(A, B, layer.Z.shape[1])
 
 

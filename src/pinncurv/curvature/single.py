@@ -17,6 +17,16 @@ from torch import Tensor
 from pinncurv.linearization import DenseRows, EntryRows, JacobianBlock, LinearLayer
 
 
+# Narrower matrices stay as they are: rounding them saves nothing, and a few entries that are long
+# sums would lose digits.
+_NARROW = 16
+
+
+def is_narrow(*widths: int) -> bool:
+    """Whether a matrix is too narrow to be rounded."""
+    return min(widths) < _NARROW
+
+
 def check_single(single: Any) -> None:
     """Check that a recipe was told whether, and not what, to form in single precision.
 
@@ -116,7 +126,8 @@ def add_gram_(
     total: Float[Tensor, "n n"], block: JacobianBlock, single: bool
 ) -> Float[Tensor, "n n"]:
     """Add J_lᵀJ_l on the joint matrix, flattened, and return the sum."""
-    if not single or isinstance(block, EntryRows):  # whose product is diagonal
+    # the product of entry rows is diagonal
+    if not single or is_narrow(len(total)) or isinstance(block, EntryRows):
         return block.add_gram_(total)
     small = SingleBlock.of(block)
     part = torch.zeros_like(total, dtype=torch.float32)

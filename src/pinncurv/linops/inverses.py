@@ -27,7 +27,7 @@ class Damped:
 
     Not the same as ``FactorDamping``, which adds λ to every Kronecker factor. It is the operator's
     own ``inverse``, at its cost, or conjugate gradients where there is none. Where λ is below what
-    rounding makes of a dense C, it warns with the damping that is not.
+    rounding makes of a dense C or block of it, it warns with the damping that is not.
 
     Attributes:
         damping: The damping λ, a finite number >= 0.
@@ -40,10 +40,11 @@ class Damped:
 
     def __call__(self, operator: PyTorchLinearOperator) -> PyTorchLinearOperator:
         """Return the damped inverse of an operator."""
-        matrix = getattr(operator, "matrix", None)
-        if self.damping > 0 and isinstance(matrix, Tensor):
-            precision = getattr(operator, "precision", matrix.dtype)
-            warn_below_resolution(self.damping, float(matrix.trace()), precision, matrix.dtype)
+        matrices = getattr(operator, "matrices", (getattr(operator, "matrix", None),))
+        if self.damping > 0 and all(isinstance(matrix, Tensor) for matrix in matrices):
+            trace = float(torch.stack([matrix.trace() for matrix in matrices]).max())
+            precision = getattr(operator, "precision", matrices[0].dtype)
+            warn_below_resolution(self.damping, trace, precision, matrices[0].dtype)
         inverse = getattr(type(operator), "inverse", None)
         if inverse is None or inverse is SymmetricLinearOperator.inverse:
             return CGInverseLinearOperator(operator, self.damping)
