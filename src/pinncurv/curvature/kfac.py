@@ -11,7 +11,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pinncurv.curvature.parameters import ParameterSpace, visit_blocks
-from pinncurv.curvature.single import SingleLayer, add_gram_, check_single, is_narrow, widened
+from pinncurv.curvature.single import (
+    SingleLayer,
+    add_gram_,
+    check_single,
+    is_narrow,
+    lifted_,
+    widened,
+)
 from pinncurv.linearization import (
     Fisher,
     JacobianBlock,
@@ -112,8 +119,9 @@ class KFAC:
             Σ_t B_t ⊗ A_t ≈ (Σ_t B_t) ⊗ (Σ_t tr(B_t) A_t / Σ_t tr(B_t)). It preserves the trace,
             and the damped inverse is cheap.
         dense_limit: Largest exact block of a parameter that is no weight of a linear layer.
-        single: Whether the factors are formed in float32, with an error of some 1e-7 of their
-            largest eigenvalue; they are kept, averaged and factorized as without it.
+        single: Whether the factors are formed in float32, with 1e-7 of its trace on the diagonal of
+            each, which is what rounding may make of its eigenvalues; they are kept, averaged and
+            factorized as without it.
     """
 
     sharing: WeightSharing = expand
@@ -147,6 +155,8 @@ class KFAC:
                 new = self._moments(block)
             else:
                 A = add_gram_(space.zeros(*2 * (space.blocks[i].numel,)), block, self.single)
+                if self.single:
+                    lifted_(A)
                 new = _Moments(A, A.new_zeros(()), 1)
             known = moments[i][t]
             moments[i][t] = new if known is None else known.add_(new)
@@ -168,13 +178,13 @@ class KFAC:
         if small is None or is_narrow(layer.Z.shape[-1]):
             A = sharing.input_moment(layer)
         else:
-            A = widened(sharing.input_moment(small.layer), small.z)
+            A = lifted_(widened(sharing.input_moment(small.layer), small.z))
         if layer.G is None:
             B = A.new_zeros(())
         elif small is None or is_narrow(layer.d_out):
             B = sharing.gradient_moment(layer)
         else:
-            B = widened(sharing.gradient_moment(small.layer), small.g)
+            B = lifted_(widened(sharing.gradient_moment(small.layer), small.g))
         return _Moments(A, B, layer.Z.shape[1])
 
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from pinncurv.linearization import DenseRows, EntryRows, JacobianBlock, LinearLayer
 
-
 # Narrower matrices stay as they are: rounding them saves nothing, and a few entries that are long
 # sums would lose digits.
 _NARROW = 16
@@ -71,6 +70,17 @@ class Scaled:
 def widened(products: Tensor, scale: Float[Tensor, ""]) -> Tensor:
     """Return sums of products of two scaled matrices, s² P, in the data type of s."""
     return products.to(scale.dtype).mul_(scale).mul_(scale)
+
+
+def lifted_(matrix: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
+    """Add to a positive semidefinite matrix what rounding may have taken from its eigenvalues.
+
+    M + ε tr(M) I ⪰ 0,  ε of float32
+
+    Without it, an inverse with less damping than that follows eigenvectors of the rounding errors.
+    """
+    matrix.diagonal().add_(torch.finfo(torch.float32).eps * matrix.trace())
+    return matrix
 
 
 @dataclass(frozen=True, eq=False)
