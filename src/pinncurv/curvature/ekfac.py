@@ -14,7 +14,7 @@ from pinncurv.curvature.block_rows import BlockRows, check_gradients
 from pinncurv.curvature.kfac import KFAC, WeightSharing, check_dense_blocks, expand
 from pinncurv.curvature.parameters import ParameterSpace, visit_blocks
 from pinncurv.curvature.second_moments import second_moments
-from pinncurv.curvature.single import SingleLayer, check_single, is_narrow, widened
+from pinncurv.curvature.single import SingleBlock, check_single, is_narrow, widened
 from pinncurv.linearization import Fisher, JacobianBlock, Linearization
 from pinncurv.linops import (
     Block,
@@ -97,10 +97,10 @@ class PartialTraces(EigenBasis):
                 traces[i].A.add_(rows.contract_outputs())
                 traces[i].B.add_(rows.contract_inputs())
                 return
-            small = SingleLayer.of(block.as_layer())
-            rows, scale = BlockRows.of(small.layer, torch.float32), small.z * small.g
-            traces[i].A.add_(widened(rows.contract_outputs(), scale))
-            traces[i].B.add_(widened(rows.contract_inputs(), scale))
+            small = SingleBlock.of(block)
+            rows = BlockRows.of(small.block, torch.float32)
+            traces[i].A.add_(widened(rows.contract_outputs(), small.scale))
+            traces[i].B.add_(widened(rows.contract_inputs(), small.scale))
 
         visit_blocks(linearizations, space, visit, fisher)
         return traces
@@ -240,9 +240,9 @@ class EKFAC:
             if not single[i]:
                 scales[i][t].add_(second_moments(block.as_layer(), casts[i]))
                 return
-            small = SingleLayer.of(block.as_layer())
-            moments = second_moments(small.layer, casts[i])
-            scales[i][t].add_(widened(moments, small.z * small.g))
+            small = SingleBlock.of(block)
+            moments = second_moments(small.block.as_layer(), casts[i])
+            scales[i][t].add_(widened(moments, small.scale))
 
         visit_blocks(linearizations, space, visit, self.fisher)
         return EKFACLinearOperator(

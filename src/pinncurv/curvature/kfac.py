@@ -12,12 +12,13 @@ from torch import Tensor
 
 from pinncurv.curvature.parameters import ParameterSpace, visit_blocks
 from pinncurv.curvature.single import (
-    SingleLayer,
     add_gram_,
     check_single,
     is_narrow,
     lifted_,
     widened,
+    with_single_gradients,
+    with_single_inputs,
 )
 from pinncurv.linearization import (
     Fisher,
@@ -174,17 +175,18 @@ class KFAC:
     def _moments(self, block: JacobianBlock) -> _Moments:
         """Return the sums over points of one layer; no B without output gradients."""
         layer, sharing = block.as_layer(), self.sharing
-        small = SingleLayer.of(layer) if self.single else None
-        if small is None or is_narrow(layer.Z.shape[-1]):
-            A = sharing.input_moment(layer)
+        if self.single and not is_narrow(layer.Z.shape[-1]):
+            small, scale = with_single_inputs(layer)
+            A = lifted_(widened(sharing.input_moment(small), scale))
         else:
-            A = lifted_(widened(sharing.input_moment(small.layer), small.z))
+            A = sharing.input_moment(layer)
         if layer.G is None:
             B = A.new_zeros(())
-        elif small is None or is_narrow(layer.d_out):
-            B = sharing.gradient_moment(layer)
+        elif self.single and not is_narrow(layer.d_out):
+            small, scale = with_single_gradients(layer)
+            B = lifted_(widened(sharing.gradient_moment(small), scale))
         else:
-            B = lifted_(widened(sharing.gradient_moment(small.layer), small.g))
+            B = sharing.gradient_moment(layer)
         return _Moments(A, B, layer.Z.shape[1])
 
 

@@ -54,11 +54,16 @@ class Scaled:
     scale: Float[Tensor, ""]
 
     @classmethod
-    def of(cls, X: Tensor) -> Scaled:
-        """Round a matrix to float32; one that is not finite stays so."""
+    def of(cls, X: Tensor, least: float = 0.0) -> Scaled:
+        """Round a matrix to float32; one that is not finite stays so.
+
+        Args:
+            X: The matrix.
+            least: Size of an entry that is to join the matrix, which s is for, too.
+        """
         # the norm of the largest entry takes ten times as long
         least, largest = X.aminmax()
-        size = torch.maximum(-least, largest).clamp(min=torch.finfo(X.dtype).tiny)
+        size = torch.maximum(-least, largest).clamp(min=least or torch.finfo(X.dtype).tiny)
         mantissa, _ = torch.frexp(size)
         return cls((X * (mantissa / size)).float(), size / mantissa)
 
@@ -83,29 +88,24 @@ def lifted_(matrix: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
     return matrix
 
 
-@dataclass(frozen=True, eq=False)
-class SingleLayer:
-    """A linear layer's inputs and gradients in float32.
+def with_single_inputs(layer: LinearLayer) -> tuple[LinearLayer, Float[Tensor, ""]]:
+    """Return a layer with the inputs Z' in float32, and z of Z ≈ z Z'.
 
-    Z ≈ z Z',  G ≈ g G'
-
-    Args:
-        layer: Z' and G'; Z' has a column for the bias, which is scaled with it.
-        z: A power of two.
-        g: Another one.
+    Z' has a column for the bias, which is scaled with the others; the layer has none any more.
     """
+    if layer.bias is None:
+        Z = Scaled.of(layer.Z)
+        return replace(layer, Z=Z.values), Z.scale
+    Z = Scaled.of(layer.Z, least=1.0)
+    joint = layer.with_bias_column(Z.values, 0)
+    joint[..., -1].div_(Z.scale)
+    return replace(layer, bias=None, Z=joint), Z.scale
 
-    layer: LinearLayer
-    z: Float[Tensor, ""]
-    g: Float[Tensor, ""]
 
-    @classmethod
-    def of(cls, layer: LinearLayer) -> SingleLayer:
-        """Round both."""
-        Z = Scaled.of(layer.with_bias_column(layer.Z, 0))
-        G = None if layer.G is None else Scaled.of(layer.G)
-        small = replace(layer, bias=None, Z=Z.values, G=None if G is None else G.values)
-        return cls(small, Z.scale, torch.ones_like(Z.scale) if G is None else G.scale)
+def with_single_gradients(layer: LinearLayer) -> tuple[LinearLayer, Float[Tensor, ""]]:
+    """Return a layer with the gradients G' in float32, and g of G ≈ g G'."""
+    G = Scaled.of(layer.gradients)
+    return replace(layer, G=G.values), G.scale
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,8 +128,9 @@ class SingleBlock:
         if isinstance(block, DenseRows):
             rows = Scaled.of(block.matrix)
             return cls(replace(block, matrix=rows.values), rows.scale)
-        small = SingleLayer.of(block.as_layer())
-        return cls(small.layer, small.z * small.g)
+        layer, z = with_single_inputs(block.as_layer())
+        layer, g = with_single_gradients(layer)
+        return cls(layer, z * g)
 
 
 def add_gram_(
