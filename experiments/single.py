@@ -170,7 +170,7 @@ def times(name: str, turns: int) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]  # there is one
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["accuracy", "times"])
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["s"])
     parser.add_argument("--method", default="kfac_star", help="of pinncurv.presets")

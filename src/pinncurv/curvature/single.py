@@ -62,8 +62,8 @@ class Scaled:
             least: Size of an entry that is to join the matrix, which s is for, too.
         """
         # the norm of the largest entry takes ten times as long
-        least, largest = X.aminmax()
-        size = torch.maximum(-least, largest).clamp(min=least or torch.finfo(X.dtype).tiny)
+        low, high = X.aminmax()
+        size = torch.maximum(-low, high).clamp(min=least or torch.finfo(X.dtype).tiny)
         mantissa, _ = torch.frexp(size)
         return cls((X * (mantissa / size)).float(), size / mantissa)
 

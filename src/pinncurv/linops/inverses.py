@@ -40,15 +40,21 @@ class Damped:
 
     def __call__(self, operator: PyTorchLinearOperator) -> PyTorchLinearOperator:
         """Return the damped inverse of an operator."""
-        matrices = getattr(operator, "matrices", (getattr(operator, "matrix", None),))
-        if self.damping > 0 and all(isinstance(matrix, Tensor) for matrix in matrices):
+        if self.damping > 0 and (matrices := _matrices(operator)):
             trace = float(torch.stack([matrix.trace() for matrix in matrices]).max())
-            precision = getattr(operator, "precision", matrices[0].dtype)
-            warn_below_resolution(self.damping, trace, precision, matrices[0].dtype)
+            dtype = matrices[0].dtype
+            precision = getattr(operator, "precision", dtype)
+            warn_below_resolution(self.damping, trace, precision, dtype)
         inverse = getattr(type(operator), "inverse", None)
         if inverse is None or inverse is SymmetricLinearOperator.inverse:
             return CGInverseLinearOperator(operator, self.damping)
         return inverse(operator, self.damping)
+
+
+def _matrices(operator: PyTorchLinearOperator) -> list[Tensor]:
+    """Return the dense matrices that an operator is made of, if it is made of any."""
+    found = getattr(operator, "matrices", [getattr(operator, "matrix", None)])
+    return [matrix for matrix in found if isinstance(matrix, Tensor)]
 
 
 class FactorizedInverseLinearOperator(SymmetricLinearOperator):
