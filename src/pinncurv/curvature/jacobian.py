@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pinncurv.compilation import Graphs
 from pinncurv.curvature.parameters import ParameterSpace
+from pinncurv.curvature.single import Scaled
 from pinncurv.curvature.together import together
 from pinncurv.linearization import Chunk, JacobianBlock, Linearization, Type2, run
 from pinncurv.linops import PyTorchLinearOperator
@@ -145,11 +146,15 @@ class ScaledJacobianLinearOperator(JacobianLinearOperator):
     Args:
         jacobian: J.
         scale: s, one tensor per parameter.
+        single: Whether the kernel is formed in float32.
     """
 
-    def __init__(self, jacobian: JacobianLinearOperator, scale: Sequence[Tensor]) -> None:
+    def __init__(
+        self, jacobian: JacobianLinearOperator, scale: Sequence[Tensor], single: bool = False
+    ) -> None:
         super().__init__(jacobian.linearizations, jacobian.space)
         self.scale = scale
+        self.single = single
 
     @property
     def flat_scale(self) -> Float[Tensor, " D"]:
@@ -176,7 +181,7 @@ class ScaledJacobianLinearOperator(JacobianLinearOperator):
     def kernel(self) -> Float[Tensor, "R R"]:
         """J S² Jᵀ, which is computed once; not to be written to."""
         matrix = self.to_dense()
-        return matrix @ matrix.mT
+        return Scaled.of(matrix.mT).gram() if self.single else matrix @ matrix.mT
 
 
 class JacobianAdjointLinearOperator(_Between):

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pinncurv.curvature.jacobian import JacobianLinearOperator
+from pinncurv.curvature.single import SingleBlock, check_single
 from pinncurv.linearization import (
     DenseRows,
     EntryRows,
@@ -52,11 +53,17 @@ class KernelLinearOperator(SymmetricLinearOperator):
 
     Args:
         jacobian: The Jacobian of the scaled residuals.
+        single: Whether the matrix is formed in float32. Products are not.
     """
 
-    def __init__(self, jacobian: JacobianLinearOperator) -> None:
+    def __init__(self, jacobian: JacobianLinearOperator, single: bool = False) -> None:
         self.jacobian = jacobian
+        self.single = single
         super().__init__(jacobian._out_shape, jacobian.device, jacobian.dtype)
+
+    @property
+    def precision(self) -> torch.dtype:
+        return torch.float32 if self.single else self.dtype
 
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
         return self.jacobian._matmat(self.jacobian.adjoint()._matmat(X))
@@ -79,8 +86,16 @@ class KernelLinearOperator(SymmetricLinearOperator):
         for linearization in self.jacobian.linearizations:
             for chunk in linearization:
                 n, V = chunk.residual.shape
-                yield _Side(row, n, V, self.jacobian.space.arrange(linearization, chunk))
+                blocks = self.jacobian.space.arrange(linearization, chunk)
+                yield _Side(row, n, V, blocks, self._small(blocks))
                 row += n * V
+
+    def _small(self, blocks: Blocks) -> list[SingleBlock | None]:
+        """Round blocks whose rows are to be multiplied."""
+        return [
+            None if not self.single or b is None or isinstance(b, EntryRows) else SingleBlock.of(b)
+            for b in blocks
+        ]
 
     def factorize(self, damping: float) -> Factorization:
         """Factorize K + λI in float64.
@@ -117,20 +132,26 @@ class _Side:
     n: int
     V: int
     blocks: Blocks
+    small: list[SingleBlock | None]
 
 
 def _fill(matrix: Tensor, left: _Side, right: _Side) -> None:
     """Write the part of two chunks and its transpose, summed over the blocks that both use."""
     V, W = left.V, right.V
-    both = zip(left.blocks, right.blocks, strict=True)
-    pairs = [(a, b) for a, b in both if a is not None and b is not None]
+    both = zip(left.blocks, right.blocks, left.small, right.small, strict=True)
+    pairs = [(a, b, c, d) for a, b, c, d in both if a is not None and b is not None]
     for p in point_ranges(left.n):
         for q in point_ranges(right.n):
             if left is right and q.start > p.start:
                 continue
             part = matrix.new_zeros(V, p.stop - p.start, W, q.stop - q.start)
-            for a, b in pairs:
-                add_kernel_(part, a.at(p), b.at(q))
+            for a, b, c, d in pairs:
+                if c is None or d is None:
+                    add_kernel_(part, a.at(p), b.at(q))
+                else:
+                    rounded = torch.zeros_like(part, dtype=torch.float32)
+                    add_kernel_(rounded, c.block.at(p), d.block.at(q))
+                    part.addcmul_(rounded.to(part.dtype), c.scale * d.scale)
             values = part.permute(1, 0, 3, 2).flatten(2).flatten(0, 1)
             rows = slice(left.row + V * p.start, left.row + V * p.stop)
             columns = slice(right.row + W * q.start, right.row + W * q.stop)
@@ -214,8 +235,16 @@ class Kernel:
     JJᵀ
 
     Cost: see ``KernelLinearOperator``.
+
+    Args:
+        single: Whether its matrix is formed in float32, see ``MatrixFreeGaussNewton``.
     """
+
+    single: bool = False
+
+    def __post_init__(self) -> None:
+        check_single(self.single)
 
     def __call__(self, linearizations: Sequence[Linearization]) -> KernelLinearOperator:
         """Build the operator."""
-        return KernelLinearOperator(JacobianLinearOperator(linearizations))
+        return KernelLinearOperator(JacobianLinearOperator(linearizations), self.single)

@@ -11,6 +11,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pinncurv.curvature.parameters import ParameterSpace, visit_chunks
+from pinncurv.curvature.single import (
+    add_gram_,
+    check_single,
+    is_narrow,
+    lifted_,
+    widened,
+    with_single_gradients,
+    with_single_inputs,
+)
 from pinncurv.curvature.together import together
 from pinncurv.linearization import (
     Fisher,
@@ -112,14 +121,19 @@ class KFAC:
             Σ_t B_t ⊗ A_t ≈ (Σ_t B_t) ⊗ (Σ_t tr(B_t) A_t / Σ_t tr(B_t)). It preserves the trace,
             and the damped inverse is cheap.
         dense_limit: Largest exact block of a parameter that is no weight of a linear layer.
+        single: Whether the factors are formed in float32, with 1e-7 of its trace on the diagonal of
+            each, which is what rounding may make of its eigenvalues; they are kept, averaged and
+            factorized as without it.
     """
 
     sharing: WeightSharing = expand
     fisher: Fisher | None = None
     merge_terms: bool = False
     dense_limit: int = policy.LARGEST_PARAMETER
+    single: bool = False
 
     def __post_init__(self) -> None:
+        check_single(self.single)
         if not isinstance(self.sharing, WeightSharing):
             raise TypeError(
                 "sharing must be expand or reduce of pinncurv.curvature, got "
@@ -171,10 +185,20 @@ class KFAC:
         """Return N A and B of one layer at some points; no B without output gradients."""
         if not isinstance(block, LinearLayer):
             numel = sum(shape.numel() for shape in block.shapes)
-            A = block.add_gram_(space.zeros(numel, numel))
+            A = add_gram_(space.zeros(numel, numel), block, self.single)
+            return lifted_(A) if self.single else A, A.new_zeros(())
+        sharing = self.sharing
+        if self.single and not is_narrow(block.Z.shape[-1]):
+            small, scale = with_single_inputs(block)
+            A = lifted_(widened(sharing.input_moment(small), scale))
+        else:
+            A = sharing.input_moment(block)
+        if block.G is None:
             return A, A.new_zeros(())
-        A = self.sharing.input_moment(block)
-        return A, A.new_zeros(()) if block.G is None else self.sharing.gradient_moment(block)
+        if self.single and not is_narrow(block.d_out):
+            small, scale = with_single_gradients(block)
+            return A, lifted_(widened(sharing.gradient_moment(small), scale))
+        return A, sharing.gradient_moment(block)
 
 
 @dataclass
