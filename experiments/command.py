@@ -59,6 +59,7 @@ _OPTIONS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "device": ("D", str, "cpu, cuda, ..."),
     "threads": ("K", int, "threads of the CPU"),
     "chunk_size": ("K", number_or_auto, "points to process at a time, or auto; same result"),
+    "compile": ("", bool, "compile what is done at the points; not counted as time of steps"),
     "record_every": ("K", int, "steps between two rows of metrics; 0 for ever fewer"),
     "checkpoint_seconds": ("S", float, "seconds between two checkpoints"),
     "checkpoint_steps": ("K", int, "steps between two checkpoints"),
@@ -103,6 +104,9 @@ class Parser(argparse.ArgumentParser):
             metavar, kind, text = _OPTIONS[name]
             several = "+" if name in ("optimizers", "seeds", "windows") else None
             flag = f"--{name.replace('_', '-')}"
+            if kind is bool:
+                self.add_argument(flag, action="store_const", const=True, help=text)
+                continue
             self.add_argument(flag, dest=name, metavar=metavar, type=kind, nargs=several, help=text)
         self.add_argument(
             *("--set", "-s"),

@@ -39,7 +39,7 @@ DEFAULT_SECONDS = 16.0
 _MOST_THREADS = max(os.cpu_count() or 1, 256)
 
 # Fields that a setting may change for one optimizer alone.
-OF_ONE = ("seconds", "steps", "resample_every", "chunk_size")
+OF_ONE = ("seconds", "steps", "resample_every", "chunk_size", "compile")
 
 # What a function of the user's own may ask for by these names.
 _OF_NETWORKS = ("d_in", "d_out")
@@ -73,6 +73,7 @@ class Experiment:
         threads: Number of CPU threads; None for torch's default.
         chunk_size: How many points to process at a time; None for all, "auto" for what fits into
             the memory.
+        compile: Whether passes are compiled, outside of the budget.
         record_every: Steps between two rows of the metrics; 0 for at most 32 per doubling.
         checkpoint_seconds: Seconds between two checkpoints.
         checkpoint_steps: Steps between two checkpoints; None for by time only.
@@ -92,6 +93,7 @@ class Experiment:
     device: str = "cpu"
     threads: int | None = None
     chunk_size: int | Literal["auto"] | None = None
+    compile: bool = False
     record_every: int = 0
     checkpoint_seconds: float = 30.0
     checkpoint_steps: int | None = None
@@ -222,6 +224,8 @@ class Experiment:
     def build_problem(self, **window: Any) -> Problem:
         """Build the problem anew, so that what its terms train is trained by one optimizer only.
 
+        Networks in residuals and coefficients get the experiment's type and device.
+
         Args:
             window: Start, end and initial values, with time windows.
         """
@@ -245,7 +249,13 @@ class Experiment:
                 f"{self.problem} must be or return a pinncurv.Problem, got "
                 f"{type(problem).__name__}."
             )
-        return copy.deepcopy(problem)  # the function may return the same one every time
+        own = copy.deepcopy(problem)  # the function may return the same one every time
+        for term in own.terms:
+            for owner in (term, *term.operators.values()):
+                for part in vars(owner).values():
+                    if isinstance(part, nn.Module):
+                        part.to(self.device, DTYPES[self.dtype])
+        return own
 
     def build_network(self, problem: Problem, seed: int) -> nn.Module:
         """Build the network, drawn on the CPU in the experiment's type."""

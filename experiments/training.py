@@ -22,6 +22,7 @@ from experiments.command import Interruption
 from experiments.experiment import DTYPES, Experiment
 from experiments.folder import write_atomically
 from experiments.objects import UserError, first_line, short, told
+from pinncurv.compilation import seconds_spent
 from pinncurv.curvature import GaussNewton, Objective
 from pinncurv.linops import FactorizationError
 from pinncurv.machine import NotEnoughMemoryError, check_memory
@@ -85,7 +86,7 @@ class Trainer:
             self._draw()
             held_out = self._sample(torch.Generator().manual_seed(_HELD_OUT))
             warn_unless_periodic(self._part, self.network, held_out)
-            self._held_out = HeldOut(self._objective(held_out, check=False))
+            self._held_out = HeldOut(self._objective(held_out, held_out=True))
             parameters = self.objective.parameters()
             evaluation = torch.Generator().manual_seed(_EVALUATION)
             self._evaluation_points = self.problem.evaluation.sample(
@@ -125,13 +126,13 @@ class Trainer:
         if self.windows and spent(self) >= (self._window + 1) / (len(self.windows.edges) - 1):
             self._next_window()
         self._synchronize()
-        start = time.perf_counter()
+        start = time.perf_counter() - seconds_spent()  # what compiles is not a step
         every = self.experiment.resample_every
         if every and self.step and self.step % every == 0:
             self._draw()
         record = self.optimizer.step(self.objective)
         self._synchronize()
-        self.seconds += time.perf_counter() - start
+        self.seconds += time.perf_counter() - seconds_spent() - start
         self.step += 1
         record = record if isinstance(record, StepRecord) else _NO_RECORD
         self.rejected += not record.accepted
@@ -246,9 +247,9 @@ class Trainer:
     def _sample(self, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
         return self._part.sample(generator, self.dtype, self.device)
 
-    def _objective(self, points: Sequence[torch.Tensor], check: bool = True) -> Objective:
-        size = self.experiment.chunk_size
-        return Objective(self.network, self._part.terms, points, size, check=check)
+    def _objective(self, points: Sequence[torch.Tensor], held_out: bool = False) -> Objective:
+        size, compile = self.experiment.chunk_size, self.experiment.compile and not held_out
+        return Objective(self.network, self._part.terms, points, size, not held_out, compile)
 
     def _draw(self) -> None:
         """Draw a batch, of the first term by its residuals if there are more candidates."""
@@ -499,6 +500,8 @@ def train(trainer: Trainer, folder: Path, watch: Watch) -> str:
                 metrics.append(first)
             save_checkpoint(folder, trainer)  # shows now what cannot be saved
         bar.measured(first)
+        if experiment.compile:
+            bar.says("compiling, which takes a minute unless the disk has it already")
         while not (pruned or watch.interruption.requested or spent(trainer) >= 1):
             record = trainer.advance()
             if is_recorded(trainer.step, experiment.record_every):
@@ -590,6 +593,9 @@ class _Bar:
         text = f"step {row['step']}, loss {row['loss']:.2e}, {name} {value:.2e}"
         rejected = f", {row['rejected']} rejected" if row["rejected"] else ""
         self._bar.set_postfix_str(text + rejected, refresh=False)
+
+    def says(self, words: str) -> None:
+        self._bar.set_postfix_str(words, refresh=True)
 
     def update(self, part: float) -> None:
         self._bar.update(min(1.0, part) - self._bar.n)

@@ -13,6 +13,8 @@ import jaxtyping
 import pytest
 import torch
 
+from tests import devices
+
 _check = jaxtyping.jaxtyped
 
 
@@ -45,9 +47,10 @@ jaxtyping.jaxtyped = _check_often
 
 
 def pytest_configure() -> None:
-    """Divide the cores among pytest-xdist's workers instead of oversubscribing them."""
+    """Divide the cores among pytest-xdist's workers, and offer the pretended device."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    devices.register()
 
 
 @pytest.fixture

@@ -285,22 +285,30 @@ def coefficient(given: Any, x: Tensor, n: int, ndim: int) -> Tensor:
     return given[n] if given.ndim > ndim else given
 
 
-def coefficient_matrix(operator: Any, x: Tensor, n: int) -> Tensor:
-    """Return c with D u = Σ_ij c_ij ∂_i∂_j u."""
-    d = len(x)
+def frame(operator: Any, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Return B ``[d, k]`` and c with D u = Σ_ij c_ij ∂_{b_i}∂_{b_j} u, before any sampling."""
     if _kind(operator) == "FactoredSecondOrder":
         F = coefficient(operator.factors, x, n, 2)
-        return F @ F.T
+        return F, torch.eye(F.shape[1], dtype=x.dtype)
+    d = len(x)
     dims = range(d) if operator.dims is None else [dim % d for dim in operator.dims]
-    matrix = x.new_zeros(d, d)
-    if _kind(operator) == "Laplacian":
-        for i in dims:
-            matrix[i, i] = 1
-        return matrix
-    select = x.new_zeros(len(dims), d)
+    select = x.new_zeros(d, len(dims))
     for a, i in enumerate(dims):
-        select[a, i] = 1
-    return select.T @ coefficient(operator.matrix, x, n, 2).to(x) @ select
+        select[i, a] = 1
+    if _kind(operator) == "Laplacian":
+        return select, torch.eye(len(dims), dtype=x.dtype)
+    return select, coefficient(operator.matrix, x, n, 2).to(x)
+
+
+def coefficient_matrix(operator: Any, x: Tensor, n: int) -> Tensor:
+    """Return c with D u = Σ_ij c_ij ∂_i∂_j u."""
+    B, c = frame(operator, x, n)
+    if getattr(operator, "sampling", None) is not None:
+        m, k, c = operator.sampling.samples, len(c), (c + c.T) / 2
+        z = operator.sampling.draw(x[None], k)[:, 0]
+        c = sum(torch.outer(z[r], c @ z[r]) for r in range(m)) * k / m
+        c = (c + c.T) / 2
+    return B @ c @ B.T
 
 
 # --- loss terms ---------------------------------------------------------------------------------
@@ -387,6 +395,12 @@ def channel_set(operators: Mapping[str, Any], x: Tensor, n: int) -> tuple[Tensor
             wanted = [basis[dim] for dim in operator.dims]
         elif kind == "Directional":
             wanted = [coefficient(operator.direction, x, n, 1)]
+        elif getattr(operator, "sampling", None) is not None:
+            B, c = frame(operator, x, n)
+            z = list(operator.sampling.draw(x[None], len(c))[:, 0])
+            cz = [(c + c.T) / 2 @ v for v in z]
+            parallel = all(torch.equal(w, (v @ w) * v) for v, w in zip(z, cz, strict=True))
+            wanted = [B @ v for v in z + ([] if parallel or kind != "SecondOrder" else cz)]
         elif kind == "FactoredSecondOrder":
             wanted = list(coefficient(operator.factors, x, n, 2).T)
         else:

@@ -18,7 +18,7 @@ def _source(x: Tensor) -> Tensor:
 
 def diffusivity(x: Tensor) -> Tensor:
     """A full symmetric matrix that varies from point to point."""
-    return torch.einsum("ni,nj->nij", 1 + x, 1 + x) + torch.eye(x.shape[1], dtype=x.dtype)
+    return torch.einsum("ni,nj->nij", 1 + x, 1 + x) + torch.eye(x.shape[1]).to(x)
 
 
 def _term(name: str, operators: dict, residual, weight=1.0) -> LossTerm:

@@ -7,6 +7,7 @@ from torch import nn
 from pinncurv import presets
 from pinncurv.curvature import Objective
 from pinncurv.problems import poisson2d
+from tests.devices import DEVICES
 from tests.host_reads import HostReads
 
 READS = {
@@ -51,18 +52,21 @@ def test_what_stays_on_the_device_is_not():
     assert not counted.counts
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("chunk_size", [None, 300])
-def test_a_step_of_kfac_star_reads_three_times(chunk_size):
+def test_a_step_of_kfac_star_reads_three_times(chunk_size, device):
     """Whether Cholesky's algorithm failed; the quadratic model; the loss after the step."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    model = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)).double().to(device)
     objective = Objective.sample(model, poisson2d(), chunk_size=chunk_size)
     optimizer = presets.kfac_star(model.parameters())
-    full = 0
+    accepted, full = False, 0
     for _ in range(8):
-        with HostReads() as counted:
+        with HostReads(device) as counted:
             record = optimizer.step(objective)
-        if record.accepted and record.scale == 1:
+        if accepted and record.accepted and record.scale == 1:
             assert counted.reads <= 3, counted.report()
+            assert counted.counts["upload"] == counted.counts["shape"] == 0, counted.report()
             full += 1
+        accepted = record.accepted
     assert full >= 2

@@ -13,7 +13,7 @@ README = Path(__file__).parent.parent / "README.md"
 
 def test_the_examples_run_in_order():
     blocks = re.findall(r"```python\n(?!# my_)(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     torch.manual_seed(0)  # of the networks' weights
     namespace = {}
     for block in blocks:

@@ -37,6 +37,8 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time see __getattr__
         Hessian as Hessian,
         Laplacian as Laplacian,
         Partial as Partial,
+        RandomCoordinates as RandomCoordinates,
+        RandomSigns as RandomSigns,
         SecondOrder as SecondOrder,
         Value as Value,
     )
@@ -66,7 +68,8 @@ _HOMES = {
     "comparison": "compare",
     "curvature": "EKFAC KFAC GaussNewton MatrixFreeGaussNewton Objective coverage",
     "diffops": (
-        "Bilaplacian Directional Divergence Gradient Hessian Laplacian Partial SecondOrder Value"
+        "Bilaplacian Directional Divergence Gradient Hessian Laplacian Partial RandomCoordinates "
+        "RandomSigns SecondOrder Value"
     ),
     "jets": "derivative",
     "linearization": "linearize",

@@ -1,10 +1,12 @@
-"""Functions of tensors as flat graphs, compiled once and called without a look at anything else."""
+"""Functions of tensors as flat graphs, compiled once, and called without guards."""
 
 from __future__ import annotations
 
+import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 
 Run = Callable[..., Sequence[Tensor]]
@@ -54,6 +57,131 @@ _READS = {"item", "tolist", "numpy", "equal", "allclose", "is_nonzero", "cpu"} |
 }
 
 
+# Graphs of one function. More come from numbers that change all the time.
+_MOST_GRAPHS = 8
+# In how many of its first calls a graph is compared with the function that it was traced from.
+_COMPARED = 2
+
+
+@dataclass
+class _Known:
+    """A compiled function, and how often it was compared."""
+
+    run: Compiled
+    compared: set[int] = field(default_factory=set)  # which tensors, by the first one's identity
+
+
+@dataclass
+class Graphs:
+    """Functions of tensors, each compiled once for any tensors of the same shapes.
+
+    What can't be compiled is called as it is, after one warning. The results of the first two calls
+    with other tensors are compared with those of the function itself.
+
+    Args:
+        what: What the functions are, for the warning.
+        closed: Whether functions use no other tensors than those they are given.
+    """
+
+    what: str
+    closed: bool = False
+    known: dict[Any, _Known] = field(default_factory=dict)
+    traced: Counter[Hashable] = field(default_factory=Counter)
+    gives_up: bool = False
+
+    def __call__(
+        self,
+        key: tuple[Hashable, ...],
+        function: Callable[[], Sequence[Tensor]],
+        given: Sequence[Tensor],
+        fixed: Sequence[Tensor] = (),
+    ) -> Sequence[Tensor]:
+        """Return what a function returns.
+
+        Args:
+            key: All that the function depends on but tensors, its name first; with the shapes of
+                the given tensors.
+            function: Uses the given tensors themselves, and returns tensors.
+            given: The tensors that may be others in a later call.
+            fixed: Those whose values may change, but which are always the same ones.
+        """
+        if self.gives_up or torch.is_inference_mode_enabled():
+            return function()
+        try:
+            found = self.known.get(key) or self._trace(key, function, given, fixed)
+            result = found.run(given)
+            if len(found.compared) < _COMPARED and id(given[0]) not in found.compared:
+                found.compared.add(id(given[0]))
+                _compare(result, function())
+        except Exception as error:  # of many types; the function as it is written is right
+            return self._refused(error, function)
+        return result
+
+    def _trace(
+        self,
+        key: tuple[Hashable, ...],
+        function: Callable[[], Sequence[Tensor]],
+        given: Sequence[Tensor],
+        fixed: Sequence[Tensor],
+    ) -> _Known:
+        self.traced[key[0]] += 1
+        if self.traced[key[0]] > _MOST_GRAPHS:
+            raise RuntimeError(
+                f"it would be compiled more than {_MOST_GRAPHS} times, for other numbers in the "
+                "functions or other numbers of points each time"
+            )
+        start = time.perf_counter()
+        try:
+            self.known[key] = _Known(compiled(function, given, fixed, self.closed))
+        finally:
+            _SPENT.append(time.perf_counter() - start)
+        return self.known[key]
+
+    def _refused(
+        self, error: Exception, function: Callable[[], Sequence[Tensor]]
+    ) -> Sequence[Tensor]:
+        """Return what the function returns, and say why, unless that fails as well."""
+        result = function()
+        self.gives_up = True
+        self.known.clear()
+        reason = (str(error).strip().splitlines() or ["no reason is given"])[0]
+        warnings.warn(
+            f"{self.what} can't be compiled and will run as written, as right but slower "
+            f"({type(error).__name__}: {reason}).",
+            NotCompiled,
+            stacklevel=2,
+        )
+        return result
+
+
+_SPENT: list[float] = []
+
+
+def seconds_spent() -> float:
+    """Return how long this process has traced and compiled, which is no time of a step."""
+    return sum(_SPENT)
+
+
+def form_of(tensors: Sequence[Tensor]) -> tuple[Hashable, ...]:
+    """Return what tensors have in common that one graph serves: all but the values."""
+    ids = [id(tensor) for tensor in tensors]
+    return tuple((t.dtype, t.shape, t.stride(), ids.index(id(t))) for t in tensors)
+
+
+def _compare(result: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Check that a compiled function returns what the function does.
+
+    Raises:
+        RuntimeError: If they differ by more than rounding.
+    """
+    for mine, other in zip(result, expected, strict=True):
+        size = other.detach().abs().amax() if other.numel() else 0
+        tolerance = torch.finfo(other.dtype).eps ** 0.5 * size
+        same = ((mine - other).abs() <= tolerance) | (mine == other)
+        if not bool((same | (mine.isnan() & other.isnan())).all()):
+            raise RuntimeError("what was compiled returns something else with other tensors")
+
+
 @dataclass(frozen=True, eq=False)
 class Compiled:
     """A compiled function of some tensors.
@@ -82,7 +210,10 @@ class Compiled:
 
 
 def compiled(
-    function: Callable[[], Sequence[Tensor]], given: Sequence[Tensor], fixed: Sequence[Tensor] = ()
+    function: Callable[[], Sequence[Tensor]],
+    given: Sequence[Tensor],
+    fixed: Sequence[Tensor] = (),
+    closed: bool = False,
 ) -> Compiled:
     """Trace a function to a flat graph of tensor operations, and compile that.
 
@@ -94,6 +225,7 @@ def compiled(
         function: Uses the given tensors themselves and any others, and returns tensors.
         given: The tensors that may be others in a later call.
         fixed: Tensors whose values may change, but which are always the same objects.
+        closed: Whether to refuse other tensors.
 
     Raises:
         Exception: If the function reads values of tensors, or the compiler fails; of many types.
@@ -102,6 +234,8 @@ def compiled(
     known = {**dict.fromkeys(map(id, fixed)), **positions}
     with FakeTensorMode(allow_non_fake_inputs=True), _NoReads(known), torch.no_grad():
         graph = make_fx(lambda: list(function()))()
+    if closed:
+        _check_closed(graph, known)
     sources, outputs = _flatten(graph, positions)
     _check_no_copies(sources, [*given, *fixed])
     like = [given[s] if isinstance(s, int) else s for s in sources]
@@ -142,6 +276,19 @@ def _flatten(
     return tuple(source for source, _ in by_order), outputs
 
 
+def _check_closed(graph: GraphModule, known: Mapping[int, object]) -> None:
+    """Check that a graph uses no tensors but known ones and those that its function makes.
+
+    Raises:
+        RuntimeError: If it does.
+    """
+    fresh = torch.ops.aten.lift_fresh_copy.default
+    for node in graph.graph.nodes:
+        others = [user for user in node.users if user.target is not fresh]
+        if node.op == "get_attr" and others and id(getattr(graph, node.target)) not in known:
+            raise RuntimeError("it uses a tensor that it is not given")
+
+
 def _alias(node: Node) -> Node:
     """Return what a node is a detached alias of."""
     while node.target is torch.ops.aten.detach.default:
@@ -175,6 +322,8 @@ def _run_of(graph: GraphModule, like: Sequence[Tensor], device: str) -> Run:
         options = {"triton.cudagraphs": device == "cuda"}  # what mode="reduce-overhead" sets
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the compiler about itself
-            plain: list[Any] = [tensor.detach() for tensor in like]
+            # tensors without values, of an environment of shapes: without that torch caches nothing
+            fake = FakeTensorMode(shape_env=ShapeEnv())
+            plain: list[Any] = [fake.from_tensor(t.detach(), static_shapes=True) for t in like]
             _MADE[key] = torch._inductor.compile(graph, plain, options=options)
     return _MADE[key]

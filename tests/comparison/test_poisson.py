@@ -17,6 +17,7 @@ from pinncurv.curvature import (
 )
 from pinncurv.linops import Damped, FactorDamping
 from pinncurv.problems import poisson2d
+from tests.devices import DEVICES
 
 DAMPING = 1e-3
 
@@ -133,10 +134,10 @@ def test_an_operator_of_curvlinops_that_differentiates(generator):
     torch.testing.assert_close(comparison.frobenius(hessian, ggn).relative_error, expected)
 
 
-@pytest.mark.gpu
-def test_results_on_the_gpu_are_those_on_the_cpu():
+@pytest.mark.parametrize("elsewhere", DEVICES)
+def test_results_on_a_device_are_those_on_the_cpu(elsewhere):
     received = []
-    for device in ("cpu", "cuda"):
+    for device in ("cpu", elsewhere):
         linearizations = linearized(device).linearizations
         free = MatrixFreeGaussNewton()(linearizations)
         kfac = KFAC()(linearizations)
@@ -157,5 +158,5 @@ def test_results_on_the_gpu_are_those_on_the_cpu():
             density.trace(torch.exp).value,
         ]
         received.append([result.cpu() for result in results])
-    for on_cpu, on_gpu in zip(*received, strict=True):
-        torch.testing.assert_close(on_cpu, on_gpu, rtol=1e-6, atol=1e-8)
+    for on_cpu, on_device in zip(*received, strict=True):
+        torch.testing.assert_close(on_cpu, on_device, rtol=1e-6, atol=1e-8)

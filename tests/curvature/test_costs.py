@@ -85,7 +85,10 @@ BUILD = {
     "reduce": (KFAC(reduce), FACTORS / S),
     "channels": (ChannelKronecker(pairs=False), FACTORS),
     "channel-pairs": (ChannelKronecker(), FACTORS * (S + 1) / 2),
-    "traces": (lambda made: PartialTraces().factors(made, expand, None), FACTORS + 2 * CHANNELS),
+    "traces": (
+        lambda made: PartialTraces().factors(made, expand, None, False),
+        FACTORS + 2 * CHANNELS,
+    ),
     "optimal": (
         OptimalKronecker(iterations=3, tolerance=0.0),
         FACTORS + 3 * 2 * (FACTORS + CHANNELS),

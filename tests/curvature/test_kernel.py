@@ -36,6 +36,7 @@ from pinncurv.optim import CurvatureOptimizer, FixedStep
 from pinncurv.problems import Fixed, LossTerm
 from tests import oracles
 from tests.conformance import check_operator
+from tests.devices import DEVICES
 from tests.networks import KINDS, build, points
 from tests.optim.cases import flat, network, poisson
 from tests.terms import PARTS, TERMS
@@ -322,18 +323,17 @@ def test_other_dampings_take_the_same_kernel(triple, monkeypatch):
     assert filled == [(0, 0), (3, 0), (3, 3), (5, 0), (5, 3), (5, 5)]
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("elsewhere", DEVICES)
 @pytest.mark.parametrize("inverse", [Woodbury(1e-6), Nystroem(1e-3, 8)])
-def test_results_on_the_gpu_are_those_on_the_cpu(inverse):
+def test_results_on_a_device_are_those_on_the_cpu(inverse, elsewhere):
     steps = []
-    for device in ("cpu", "cuda"):
+    for device in ("cpu", elsewhere):
         linearized = poisson(network().to(device)).linearize()
         operator = MatrixFreeGaussNewton()(linearized.linearizations)
         solution = inverse(operator).solve_residual(linearized.residual)
         steps.append([flat(solution), flat(inverse(operator) @ linearized.gradient())])
     for received, expected in zip(steps[1], steps[0], strict=True):
-        assert received.device.type == "cuda"
+        assert received.device.type == elsewhere
         oracles.assert_close(received.cpu(), expected, rtol=1e-6)
 
 

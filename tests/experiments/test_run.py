@@ -18,6 +18,7 @@ from experiments.command import Interruption, run_program
 from experiments.folder import RunFolder, describe_environment
 from experiments.training import Trainer, is_recorded
 from pinncurv.machine import memory
+from tests.devices import DEVICES
 from tests.experiments.runs import (
     ALL,
     EVERY,
@@ -93,6 +94,18 @@ def test_a_system_has_the_mean_of_its_errors(tmp_path, capsys):
     assert mean != single
     assert start(tmp_path / "other", *periods[:-1], "network.periods=(30,)") == 2
     assert "periods must have 2 entries, one per coordinate, got (30,)" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("_no_figure")
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_network_in_a_residual_moves_along(device, tmp_path):
+    run, where = tmp_path / "run", ("--device", device, "--dtype", "float32")
+    problem = ("--problem", "poisson-source", "--set", "problem.n_data=8")
+    assert start(run, "--steps", "1", "--optimizers", "kfac_star", *problem, *where) == 0
+    assert resume(run, "--steps", "2") == 0
+    assert all(map(math.isfinite, column(run, "kfac_star", "loss")))
+    (environment, _) = json.loads((run / "environment.json").read_text())
+    assert environment["device"] == device
 
 
 def test_several_seeds_are_several_trainings_in_one_table(tmp_path):

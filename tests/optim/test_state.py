@@ -15,6 +15,7 @@ from pinncurv.curvature import EKFAC, Objective, PreconditionedCG
 from pinncurv.linops import Damped
 from pinncurv.optim import CurvatureOptimizer, ExponentialAverage, FirstOrder, Intervals
 from pinncurv.optim.identity import describe
+from tests.devices import DEVICES, move_
 from tests.optim.cases import (
     OPTIMIZERS,
     LeastSquaresFit,
@@ -25,6 +26,10 @@ from tests.optim.cases import (
     same,
     values,
 )
+
+# The others have states like one of these, and hessian_free takes ten times as long.
+QUICK = ("kfac", "kfac_star", "engd", "gauss_newton_cg", "engd_w", "adaptive_intervals", "auto")
+ON_DEVICES = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in OPTIMIZERS]
 
 
 def through_a_file(state):
@@ -442,14 +447,13 @@ def test_a_batch_of_another_dtype():
     assert optimizer.step(poisson(model)).accepted
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_another_device_between_two_steps(name):
+@pytest.mark.parametrize("elsewhere", DEVICES)
+@pytest.mark.parametrize("name", ON_DEVICES)
+def test_another_device_between_two_steps(name, elsewhere):
     model, twin = network(), network()
     optimizer, reference = (OPTIMIZERS[name](m.parameters()) for m in (model, twin))
-    for device in ("cpu", "cuda", "cpu"):
-        model.to(device)
+    for device in ("cpu", elsewhere, "cpu"):
+        move_(model, device)
         record = optimizer.step(on_the_device(model))
         expected = reference.step(poisson(twin))
         assert record.accepted == expected.accepted
@@ -458,11 +462,10 @@ def test_another_device_between_two_steps(name):
             torch.testing.assert_close(a.cpu(), b, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_loading_on_another_device(name):
-    model, twin = network(), network().cuda()
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ON_DEVICES)
+def test_loading_on_another_device(name, device):
+    model, twin = network(), network().to(device)
     optimizer = OPTIMIZERS[name](model.parameters())
     optimizer.step(poisson(model))
     resumed = OPTIMIZERS[name](twin.parameters())

@@ -184,24 +184,24 @@ class CheaperSide:
             return self._by_cg(operator)
         if not self.jacobi:
             matrix = kernel.matrix if R < D else operator.dense
-            return self._factorized(operator.jacobian, matrix)
+            return self._factorized(operator.jacobian, matrix, operator.precision)
         J = operator.jacobi
         s = J.flat_scale
         matrix = J.kernel if R < D else s[:, None] * operator.dense * s
-        return JacobiInverseLinearOperator(self._factorized(J, matrix), J.scale)
+        return JacobiInverseLinearOperator(self._factorized(J, matrix, operator.precision), J.scale)
 
     def _factorized(
-        self, J: JacobianLinearOperator, matrix: Tensor
+        self, J: JacobianLinearOperator, matrix: Tensor, precision: torch.dtype
     ) -> KernelInverseLinearOperator | ParameterInverseLinearOperator:
         """Return the inverse by the smaller of JᵀJ and JJᵀ."""
         R, D = J.shape
         name = "the kernel of the residuals" if R < D else "the Gauss-Newton matrix"
         matrix = check_entries(matrix, name).to(FACTORIZATION_DTYPE)
-        smallest = self.floor * torch.finfo(J.dtype).eps * float(matrix.trace())
+        smallest = self.floor * torch.finfo(precision).eps * float(matrix.trace())
         least = max(self.damping, smallest) or 1.0  # a matrix of zeros has no scale
         factorization, damping = factorize_from(matrix, name, least)
         if R < D:
-            return KernelInverseLinearOperator(J, factorization, damping)
+            return KernelInverseLinearOperator(J, factorization, damping, precision=precision)
         return ParameterInverseLinearOperator(J, factorization, damping)
 
     def _by_cg(self, operator: GaussNewtonLinearOperator) -> CGInverseLinearOperator:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -17,11 +18,13 @@ from pinncurv.curvature.jacobian import (
 )
 from pinncurv.curvature.kernel import KernelLinearOperator
 from pinncurv.curvature.parameters import ParameterSpace, visit_blocks
+from pinncurv.curvature.single import Scaled, add_gram_, check_single
 from pinncurv.curvature.woodbury import KernelInverseLinearOperator
 from pinncurv.linearization import Chunk, JacobianBlock, Linearization, run
 from pinncurv.linearization.blocks import row_ranges
 from pinncurv.linops import (
     CGInverseLinearOperator,
+    Damped,
     DenseBlockDiagonalLinearOperator,
     DenseLinearOperator,
     DiagonalLinearOperator,
@@ -52,12 +55,19 @@ class GaussNewtonLinearOperator(SymmetricLinearOperator):
 
     Args:
         jacobian: The Jacobian of the scaled residuals.
+        single: Whether the matrix and the kernel are formed in float32 where they are wanted
+            (``to_dense``, ``dense``, ``kernel``). Products are not.
     """
 
-    def __init__(self, jacobian: JacobianLinearOperator) -> None:
+    def __init__(self, jacobian: JacobianLinearOperator, single: bool = False) -> None:
         self.jacobian = jacobian
+        self.single = single
         space = jacobian.space
         super().__init__(space.shapes, space.device, space.dtype)
+
+    @property
+    def precision(self) -> torch.dtype:
+        return torch.float32 if self.single else self.dtype
 
     def term(self, term: int | str) -> GaussNewtonLinearOperator:
         """Return the Gauss-Newton matrix of one term alone, on all parameters.
@@ -69,7 +79,8 @@ class GaussNewtonLinearOperator(SymmetricLinearOperator):
         """
         linearizations = self.jacobian.linearizations
         position = term_position([lin.term.name for lin in linearizations], term)
-        return type(self)(JacobianLinearOperator([linearizations[position]], self.jacobian.space))
+        jacobian = JacobianLinearOperator([linearizations[position]], self.jacobian.space)
+        return type(self)(jacobian, self.single)
 
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
         J = self.jacobian
@@ -96,7 +107,10 @@ class GaussNewtonLinearOperator(SymmetricLinearOperator):
             n, V = chunk.residual.shape
             for points in row_ranges(n, V * D, J.device):
                 rows = chunk_rows(J.space, J.linearizations[t], chunk, points)
-                add_lower_product_(matrix, rows)
+                if self.single:
+                    matrix.add_(Scaled.of(rows).gram())
+                else:
+                    add_lower_product_(matrix, rows)
 
         run(J.linearizations, visit)
         return mirror_(matrix)
@@ -112,7 +126,7 @@ class GaussNewtonLinearOperator(SymmetricLinearOperator):
     @cached_property
     def kernel(self) -> KernelLinearOperator:
         """The kernel JJᵀ, whose matrix is computed once."""
-        return KernelLinearOperator(self.jacobian)
+        return KernelLinearOperator(self.jacobian, self.single)
 
     @cached_property
     def jacobi(self) -> ScaledJacobianLinearOperator:
@@ -124,7 +138,7 @@ class GaussNewtonLinearOperator(SymmetricLinearOperator):
         floored = d.clamp(min=_LEAST_OF_MEAN * float(d.mean()) or 1.0)
         parts = (floored / floored.mean()).rsqrt().split(self._in_shape_flat)
         scale = [part.view(shape) for part, shape in zip(parts, self._in_shape, strict=True)]
-        return ScaledJacobianLinearOperator(self.jacobian, scale)
+        return ScaledJacobianLinearOperator(self.jacobian, scale, self.single)
 
     def inverse(
         self, damping: float, dense_limit: int = policy.LARGEST_DENSE
@@ -140,7 +154,8 @@ class GaussNewtonLinearOperator(SymmetricLinearOperator):
         if R < D and dense_limit >= R:
             return KernelInverseLinearOperator.from_kernel(self.kernel, damping)
         if dense_limit >= D:
-            return DenseLinearOperator(self.to_dense(), self.shapes).inverse(damping)
+            dense = DenseLinearOperator(self.to_dense(), self.shapes, self.precision)
+            return Damped(damping)(dense)
         diagonal = gauss_newton_diagonal(self.jacobian.linearizations, self.jacobian.space)
         return CGInverseLinearOperator(
             self, damping=damping, preconditioner=diagonal.inverse(damping)
@@ -172,10 +187,20 @@ class MatrixFreeGaussNewton:
     """Recipe: the exact Gauss-Newton matrix by products with the Jacobian.
 
     JᵀJ
+
+    Args:
+        single: Whether inverses (``Woodbury``, ``CheaperSide``, ...) that form it or its kernel do
+            so in float32, with an error of some 1e-7 of the largest eigenvalue, below which no
+            damping should be. Factorizations, and products with it, are as without it.
     """
 
+    single: bool = False
+
+    def __post_init__(self) -> None:
+        check_single(self.single)
+
     def __call__(self, linearizations: Sequence[Linearization]) -> GaussNewtonLinearOperator:
-        return GaussNewtonLinearOperator(JacobianLinearOperator(linearizations))
+        return GaussNewtonLinearOperator(JacobianLinearOperator(linearizations), self.single)
 
 
 @dataclass(frozen=True)
@@ -186,11 +211,19 @@ class GaussNewton:
 
     Cost: N S V D + R D² / 2 to build and D² numbers; O(D³) once to invert and D² more; D² per
     product.
+
+    Args:
+        single: Whether it is formed in float32, see ``MatrixFreeGaussNewton``.
     """
 
+    single: bool = False
+
+    def __post_init__(self) -> None:
+        check_single(self.single)
+
     def __call__(self, linearizations: Sequence[Linearization]) -> DenseLinearOperator:
-        operator = MatrixFreeGaussNewton()(linearizations)
-        return DenseLinearOperator(operator.to_dense(), operator.shapes)
+        operator = MatrixFreeGaussNewton(self.single)(linearizations)
+        return DenseLinearOperator(operator.to_dense(), operator.shapes, operator.precision)
 
 
 @dataclass(frozen=True)
@@ -201,7 +234,15 @@ class BlockDiagonalGaussNewton:
 
     Cost: with n = d_in d_out, N S V n + R n² / 2 to build and n² numbers per layer; O(n³) once to
     invert and n² more; n² per product.
+
+    Args:
+        single: Whether the blocks are formed in float32, see ``MatrixFreeGaussNewton``.
     """
+
+    single: bool = False
+
+    def __post_init__(self) -> None:
+        check_single(self.single)
 
     def __call__(self, linearizations: Sequence[Linearization]) -> DenseBlockDiagonalLinearOperator:
         check_exact(linearizations)
@@ -212,10 +253,11 @@ class BlockDiagonalGaussNewton:
         matrices = [space.zeros(block.numel, block.numel) for block in space.blocks]
 
         def visit(t: int, i: int, block: JacobianBlock) -> None:
-            block.add_gram_(matrices[i])
+            add_gram_(matrices[i], block, self.single)
 
         visit_blocks(linearizations, space, visit)
-        return DenseBlockDiagonalLinearOperator(matrices, space.blocks, space.shapes)
+        precision = torch.float32 if self.single else space.dtype
+        return DenseBlockDiagonalLinearOperator(matrices, space.blocks, space.shapes, precision)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pinncurv.compilation import Graphs
 from pinncurv.curvature.parameters import ParameterSpace
+from pinncurv.curvature.single import Scaled
+from pinncurv.curvature.together import together
 from pinncurv.linearization import Chunk, JacobianBlock, Linearization, Type2, run
 from pinncurv.linops import PyTorchLinearOperator
 from pinncurv.machine import check_memory, symmetric_product
@@ -55,16 +58,21 @@ class JacobianLinearOperator(_Between):
     Args:
         linearizations: One per term, with the exact output gradients.
         space: The parameters; by default those of the terms.
+        graphs: What is compiled of the objective, if it is not that of the linearizations.
 
     Raises:
         ValueError: If a linearization has other output gradients than the exact ones.
     """
 
     def __init__(
-        self, linearizations: Sequence[Linearization], space: ParameterSpace | None = None
+        self,
+        linearizations: Sequence[Linearization],
+        space: ParameterSpace | None = None,
+        graphs: Graphs | None = None,
     ) -> None:
         check_exact(linearizations)
         self.linearizations = linearizations
+        self.graphs = graphs or getattr(linearizations, "graphs", None)
         self.space = ParameterSpace.of(linearizations) if space is None else space
         out_shapes = [(len(lin.x), lin.num_components) for lin in linearizations]
         super().__init__([tuple(shape) for shape in self.space.shapes], out_shapes)
@@ -103,9 +111,18 @@ class JacobianLinearOperator(_Between):
 
         def visit(t: int, chunk: Chunk) -> None:
             blocks = self.space.arrange(self.linearizations[t], chunk)
-            part = self.product(blocks, directions, chunk).transpose(0, 1)
-            products[t][rows[t] : rows[t] + len(part)] = part
-            rows[t] += len(part)
+
+            def multiply() -> list[Tensor]:
+                return [self.product(blocks, directions, chunk)]
+
+            if type(self) is JacobianLinearOperator:  # others may use tensors of their own
+                key = "product with J", self.space.blocks
+                (image,) = together(self.graphs, key, multiply, blocks, directions)
+            else:
+                (image,) = multiply()
+            n = len(chunk.residual)
+            products[t][rows[t] : rows[t] + n] = image.transpose(0, 1)
+            rows[t] += n
 
         run(self.linearizations, visit)
         return products
@@ -136,11 +153,15 @@ class ScaledJacobianLinearOperator(JacobianLinearOperator):
     Args:
         jacobian: J.
         scale: s, one tensor per parameter.
+        single: Whether the kernel is formed in float32.
     """
 
-    def __init__(self, jacobian: JacobianLinearOperator, scale: Sequence[Tensor]) -> None:
+    def __init__(
+        self, jacobian: JacobianLinearOperator, scale: Sequence[Tensor], single: bool = False
+    ) -> None:
         super().__init__(jacobian.linearizations, jacobian.space)
         self.scale = scale
+        self.single = single
 
     @property
     def flat_scale(self) -> Float[Tensor, " D"]:
@@ -166,7 +187,8 @@ class ScaledJacobianLinearOperator(JacobianLinearOperator):
     @cached_property
     def kernel(self) -> Float[Tensor, "R R"]:
         """J S² Jᵀ, which is computed once; not to be written to."""
-        return symmetric_product(self.to_dense().mT)
+        matrix = self.to_dense()
+        return Scaled.of(matrix.mT).gram() if self.single else symmetric_product(matrix.mT)
 
 
 class JacobianAdjointLinearOperator(_Between):

@@ -14,6 +14,7 @@ from torch import Tensor
 from pinncurv.curvature.jacobian import JacobianLinearOperator
 from pinncurv.curvature.kernel_blocks import Side, add_inner_products_
 from pinncurv.curvature.parameters import ParameterSpace
+from pinncurv.curvature.single import check_single
 from pinncurv.linearization import Linearization
 from pinncurv.linops import (
     Factorization,
@@ -45,11 +46,17 @@ class KernelLinearOperator(SymmetricLinearOperator):
 
     Args:
         jacobian: The Jacobian of the scaled residuals.
+        single: Whether the matrix is formed in float32. Products are not.
     """
 
-    def __init__(self, jacobian: JacobianLinearOperator) -> None:
+    def __init__(self, jacobian: JacobianLinearOperator, single: bool = False) -> None:
         self.jacobian = jacobian
+        self.single = single
         super().__init__(jacobian._out_shape, jacobian.device, jacobian.dtype)
+
+    @property
+    def precision(self) -> torch.dtype:
+        return torch.float32 if self.single else self.dtype
 
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
         return self.jacobian._matmat(self.jacobian.adjoint()._matmat(X))
@@ -61,7 +68,7 @@ class KernelLinearOperator(SymmetricLinearOperator):
     def matrix(self) -> Float[Tensor, "R R"]:
         """The matrix, which is computed once; not to be written to."""
         J = self.jacobian
-        return kernel_matrix(J.linearizations, J.space, self.dtype)
+        return kernel_matrix(J.linearizations, J.space, self.dtype, self.single)
 
     def factorize(self, damping: float) -> Factorization:
         """Factorize K + λI in float64.
@@ -95,7 +102,10 @@ class KernelLinearOperator(SymmetricLinearOperator):
 
 
 def kernel_matrix(
-    linearizations: Sequence[Linearization], space: ParameterSpace, dtype: torch.dtype
+    linearizations: Sequence[Linearization],
+    space: ParameterSpace,
+    dtype: torch.dtype,
+    single: bool = False,
 ) -> Float[Tensor, "R R"]:
     """Return JJᵀ in a data type, exactly symmetric.
 
@@ -103,6 +113,7 @@ def kernel_matrix(
         linearizations: One per term, with the exact output gradients.
         space: The parameters.
         dtype: In which it is computed.
+        single: Whether products are formed in float32.
 
     Raises:
         NotEnoughMemoryError: If it does not fit into the memory.
@@ -110,8 +121,8 @@ def kernel_matrix(
     R = rows_of(linearizations)
     check_memory(f"the kernel of {R:,} residuals", R * R, dtype, space.device, INSTEAD)
     matrix = torch.zeros(R, R, dtype=dtype, device=space.device)
-    for i, sides in enumerate(_sides(linearizations, space, dtype)):
-        for others in islice(_sides(linearizations, space, dtype), i):
+    for i, sides in enumerate(_sides(linearizations, space, dtype, single)):
+        for others in islice(_sides(linearizations, space, dtype, single), i):
             add_inner_products_(matrix, [_lower(a, b) for a in sides for b in others])
         pairs = [(a, b) for j, a in enumerate(sides) for b in sides[: j + 1]]
         add_inner_products_(matrix, pairs)
@@ -124,13 +135,14 @@ def rows_of(linearizations: Sequence[Linearization]) -> int:
 
 
 def _sides(
-    linearizations: Sequence[Linearization], space: ParameterSpace, dtype: torch.dtype
+    linearizations: Sequence[Linearization], space: ParameterSpace, dtype: torch.dtype, single: bool
 ) -> Iterator[list[Side]]:
     """Yield the chunks that are recomputed one by one, and those that are kept together."""
     kept, row = [], 0
     for linearization in linearizations:
         for chunk in linearization:
-            side = Side.of(row, chunk.residual, space.arrange(linearization, chunk), dtype)
+            blocks = space.arrange(linearization, chunk)
+            side = Side.of(row, chunk.residual, blocks, dtype, single)
             row += chunk.residual.numel()
             if linearization.chunk_size is None:
                 kept.append(side)
@@ -154,8 +166,16 @@ class Kernel:
     JJᵀ
 
     Cost: see ``KernelLinearOperator``.
+
+    Args:
+        single: Whether its matrix is formed in float32, see ``MatrixFreeGaussNewton``.
     """
+
+    single: bool = False
+
+    def __post_init__(self) -> None:
+        check_single(self.single)
 
     def __call__(self, linearizations: Sequence[Linearization]) -> KernelLinearOperator:
         """Build the operator."""
-        return KernelLinearOperator(JacobianLinearOperator(linearizations))
+        return KernelLinearOperator(JacobianLinearOperator(linearizations), self.single)

@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pinncurv.curvature.single import SingleBlock
 from pinncurv.linearization import DenseRows, EntryRows, JacobianBlock, LinearLayer
-from pinncurv.machine import add_lower_product_, sizes_of
+from pinncurv.machine import add_lower_product_, sizes_of, symmetric_product
 
 # What an elementwise multiplication costs, in multiplications inside of a matrix product.
 _ELEMENTWISE_COST = 16
@@ -25,12 +26,14 @@ class Side:
         n: The number of points.
         V: The number of components.
         blocks: The blocks of the Jacobian, in the order of the parameter space.
+        small: The same in float32, where their products are to be formed in it.
     """
 
     row: int
     n: int
     V: int
     blocks: Sequence[JacobianBlock | None]
+    small: Sequence[SingleBlock | None]
 
     @classmethod
     def of(
@@ -39,10 +42,16 @@ class Side:
         residual: Float[Tensor, "n V"],
         blocks: Sequence[JacobianBlock | None],
         dtype: torch.dtype,
+        single: bool = False,
     ) -> Side:
         """Return the side of a chunk with this residual and these blocks, in a data type."""
         n, V = residual.shape
-        return cls(row, n, V, [None if block is None else block.to(dtype) for block in blocks])
+        cast = [None if block is None else block.to(dtype) for block in blocks]
+        small = [
+            None if not single or b is None or isinstance(b, EntryRows) else SingleBlock.of(b)
+            for b in cast
+        ]
+        return cls(row, n, V, cast, small)
 
     @property
     def range(self) -> slice:
@@ -74,7 +83,7 @@ def add_inner_products_(
             if _rows_are_cheaper(a, b):
                 by_rows.setdefault(i, []).append((left, right))
             else:
-                others.append((a, b))
+                others.append(i)
         _add_by_tiles_(kernel[left.range, right.range], left, right, others)
     for i, some in by_rows.items():
         _add_through_rows_(kernel, i, some)
@@ -101,14 +110,21 @@ def _add_through_rows_(kernel: Tensor, i: int, pairs: Sequence[tuple[Side, Side]
     """Add J_l J_lᵀ of the i-th block, for a few of the layer's outputs at a time."""
     sides = list({id(side): side for pair in pairs for side in pair}.values())
     held = sizes_of(kernel.device).held // sum(side.n * side.V for side in sides)
-    for rows in zip(*(_rows(side.blocks[i], held) for side in sides), strict=True):
+    small = {id(side): side.small[i] for side in sides}
+    blocks = [side.blocks[i] if (s := small[id(side)]) is None else s.block for side in sides]
+    for rows in zip(*(_rows(block, held) for block in blocks), strict=True):
         of = {id(side): part for side, part in zip(sides, rows, strict=True)}
         for left, right in pairs:
             target = kernel[left.range, right.range]
-            if left is right:
-                add_lower_product_(target, of[id(left)].mT)
+            a, b = of[id(left)], of[id(right)]
+            c, d = small[id(left)], small[id(right)]
+            if c is not None and d is not None:
+                product = symmetric_product(a.mT) if left is right else a @ b.mT
+                target += product.to(target.dtype).mul_(c.scale).mul_(d.scale)
+            elif left is right:
+                add_lower_product_(target, a.mT)
             else:
-                target.addmm_(of[id(left)], of[id(right)].mT)
+                target.addmm_(a, b.mT)
 
 
 def _rows(block: JacobianBlock | None, columns: int) -> Iterator[Float[Tensor, "nV _"]]:
@@ -129,10 +145,7 @@ def _rows(block: JacobianBlock | None, columns: int) -> Iterator[Float[Tensor, "
 
 
 def _add_by_tiles_(
-    target: Float[Tensor, "nV mW"],
-    left: Side,
-    right: Side,
-    blocks: Sequence[tuple[JacobianBlock, JacobianBlock]],
+    target: Float[Tensor, "nV mW"], left: Side, right: Side, blocks: Sequence[int]
 ) -> None:
     """Add the products of some blocks, in tiles that stay in the cache; of two equal sides half."""
     if not blocks:
@@ -143,11 +156,31 @@ def _add_by_tiles_(
             if left is right and q.start > p.start:
                 continue
             part = target.new_zeros(V, p.stop - p.start, W, q.stop - q.start)
-            for a, b in blocks:
-                _add_products_(part, a.at(p), b.at(q))
+            for i in blocks:
+                small = left.small[i], right.small[i]
+                _add_tile_(part, (left.blocks[i], right.blocks[i]), small, p, q)
             target[V * p.start : V * p.stop, W * q.start : W * q.stop] += (
                 part.permute(1, 0, 3, 2).flatten(2).flatten(0, 1)
             )
+
+
+def _add_tile_(
+    part: Float[Tensor, "V n W m"],
+    blocks: tuple[JacobianBlock | None, JacobianBlock | None],
+    small: tuple[SingleBlock | None, SingleBlock | None],
+    p: slice,
+    q: slice,
+) -> None:
+    """Add the products of one block at some points, formed in float32 if it is there in that."""
+    (a, b), (c, d) = blocks, small
+    if c is not None and d is not None:
+        rounded = torch.zeros_like(part, dtype=torch.float32)
+        _add_products_(rounded, c.block.at(p), d.block.at(q))
+        part += rounded.to(part.dtype).mul_(c.scale).mul_(d.scale)
+        return
+    assert a is not None
+    assert b is not None
+    _add_products_(part, a.at(p), b.at(q))
 
 
 def _tiles(n: int, tile: int) -> Iterator[slice]:

@@ -10,7 +10,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pinncurv.curvature.parameters import ParameterSpace, visit_blocks
+from pinncurv.curvature.parameters import ParameterSpace, visit_chunks
+from pinncurv.curvature.single import (
+    add_gram_,
+    check_single,
+    is_narrow,
+    lifted_,
+    widened,
+    with_single_gradients,
+    with_single_inputs,
+)
+from pinncurv.curvature.together import together
 from pinncurv.linearization import (
     Fisher,
     JacobianBlock,
@@ -112,14 +122,19 @@ class KFAC:
             Σ_t B_t ⊗ A_t ≈ (Σ_t B_t) ⊗ (Σ_t tr(B_t) A_t / Σ_t tr(B_t)). It preserves the trace,
             and the damped inverse is cheap.
         dense_limit: Largest exact block of a parameter that is no weight of a linear layer.
+        single: Whether the factors are formed in float32, with 1e-7 of its trace on the diagonal of
+            each, which is what rounding may make of its eigenvalues; they are kept, averaged and
+            factorized as without it.
     """
 
     sharing: WeightSharing = expand
     fisher: Fisher | None = None
     merge_terms: bool = False
     dense_limit: int = policy.LARGEST_PARAMETER
+    single: bool = False
 
     def __post_init__(self) -> None:
+        check_single(self.single)
         if not isinstance(self.sharing, WeightSharing):
             raise TypeError(
                 "sharing must be expand or reduce of pinncurv.curvature, got "
@@ -138,16 +153,26 @@ class KFAC:
         T = range(len(linearizations))
         moments: list[list[_Moments | None]] = [[None for _ in T] for _ in space.blocks]
 
-        def visit(t: int, i: int, block: JacobianBlock) -> None:
-            if space.blocks[i].kronecker:
-                new = self._moments(block)
-            else:
-                A = block.add_gram_(space.zeros(*2 * (space.blocks[i].numel,)))
-                new = _Moments(A, A.new_zeros(()), 1)
-            known = moments[i][t]
-            moments[i][t] = new if known is None else known.add_(new)
+        def visit(t: int, blocks: Sequence[JacobianBlock | None]) -> None:
+            used = {
+                i: block.as_layer() if space.blocks[i].kronecker else block
+                for i, block in enumerate(blocks)
+                if block is not None
+            }
 
-        visit_blocks(linearizations, space, visit, self.fisher)
+            def sums() -> list[Tensor]:
+                return [M for block in used.values() for M in self._sums(space, block)]
+
+            key = "Kronecker factors", self, tuple(used)
+            graphs = getattr(linearizations, "graphs", None)
+            tensors = iter(together(graphs, key, sums, list(used.values())))
+            for i, block in used.items():
+                points = block.Z.shape[1] if isinstance(block, LinearLayer) else 1
+                new = _Moments(next(tensors), next(tensors), points)
+                known = moments[i][t]
+                moments[i][t] = new if known is None else known.add_(new)
+
+        visit_chunks(linearizations, space, visit, self.fisher)
         factors = [
             [_factors(moments[i][t], space, i, linearizations[t]) for t in T]
             for i in range(len(space.blocks))
@@ -157,12 +182,24 @@ class KFAC:
             factors, names = [[merge(layer)] for layer in factors], ["+".join(names)]
         return KFACLinearOperator(factors, space.blocks, space.shapes, names)
 
-    def _moments(self, block: JacobianBlock) -> _Moments:
-        """Return the sums over points of one layer; no B without output gradients."""
-        layer = block.as_layer()
-        A = self.sharing.input_moment(layer)
-        B = A.new_zeros(()) if layer.G is None else self.sharing.gradient_moment(layer)
-        return _Moments(A, B, layer.Z.shape[1])
+    def _sums(self, space: ParameterSpace, block: JacobianBlock) -> tuple[Tensor, Tensor]:
+        """Return N A and B of one layer at some points; no B without output gradients."""
+        if not isinstance(block, LinearLayer):
+            numel = sum(shape.numel() for shape in block.shapes)
+            A = add_gram_(space.zeros(numel, numel), block, self.single)
+            return lifted_(A) if self.single else A, A.new_zeros(())
+        sharing = self.sharing
+        if self.single and not is_narrow(block.Z.shape[-1]):
+            small, scale = with_single_inputs(block)
+            A = lifted_(widened(sharing.input_moment(small), scale))
+        else:
+            A = sharing.input_moment(block)
+        if block.G is None:
+            return A, A.new_zeros(())
+        if self.single and not is_narrow(block.d_out):
+            small, scale = with_single_gradients(block)
+            return A, lifted_(widened(sharing.gradient_moment(small), scale))
+        return A, sharing.gradient_moment(block)
 
 
 @dataclass

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal, overload
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Module
 
+from pinncurv.compilation import Graphs
 from pinncurv.curvature.finiteness import raise_for_gradient
 from pinncurv.curvature.jacobian import JacobianLinearOperator
 from pinncurv.curvature.parameters import ParameterSpace
@@ -30,6 +33,7 @@ from pinncurv.linearization import (
 )
 from pinncurv.linops import all_finite, check_finite, read
 from pinncurv.problems import Energy, LossTerm, Problem, warn_unless_periodic
+from pinncurv.problems.samplers import is_fixed
 
 _LOG = logging.getLogger(__name__)
 
@@ -49,7 +53,9 @@ class LinearizedObjective(Sequence[Linearization]):
     Args:
         linearizations: One per term.
         space: The parameters.
-        losses: The losses L_t of all points, where the linearizations are of some.
+        losses: The losses L_t of all points, if they are known.
+        of_some: Whether the linearizations are of some points.
+        graphs: What is compiled of functions of the blocks, if it is.
     """
 
     def __init__(
@@ -57,9 +63,12 @@ class LinearizedObjective(Sequence[Linearization]):
         linearizations: Sequence[Linearization],
         space: ParameterSpace,
         losses: dict[str, float] | None = None,
+        of_some: bool = False,
+        graphs: Graphs | None = None,
     ) -> None:
         self.space = space
-        self.of_some = losses is not None
+        self.of_some = of_some
+        self.graphs = graphs
         self._losses = losses
         self._terms = tuple(linearizations)
         self._residuals: list[Tensor] = []
@@ -172,7 +181,8 @@ class LinearizedObjective(Sequence[Linearization]):
     @cached_property
     def jacobian(self) -> JacobianLinearOperator:
         """J, from the list of parameters to one tensor ``[N_t, V_t]`` per term."""
-        return JacobianLinearOperator(self._terms, self.space)  # no cycle: it is freed at once
+        # of the terms, not of self: without a cycle it is freed at once
+        return JacobianLinearOperator(self._terms, self.space, self.graphs)
 
     @property
     def residual(self) -> list[Float[Tensor, "N V"]] | None:
@@ -228,7 +238,10 @@ class Evaluation:
 
     def is_current(self) -> bool:
         """Whether parameters, buffers, points and data are those that were evaluated."""
-        return self.fingerprint == self.objective.fingerprint()
+        same = self.fingerprint == self.objective.fingerprint()
+        if same:
+            self.objective._looks = self.objective._looks and 0
+        return same
 
 
 class Objective:
@@ -280,7 +293,9 @@ class Objective:
             chunk_size = self._fitting(chunk_size)
         self.chunk_size = chunk_size
         self._bound = self._bind(chunk_size)
+        self._graphs = _graphs_of(self.model) if compile else None
         self._structures: list[object] = [None for _ in self._bound]
+        self._looks: int | None = None  # how often to look for changes; None for every time
         self._space = self.space
 
     def _bind(self, chunk_size: int | None) -> list[BoundTerm]:
@@ -342,11 +357,15 @@ class Objective:
     def resampled(self, generator: torch.Generator) -> Objective:
         """Return the objective at new points from the samplers of its terms.
 
+        Random directions of operators are new, too: those of new points are, and where points stay,
+        a new seed is drawn.
+
         Args:
             generator: Randomness.
         """
+        terms = [t.redrawn(generator) if is_fixed(t.points) else t for t in self.terms]
         return type(self).sample(
-            self.model, self.terms, generator, self.chunk_size, self._check, self._compile
+            self.model, terms, generator, self.chunk_size, self._check, self._compile
         )
 
     def parameters(self) -> list[Tensor]:
@@ -362,8 +381,20 @@ class Objective:
         """The trained tensors and the blocks they belong to."""
         return self._follow()
 
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Look for what has changed once inside the block, where nothing but parameters changes."""
+        before, self._looks = self._looks, 1
+        try:
+            yield
+        finally:
+            self._looks = before
+
     def _follow(self) -> ParameterSpace:
         """Find out and check what has changed, and return the space."""
+        if self._looks == 0:
+            return self._space
+        self._looks = self._looks and 0
         network = network_state(self.model)  # one look for all terms
         for bound in self._bound:
             bound.follow(network)
@@ -410,8 +441,12 @@ class Objective:
 
     def linearize(self) -> LinearizedObjective:
         """Linearize all terms at the current parameters."""
+        return self._linearize(None)
+
+    def _linearize(self, losses: dict[str, float] | None) -> LinearizedObjective:
         space = self.space  # follows what has changed
-        return LinearizedObjective([Linearization(bound) for bound in self._bound], space)
+        made = [Linearization(bound) for bound in self._bound]
+        return LinearizedObjective(made, space, losses, graphs=self._graphs)
 
     @property
     def is_sum_of_squares(self) -> bool:
@@ -448,10 +483,13 @@ class Objective:
             points = torch.randperm(N, generator=generator)[:count].sort()
             chosen.append(linearize_some(bound, points.values.to(bound.x.device)))
         with torch.no_grad():
-            terms = self.term_losses()
-            numbers = read(*terms.values())
-            losses = {name: loss for name, (loss,) in zip(terms, numbers, strict=True)}
-        return LinearizedObjective(chosen, space, losses)
+            losses = self._losses_now()
+        return LinearizedObjective(chosen, space, losses, of_some=True)
+
+    def _losses_now(self) -> dict[str, float]:
+        terms = self.term_losses()
+        numbers = read(*terms.values())
+        return {name: loss for name, (loss,) in zip(terms, numbers, strict=True)}
 
     def evaluate(self) -> Evaluation:
         """Evaluate L together with what the next linearization at these parameters needs.
@@ -460,8 +498,9 @@ class Objective:
         """
         if self.chunk_size is not None:
             with torch.no_grad():
-                loss = read(self.loss())[0][0]
-                return Evaluation(loss, self.linearize, self, self.fingerprint())
+                losses = self._losses_now()
+            again = partial(self._linearize, losses)
+            return Evaluation(sum(losses.values()), again, self, self.fingerprint())
         linearized = self.linearize()
         loss = sum(linearized.term_losses.values())
         return Evaluation(loss, lambda: linearized, self, self.fingerprint(followed=True))
@@ -482,6 +521,13 @@ class Objective:
             return (*versions, *(bound.followed for bound in self._bound))
         network = network_state(self.model)
         return (*versions, *(bound.state(network) for bound in self._bound))
+
+
+_GRAPHS: WeakKeyDictionary[Module, Graphs] = WeakKeyDictionary()
+
+
+def _graphs_of(model: Module) -> Graphs:
+    return _GRAPHS.setdefault(model, Graphs("Sums over the points", closed=True))
 
 
 def _sum(parts: Iterator[Tensor]) -> Tensor:

@@ -237,6 +237,22 @@ def visit_blocks(
     Raises:
         ValueError: If a linearization was made with another choice than ``fisher``.
     """
+
+    def visit_each(t: int, blocks: Sequence[JacobianBlock | None]) -> None:
+        for i, block in enumerate(blocks):
+            if block is not None:
+                visit(t, i, block)
+
+    visit_chunks(linearizations, space, visit_each, fisher)
+
+
+def visit_chunks(
+    linearizations: Sequence[Linearization],
+    space: ParameterSpace,
+    visit: Callable[[int, Sequence[JacobianBlock | None]], None],
+    fisher: Fisher | None = None,
+) -> None:
+    """Do the same with all blocks of a chunk at a time, None where the term does not use one."""
     for linearization in linearizations:
         made = linearization.fisher
         if fisher is not None and made not in (Type2(), fisher):
@@ -249,8 +265,6 @@ def visit_blocks(
         if fisher not in (None, linearizations[t].fisher):
             assert fisher is not None
             chunk = chunk.with_fisher(fisher)
-        for i, block in enumerate(space.arrange(linearizations[t], chunk)):
-            if block is not None:
-                visit(t, i, block)
+        visit(t, space.arrange(linearizations[t], chunk))
 
     run(linearizations, visit_chunk)

@@ -46,6 +46,7 @@ class KernelInverseLinearOperator(SymmetricLinearOperator):
         factorization: The factorization of K + λI.
         damping: λ > 0.
         refine: Whether to refine. It costs two more products with J and none with K.
+        precision: The data type that K is known in, by default that of J.
     """
 
     def __init__(
@@ -54,7 +55,9 @@ class KernelInverseLinearOperator(SymmetricLinearOperator):
         factorization: Factorization,
         damping: float,
         refine: bool = True,
+        precision: torch.dtype | None = None,
     ) -> None:
+        self._precision = precision or jacobian.dtype
         self.damping = check_positive(damping, jacobian)
         self.jacobian = jacobian
         self.factorization = factorization
@@ -78,8 +81,13 @@ class KernelInverseLinearOperator(SymmetricLinearOperator):
         """
         check_positive(damping, kernel.jacobian)
         factorization = kernel.factorize(damping)
-        warn_below_resolution(damping, _trace(factorization, damping), kernel.dtype)
-        return cls(kernel.jacobian, factorization, damping, refine)
+        trace = _trace(factorization, damping)
+        warn_below_resolution(damping, trace, kernel.precision, kernel.dtype)
+        return cls(kernel.jacobian, factorization, damping, refine, kernel.precision)
+
+    @property
+    def precision(self) -> torch.dtype:
+        return self._precision
 
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
         y = self._solve(to_data(self.jacobian, X))
@@ -97,11 +105,11 @@ class KernelInverseLinearOperator(SymmetricLinearOperator):
         forms = torch.stack([(x * y).sum(0) for x, y in pairs]).sum(0)
         present = torch.stack([x.any(0) for x, _ in pairs]).any(0)
         if bool((present & ~(forms > 0)).any()):
-            bound = resolved_damping(_trace(self.factorization, self.damping), self.dtype)
+            bound = resolved_damping(_trace(self.factorization, self.damping), self.precision)
             raise FactorizationError(
                 "The inverse of JᵀJ + λI must be positive definite, but vᵀ (JᵀJ + λI)⁻¹ v is not "
-                f"positive for a v, with λ = {self.damping:.1e} below what {self.dtype} resolves. "
-                f"Pass damping >= {bound:.0e}, which does, or parameters of a higher precision."
+                f"positive for a v, with λ = {self.damping:.1e} below what {self.precision} "
+                f"resolves. Pass damping >= {bound:.0e}, which does, or a higher precision."
             )
 
     @property

@@ -15,6 +15,24 @@ def standard_basis(x: Tensor, dims: Sequence[int] | None) -> tuple[Tensor, ...]:
         IndexError: If a coordinate does not exist.
         ValueError: If two of them are the same, counted from the front and from the end.
     """
+    identity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    return tuple(identity[dim] for dim in present(x, dims))
+
+
+def embed(z: Tensor, x: Tensor, dims: Sequence[int]) -> Tensor:
+    """Return Σ_i z_i e_{dims_i}, ``[..., d]``, for coordinates z, ``[..., len(dims)]``."""
+    embedded = z.new_zeros(*z.shape[:-1], x.shape[-1])
+    embedded[..., list(dims)] = z
+    return embedded
+
+
+def present(x: Tensor, dims: Sequence[int] | None) -> Sequence[int]:
+    """Return some coordinates (all of them for None) after checking that points have them.
+
+    Raises:
+        IndexError: If a coordinate does not exist.
+        ValueError: If two of them are the same, counted from the front and from the end.
+    """
     d = x.shape[-1]
     chosen = range(d) if dims is None else dims
     for dim in chosen:
@@ -28,8 +46,7 @@ def standard_basis(x: Tensor, dims: Sequence[int] | None) -> tuple[Tensor, ...]:
             f"dims must name different coordinates, got {list(chosen)} for points with {d} "
             "coordinates. Name each once."
         )
-    identity = torch.eye(d, dtype=x.dtype, device=x.device)
-    return tuple(identity[dim] for dim in chosen)
+    return chosen
 
 
 def as_dims(dims: Any) -> tuple[int, ...] | None:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
+from pinncurv.diffops.random_directions import RandomDirections
 from pinncurv.jets import Derivative
 
 
@@ -23,9 +24,11 @@ class DifferentialOperator(ABC):
 
     Attributes:
         of: Which output of the network it acts on, if that returns a tuple or a dictionary.
+        sampling: The random directions that it is an estimate from, if it is one.
     """
 
     of: int | str | None = None
+    sampling: RandomDirections | None = None
 
     @abstractmethod
     def requests(self, x: Tensor) -> Mapping[str, Derivative]:
@@ -41,6 +44,14 @@ class DifferentialOperator(ABC):
 
     def at(self, part: slice | Tensor) -> DifferentialOperator:
         """Return the operator at a part of the points: cut the coefficients given per point."""
+        return self
+
+    def redrawn(self, seed: int) -> DifferentialOperator:
+        """Return the operator with new random directions, if it has any.
+
+        Args:
+            seed: A random number of at most 63 bits.
+        """
         return self
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:

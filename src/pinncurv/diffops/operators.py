@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import combinations_with_replacement
 from math import prod
 from typing import Any
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from pinncurv.diffops.coordinates import as_dim, as_dims, standard_basis
+from pinncurv.diffops.coordinates import as_dim, as_dims, embed, present, standard_basis
 from pinncurv.diffops.operator import DifferentialOperator
+from pinncurv.diffops.random_directions import RandomDirections
 from pinncurv.jets import Derivative
 from pinncurv.jets.requests import HIGHEST_ORDER, Coefficient, Multiset
 
@@ -36,6 +38,25 @@ class _InCoordinates(_Operator):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dims", as_dims(self.dims))
+
+
+@dataclass(frozen=True, eq=False)
+class _Sampled(_Operator):
+    """A sum of second derivatives, or an estimate of it along random directions."""
+
+    sampling: RandomDirections | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.sampling, RandomDirections | None):
+            raise TypeError(
+                "sampling must be None, for the exact operator, or random directions, got "
+                f"{self.sampling!r}. Write e.g. sampling=RandomCoordinates(16)."
+            )
+
+    def redrawn(self, seed: int) -> DifferentialOperator:
+        if self.sampling is None:
+            return self
+        return replace(self, sampling=self.sampling.redrawn(seed))
 
 
 @dataclass(frozen=True)
@@ -108,19 +129,31 @@ class Divergence(Gradient):
 
 
 @dataclass(frozen=True)
-class Laplacian(_InCoordinates):
+class Laplacian(_Sampled, _InCoordinates):
     """The sum of unmixed second derivatives with respect to some coordinates.
 
     D u = Σ_{i in dims} ∂²u/∂x_i²,  ``[N, d_out]``
+
+    Args:
+        dims: The coordinates; None for all.
+        sampling: Random directions for an unbiased estimate with fewer channels, of which
+            `RandomDirections` says what it costs; None for the exact operator.
     """
 
+    def __post_init__(self) -> None:
+        _Sampled.__post_init__(self)
+        _InCoordinates.__post_init__(self)
+
     def requests(self, x: Tensor) -> Mapping[str, Derivative]:
+        if self.sampling is not None:
+            dims = present(x, self.dims)
+            return {"u": self.sampling.estimate(x, len(dims), partial(embed, x=x, dims=dims))}
         basis = standard_basis(x, self.dims)
         return {"u": Derivative(basis, {(i, i): 1.0 for i in range(len(basis))})}
 
 
 @dataclass(frozen=True)
-class Bilaplacian(Laplacian):
+class Bilaplacian(_InCoordinates):
     """The Laplacian of the Laplacian with respect to some coordinates.
 
     D u = Σ_{i, j in dims} ∂⁴u/∂x_i²∂x_j²,  ``[N, d_out]``
@@ -188,7 +221,7 @@ class Directional(_Operator):
 
 
 @dataclass(frozen=True, eq=False)
-class SecondOrder(_Operator):
+class SecondOrder(_Sampled):
     """A weighted sum of second derivatives.
 
     D u = Σ_ij c_ij ∂²u/∂x_i∂x_j,  ``[N, d_out]``
@@ -202,31 +235,40 @@ class SecondOrder(_Operator):
         matrix: c, ``[k, k]``, or one per point: ``[N, k, k]``, a function x -> ``[N, k, k]`` or a
             module. It is trained if it requires a gradient or is a module with parameters.
         dims: The k coordinates that c refers to; None for all d.
+        sampling: Random directions for an unbiased estimate with fewer channels, see
+            `RandomDirections`; None for the exact operator.
     """
 
     matrix: Tensor | PointFunction
     dims: Sequence[int] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "dims", as_dims(self.dims))
 
     @staticmethod
     def from_factors(
-        factors: Tensor | PointFunction, of: int | str | None = None
+        factors: Tensor | PointFunction,
+        of: int | str | None = None,
+        sampling: RandomDirections | None = None,
     ) -> DifferentialOperator:
         """Return the operator with c = F Fᵀ, F ``[d, r]``, ``[N, d, r]`` or x -> ``[N, d, r]``."""
-        return FactoredSecondOrder(factors, of=of)
+        return FactoredSecondOrder(factors, of=of, sampling=sampling)
 
     def at(self, part: slice | Tensor) -> DifferentialOperator:
         return replace(self, matrix=_cut(self.matrix, 3, part))
 
     def requests(self, x: Tensor) -> Mapping[str, Derivative]:
-        basis = standard_basis(x, self.dims)
+        dims = present(x, self.dims)
+        k = len(dims)
         if _is_trained(self.matrix):
-            return _all_derivatives(basis, 2)
-        k = len(basis)
+            _check_not_sampled(self.sampling)
+            return _all_derivatives(standard_basis(x, dims), 2)
         c = _evaluate(self.matrix, x, "matrix", (k, k))
         c = (c + c.mT) / 2
+        if self.sampling is not None:
+            return {"u": self.sampling.estimate(x, k, partial(embed, x=x, dims=dims), c)}
+        basis = standard_basis(x, dims)
         if c.ndim == 3:  # where it happens to vanish must not change the channels
             full = not torch.equal(c, torch.diag_embed(c.diagonal(dim1=1, dim2=2)))
             pairs = [(i, j) for i in range(k) for j in range(i, k) if i == j or full]
@@ -248,13 +290,15 @@ class SecondOrder(_Operator):
 
 
 @dataclass(frozen=True, eq=False)
-class FactoredSecondOrder(_Operator):
+class FactoredSecondOrder(_Sampled):
     """A weighted sum of second derivatives with a low-rank coefficient matrix.
 
     D u = Σ_r ∂²u/∂f_r² = Σ_ij (F Fᵀ)_ij ∂²u/∂x_i∂x_j,  f_r the columns of F
 
     Args:
         factors: F, ``[d, r]``, or one per point: ``[N, d, r]`` or a function x -> ``[N, d, r]``.
+        sampling: Random combinations of the columns for an unbiased estimate, see
+            `RandomDirections`; None for all columns.
     """
 
     factors: Tensor | PointFunction
@@ -264,8 +308,12 @@ class FactoredSecondOrder(_Operator):
 
     def requests(self, x: Tensor) -> Mapping[str, Derivative]:
         if _is_trained(self.factors):
+            _check_not_sampled(self.sampling)
             return _all_derivatives(standard_basis(x, None), 2)
-        columns = _evaluate(self.factors, x, "factors", (x.shape[-1], None)).unbind(-1)
+        F = _evaluate(self.factors, x, "factors", (x.shape[-1], None))
+        if self.sampling is not None:
+            return {"u": self.sampling.estimate(x, F.shape[-1], partial(_combined, F))}
+        columns = F.unbind(-1)
         return {"u": Derivative(columns, {(r, r): 1.0 for r in range(len(columns))})}
 
     def read(self, x: Any, derivatives: Mapping[str, Any]) -> Any:
@@ -274,6 +322,20 @@ class FactoredSecondOrder(_Operator):
         F = _at_points(self.factors, x)
         return _combine(
             derivatives, lambda i, j: (2 - (i == j)) * (F[..., i, :] * F[..., j, :]).sum(-1)
+        )
+
+
+def _combined(F: Tensor, z: Tensor) -> Tensor:
+    """Return F z, ``[m, N, d]``, for z ``[m, N, r]``."""
+    return z @ F.mT if F.ndim == 2 else torch.einsum("ndr,mnr->mnd", F, z)
+
+
+def _check_not_sampled(sampling: RandomDirections | None) -> None:
+    if sampling is not None:
+        raise NotImplementedError(
+            "An operator whose coefficients are trained must be exact, since it needs every second "
+            f"derivative, got {sampling}. Leave sampling out, or use a sampled Laplacian and "
+            "multiply by what is trained in the residual."
         )
 
 

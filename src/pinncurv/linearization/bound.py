@@ -27,7 +27,7 @@ from pinncurv.linearization.part import TermPart
 from pinncurv.linearization.passes import CompiledPasses, LossWithGradient
 from pinncurv.linearization.structure import Structure, find_structure, signature
 from pinncurv.linearization.watching import circumstances, identity
-from pinncurv.problems import LossTerm
+from pinncurv.problems import L2, LossTerm
 
 
 def plain_network(model: Any) -> Module:
@@ -112,7 +112,7 @@ class BoundTerm:
         self._terms = tuple(terms) or (term,)
         self.chunk_size = chunk_size
         self._checks = check
-        self._compiles = compile
+        self.compiles = compile and not isinstance(term, L2)
         self._passes: CompiledPasses | None = None
         self._kept_parts: list[TermPart] | None = None
         self.followed: tuple[object, ...] = ()  # the state that was followed last
@@ -177,9 +177,9 @@ class BoundTerm:
                     found = find_structure(few, self.model, self.parameters, self.as_jets)
                     if self._checks:
                         check_derivatives(self.whole, self.model, self.parameters)
-                known = before[self.model.training] = _Found(
-                    made_from, found, self._checks, CompiledPasses(self.term.name)
-                )
+                passes = CompiledPasses.of(self.term.name, known.passes if known else None)
+                known = _Found(made_from, found, self._checks, passes)
+                before[self.model.training] = known
             found, scale = known.structure, self.whole.scale
             if isinstance(scale, Tensor) and scale.shape[1] not in (1, found.components):
                 raise ValueError(
@@ -188,7 +188,7 @@ class BoundTerm:
                     "all, or one for each component."
                 )
             self._structure = found
-            self._passes = known.passes if self._compiles else None
+            self._passes = known.passes
         return self._structure
 
     def _made_from(self) -> tuple[object, ...]:
@@ -246,11 +246,11 @@ class BoundTerm:
         return Chunk(detached * part.scale, detached, blocks)
 
     def linearize_again(self, part: TermPart, gradient: bool = False) -> Chunk:
-        """Do the same by a compiled pass, if passes are compiled.
+        """Do the same by a compiled pass.
 
         Args:
             part: The points, of which there are as many every time.
-            gradient: Whether to compute the gradient along, if the pass is compiled.
+            gradient: Whether to compute the gradient along.
         """
 
         def linearize(part: TermPart) -> Chunk:
@@ -258,23 +258,17 @@ class BoundTerm:
             return chunk.with_gradient() if gradient else chunk
 
         check_differentiable(self.term.name)
-        if self._compiled is None:
-            return self.linearize(part)
         kind = "linearization with gradient" if gradient else "linearization"
         chunk: Chunk = self._run(kind, linearize, part)
         return chunk
 
-    @property
-    def _compiled(self) -> CompiledPasses | None:
-        """The compiled passes, if passes are compiled."""
-        return None if not self._compiles or self.structure.entrywise else self._passes
-
     def _run(self, kind: str, function: Callable[[TermPart], Any], part: TermPart) -> Any:
         """Make a pass, compiled if passes are."""
-        passes = self._compiled
-        if passes is None:
+        if not self.compiles:
             return function(part)
-        return passes.call(kind, function, part, list(self.parameters.values()))
+        assert self.structure is not None  # which finds both
+        assert self._passes is not None
+        return self._passes.call(kind, function, part, list(self.parameters.values()))
 
     @torch.no_grad()
     def residual(self, part: TermPart) -> Float[Tensor, "n V"]:
@@ -287,7 +281,7 @@ class BoundTerm:
 
         What has changed must have been followed.
         """
-        if self._compiled is None:
+        if not self.compiles:
             return (part.loss(self.model) for part in self.parts)
         if not torch.is_grad_enabled():
             return (self._run("loss", lambda p: p.loss(self.model), part) for part in self.parts)

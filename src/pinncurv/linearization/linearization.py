@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -65,9 +66,11 @@ class Linearization:
         return iter(self._chunks(self.parts()) if self._kept is None else self._kept)
 
     def _chunks(self, parts: Iterable[TermPart]) -> Iterator[Chunk]:
-        exact = self.fisher == Type2()
+        exact, linearize = self.fisher == Type2(), self.bound.linearize
+        if self.bound.compiles:
+            linearize = partial(self.bound.linearize_again, gradient=self.chunk_size is None)
         for part in parts:
-            chunk = self.bound.linearize_again(part, gradient=self.chunk_size is None)
+            chunk = linearize(part)
             yield chunk if exact else chunk.with_fisher(self.fisher)
             del chunk  # or it would live on while the next one is computed
 

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Module
 
+from pinncurv.compilation import form_of
 from pinncurv.diffops import Plan
 from pinncurv.jets import Jet, seed
 from pinncurv.machine import sizes_of
@@ -86,10 +87,8 @@ class TermPart:
 
     @cached_property
     def form(self) -> tuple[object, ...]:
-        """What parts have in common that one graph serves: all of ``tensors`` but the values."""
-        ids = [id(tensor) for tensor in self.tensors]
-        metas = [(t.dtype, t.shape, t.stride(), ids.index(id(t))) for t in self.tensors]
-        return tuple(metas)
+        """What parts have in common that one graph serves."""
+        return form_of(self.tensors)
 
     @cached_property
     def seed(self) -> Jet:

@@ -54,12 +54,23 @@ class DenseLinearOperator(SymmetricLinearOperator):
     more, and 2 D² per product. Above ``policy.LARGEST_EIGH`` it takes D³ / 3 for each damping and
     D² per product.
 
+    Args:
+        matrix: C.
+        shapes: Shapes of the parameters.
+        precision: The data type that C is known in, by default its own.
+
     Raises:
         ValueError: If the matrix does not fit the shapes of the parameters.
     """
 
-    def __init__(self, matrix: Float[Tensor, "D D"], shapes: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self,
+        matrix: Float[Tensor, "D D"],
+        shapes: Sequence[Sequence[int]],
+        precision: torch.dtype | None = None,
+    ) -> None:
         super().__init__(shapes, matrix.device, matrix.dtype)
+        self._precision = precision or matrix.dtype
         if matrix.shape != self.shape:
             raise ValueError(
                 f"The matrix must have shape {self.shape} to act on the shapes "
@@ -67,6 +78,10 @@ class DenseLinearOperator(SymmetricLinearOperator):
                 "Pass the matrix on the concatenation of all parameters."
             )
         self.matrix = matrix
+
+    @property
+    def precision(self) -> torch.dtype:
+        return self._precision
 
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
         flat = self.matrix @ torch.cat([x.reshape(-1, x.shape[-1]) for x in X])
@@ -106,7 +121,7 @@ class DenseLinearOperator(SymmetricLinearOperator):
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> DenseLinearOperator:
         (matrix,) = tensors
-        return type(self)(matrix, self._in_shape)
+        return type(self)(matrix, self._in_shape, self.precision)
 
     def identity(self) -> DenseLinearOperator:
         return self.with_tensors([torch.eye(len(self.matrix)).to(self.matrix)])
@@ -123,6 +138,7 @@ class DenseBlockDiagonalLinearOperator(LayerwiseLinearOperator):
 
     Args:
         matrices: One symmetric matrix per layer on the row-major flattened joint matrix.
+        precision: The data type that they are known in, by default their own.
 
     Raises:
         ValueError: If the matrices do not fit the layers.
@@ -133,8 +149,10 @@ class DenseBlockDiagonalLinearOperator(LayerwiseLinearOperator):
         matrices: Sequence[Float[Tensor, "_ _"]],
         blocks: Sequence[Block],
         shapes: Sequence[Sequence[int]],
+        precision: torch.dtype | None = None,
     ) -> None:
         super().__init__(blocks, shapes, matrices[0].device, matrices[0].dtype)
+        self._precision = precision or matrices[0].dtype
         self.matrices = tuple(matrices)
         self._eigh: dict[int, EigenFactorization] = {}
         got = [tuple(matrix.shape) for matrix in self.matrices]
@@ -144,6 +162,10 @@ class DenseBlockDiagonalLinearOperator(LayerwiseLinearOperator):
                 f"The matrices must have shapes {expected}, got {got}. "
                 "Pass one matrix per layer, on its weight and bias together."
             )
+
+    @property
+    def precision(self) -> torch.dtype:
+        return self._precision
 
     def _apply(self, layer: int, X: Joint) -> Joint:
         return (X.flatten(start_dim=-2) @ self.matrices[layer].mT).reshape(X.shape)
@@ -190,7 +212,7 @@ class DenseBlockDiagonalLinearOperator(LayerwiseLinearOperator):
         return [parameters[block.weight] for block in self.blocks]
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> DenseBlockDiagonalLinearOperator:
-        return type(self)(tensors, self.blocks, self._in_shape)
+        return type(self)(tensors, self.blocks, self._in_shape, self.precision)
 
     def identity(self) -> DenseBlockDiagonalLinearOperator:
         return self.with_tensors([torch.eye(len(M)).to(M) for M in self.matrices])

@@ -120,11 +120,12 @@ class FactorDamping:
                 f"{type(operator).__name__}. Use Damped(damping) for other operators."
             )
         groups = _check_groups(self.groups, len(operator.terms))
-        sides = [self._sides(operator, i, groups) for i in _with_factors(operator)]
+        layers = [i for i, block in enumerate(operator.blocks) if block.kronecker]
+        sides = [self._sides(operator, i, groups) for i in layers]
         states = [side.numbers for layer in sides for side in layer]
         numbers = read(*states)  # the only wait for the device
         if not all(isfinite(state[0]) for state in numbers):
-            _check_finite(operator)
+            _check_finite(operator, layers)
         pairs = iter(zip(sides, zip(numbers[::2], numbers[1::2], strict=True), strict=True))
         inverses = [
             _invert(*next(pairs)) if block.kronecker else _invert_dense(operator, i, self.damping)
@@ -172,13 +173,9 @@ def _check_groups(groups: Sequence[Sequence[int]] | None, T: int) -> list[list[i
     return positions
 
 
-def _with_factors(operator: SumKroneckerLinearOperator) -> list[int]:
-    return [i for i, block in enumerate(operator.blocks) if block.kronecker]
-
-
-def _check_finite(operator: SumKroneckerLinearOperator) -> None:
+def _check_finite(operator: SumKroneckerLinearOperator, layers: Sequence[int]) -> None:
     """Name the first factor that is not finite, if it is no sum that overflows."""
-    for i in _with_factors(operator):
+    for i in layers:
         for t, pair in enumerate(operator.factors[i]):
             symmetrize(pair.A, operator.factor_name(i, t, "A"))
             symmetrize(pair.B, operator.factor_name(i, t, "B"))
@@ -202,9 +199,9 @@ def _side(
     """Return one factor of a layer, of one or two groups of terms."""
     if len(factors) == 1:
         (P,), (floor,) = factors, floors
-        number = torch.as_tensor(floor, dtype=P.dtype, device=P.device)
         name = f"{names[0]}, damped factor {factor}"
-        return _Single(P, torch.stack([P.sum(), number]), name)
+        bound = floor if isinstance(floor, Tensor) else P.new_full((), floor)
+        return _Single(P, torch.stack([P.sum(), bound]), name)
     name = f"the sum of {names[0]} and {names[1]}, damped factors {factor}"
     return Pencil.of(torch.stack(list(factors)), floors, name)
 
@@ -234,8 +231,7 @@ def _invert_dense(
 def _invert(sides: tuple[Any, Any], numbers: Sequence[Sequence[float]]) -> _LayerInverse:
     """Invert B ⊗ A by two eigendecompositions, or B_1 ⊗ A_1 + B_2 ⊗ A_2 by two congruences."""
     if isinstance(sides[0], _Single):
-        (one, other), floors = sides, [state[1] for state in numbers]
-        a, b = eigh(one.P, one.name, floors[0]), eigh(other.P, other.name, floors[1])
+        a, b = (eigh(side.P, side.name, read[1]) for side, read in zip(sides, numbers, strict=True))
         check_nonsingular(a)
         check_nonsingular(b)
         basis = KroneckerBasis(a.eigenvectors, b.eigenvectors)

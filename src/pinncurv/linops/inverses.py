@@ -27,7 +27,7 @@ class Damped:
 
     Not the same as ``FactorDamping``, which adds λ to every Kronecker factor. It is the operator's
     own ``inverse``, at its cost, or conjugate gradients where there is none. Where λ is below what
-    rounding makes of a dense C, it warns with the damping that is not.
+    rounding makes of a dense C or block of it, it warns with the damping that is not.
 
     Attributes:
         damping: The damping λ, a finite number >= 0.
@@ -40,13 +40,21 @@ class Damped:
 
     def __call__(self, operator: PyTorchLinearOperator) -> PyTorchLinearOperator:
         """Return the damped inverse of an operator."""
-        matrix = getattr(operator, "matrix", None)
-        if self.damping > 0 and isinstance(matrix, Tensor):
-            warn_below_resolution(self.damping, float(matrix.trace()), matrix.dtype)
+        if self.damping > 0 and (matrices := _matrices(operator)):
+            trace = float(torch.stack([matrix.trace() for matrix in matrices]).max())
+            dtype = matrices[0].dtype
+            precision = getattr(operator, "precision", dtype)
+            warn_below_resolution(self.damping, trace, precision, dtype)
         inverse = getattr(type(operator), "inverse", None)
         if inverse is None or inverse is SymmetricLinearOperator.inverse:
             return CGInverseLinearOperator(operator, self.damping)
         return inverse(operator, self.damping)
+
+
+def _matrices(operator: PyTorchLinearOperator) -> list[Tensor]:
+    """Return the dense matrices that an operator is made of, if it is made of any."""
+    found = getattr(operator, "matrices", [getattr(operator, "matrix", None)])
+    return [matrix for matrix in found if isinstance(matrix, Tensor)]
 
 
 class FactorizedInverseLinearOperator(SymmetricLinearOperator):

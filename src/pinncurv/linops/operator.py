@@ -108,6 +108,11 @@ class SymmetricLinearOperator(PyTorchLinearOperator):
     def dtype(self) -> torch.dtype:
         return self._dtype
 
+    @property
+    def precision(self) -> torch.dtype:
+        """The data type that the entries are known in; that of vectors may have more digits."""
+        return self.dtype
+
     def _adjoint(self) -> SymmetricLinearOperator:
         return self
 

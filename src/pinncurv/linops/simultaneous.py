@@ -83,10 +83,11 @@ class Pencil:
         s = torch.where(means > 0, means, 1.0)  # one for a zero matrix
         scaled = P / s[:, None, None]
         M = scaled[0] + scaled[1]
-        bounds = torch.stack([torch.as_tensor(f, dtype=P.dtype, device=P.device) for f in floors])
-        L, good = cholesky_with_flag(M, (bounds / s).sum())
-        numbers = [M.sum()[None], means.amin()[None], good.to(M)[None], s, bounds]
-        return cls(P, scaled[0], M, L, torch.cat(numbers), name)
+        # a number is filled in on the device, not sent there
+        bounds = [f if isinstance(f, Tensor) else P.new_full((), f) for f in floors]
+        L, good = cholesky_with_flag(M, bounds[0] / s[0] + bounds[1] / s[1])
+        numbers = [M.sum(), means.amin(), good.to(M), *s.unbind(), *bounds]
+        return cls(P, scaled[0], M, L, torch.stack(numbers), name)
 
     def diagonalize(self, numbers: Sequence[float]) -> SimultaneousDiagonalization:
         """Go on, knowing the numbers.

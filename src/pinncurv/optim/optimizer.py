@@ -153,9 +153,10 @@ class CurvatureOptimizer(Optimizer):
             check_no_stray_gradients(group["params"])
         # other inverses may fail at what is not finite before a check says why it is not
         settles = offers(self.preconditioner.inverse, "settles_checks")
+        unchanged = getattr(objective, "unchanged", nullcontext)
         for _ in range(2):
             try:
-                with checks_wait() if settles else nullcontext():
+                with unchanged(), checks_wait() if settles else nullcontext():
                     record = self._take(objective)
                 break
             except _StaleError:  # of the last step, there is nothing to go on with

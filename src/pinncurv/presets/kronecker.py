@@ -26,6 +26,7 @@ def kfac(
     start: Start = from_identity,
     sharing: WeightSharing = expand,
     heuristic: Heuristic = same,
+    single: bool = False,
 ) -> CurvatureOptimizer:
     """Return KFAC with a line search and momentum.
 
@@ -37,12 +38,13 @@ def kfac(
         start: What the moving average starts from.
         sharing: ``expand`` or ``reduce``.
         heuristic: How λ is distributed, ``same`` or ``trace_norm``.
+        single: Whether the factors are formed in float32, see ``KFAC``.
 
     Source: Dangel, Müller, Zeinhofer 2024, section 3.3.
     """
     return CurvatureOptimizer(
         params,
-        curvature=KFAC(sharing),
+        curvature=KFAC(sharing, single=single),
         inverse=FactorDamping(damping, heuristic),
         step_size=GridLineSearch(),
         average=ExponentialAverage(decay, start),
@@ -57,6 +59,7 @@ def kfac_star(
     start: Start = from_identity,
     sharing: WeightSharing = expand,
     heuristic: Heuristic = same,
+    single: bool = False,
 ) -> CurvatureOptimizer:
     """Return KFAC*, which takes step size and momentum from the exact quadratic model.
 
@@ -66,7 +69,7 @@ def kfac_star(
     """
     return CurvatureOptimizer(
         params,
-        curvature=KFAC(sharing),
+        curvature=KFAC(sharing, single=single),
         inverse=FactorDamping(damping, heuristic),
         step_size=QuadraticModel(),
         average=ExponentialAverage(decay, start),
@@ -74,7 +77,10 @@ def kfac_star(
 
 
 def ekfac(
-    params: Iterable[Any], damping: float = 1e-6, step_size: StepSize | None = None
+    params: Iterable[Any],
+    damping: float = 1e-6,
+    step_size: StepSize | None = None,
+    single: bool = False,
 ) -> CurvatureOptimizer:
     """Return EKFAC, KFAC's eigenbasis with the exact second moments in it.
 
@@ -82,12 +88,13 @@ def ekfac(
         params: Parameters or parameter groups.
         damping: λ of (C + λI)⁻¹.
         step_size: The step size; the quadratic model by default.
+        single: Whether factors and moments are formed in float32, see ``EKFAC``.
 
     Source: George et al. 2018.
     """
     return CurvatureOptimizer(
         params,
-        curvature=EKFAC(),
+        curvature=EKFAC(single=single),
         inverse=Damped(damping),
         step_size=QuadraticModel() if step_size is None else step_size,
     )

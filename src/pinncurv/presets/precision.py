@@ -40,8 +40,16 @@ def groups_of(params: Iterable[Any]) -> list[Any]:
     ]
 
 
-def default_damping(groups: list[Any], double_precision: float) -> float:
-    """Return the default of an exact method for the dtype of the first parameter."""
+def default_damping(groups: list[Any], double_precision: float, single: bool = False) -> float:
+    """Return the default of an exact method for the dtype of the first parameter.
+
+    Args:
+        groups: The parameter groups.
+        double_precision: The default in float64.
+        single: Whether the matrix is formed in float32 whatever the dtype.
+    """
+    if single:
+        return SINGLE_PRECISION_DAMPING
     first = groups[0]["params"] if groups and isinstance(groups[0], dict) else groups
     while not isinstance(first, Tensor):
         if isinstance(first, str) or not first:

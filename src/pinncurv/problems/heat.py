@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pinncurv.diffops import Laplacian, Partial
+from pinncurv.diffops import Laplacian, Partial, RandomDirections
 from pinncurv.problems.conditions import dirichlet
 from pinncurv.problems.domains import SpaceTimeBox
 from pinncurv.problems.loss_term import LossTerm
@@ -23,6 +23,7 @@ def heat(
     n_boundary: int,
     solution: Callable[[Tensor], Tensor] | None = None,
     name: str = "heat",
+    sampling: RandomDirections | None = None,
 ) -> Problem:
     """The heat equation with Dirichlet data on the faces of a box, and initial values.
 
@@ -37,13 +38,15 @@ def heat(
             times, half at the start.
         solution: The solution, if it is known.
         name: The name of the problem.
+        sampling: Random directions to estimate the Laplacian from; None for the exact one.
 
     Raises:
         ValueError: If the conductivity is not positive and finite.
     """
     check_positive("conductivity", conductivity)
+    space = tuple(range(1, domain.dim))
     interior = LossTerm(
-        operators={"u_t": Partial(0), "lap_u": Laplacian(dims=tuple(range(1, domain.dim)))},
+        operators={"u_t": Partial(0), "lap_u": Laplacian(dims=space, sampling=sampling)},
         residual=partial(_residual, conductivity),
         points=domain.interior(n_interior),
         name="interior",

@@ -115,6 +115,19 @@ class LossTerm:
         data = {name: tensor[part] for name, tensor in self.data.items()}
         return self.with_fields(operators=operators, data=data)
 
+    def redrawn(self, generator: torch.Generator) -> "LossTerm":
+        """Return the term with new random directions of the operators that have any.
+
+        Args:
+            generator: Randomness; not used where no operator has random directions.
+        """
+        if all(operator.sampling is None for operator in self.operators.values()):
+            return self
+        # one number for all, so that operators that share directions go on to do so
+        seed = int(torch.randint((1 << 63) - 1, (), generator=generator, device=generator.device))
+        operators = {name: operator.redrawn(seed) for name, operator in self.operators.items()}
+        return self.with_fields(operators=operators)
+
     def to(self, x: Tensor) -> "LossTerm":
         """Return the term with its data on the points' device and, if real, in their dtype.
 

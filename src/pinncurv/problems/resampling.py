@@ -79,8 +79,10 @@ class ResidualBased:
         """
         drawn = [self.term.points.sample(generator, dtype, device) for _ in range(self.draws)]
         candidates = torch.cat(drawn)
+        # by random directions of their own, or the points with the largest errors would be chosen
+        judged = self.term.redrawn(generator)
         with torch.no_grad():
-            size = self.term.evaluate(self.model, candidates).norm(dim=1).double() ** self.power
+            size = judged.evaluate(self.model, candidates).norm(dim=1).double() ** self.power
         mean = size.mean()
         if not mean.isfinite():
             raise FloatingPointError(

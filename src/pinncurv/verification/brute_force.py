@@ -137,8 +137,9 @@ def derivative(operator: DifferentialOperator, u: PointFunction, x: Float[Tensor
 
     (D u)(x)
 
-    The shipped operators are evaluated by their definition. For another one, the derivatives that
-    it requests are computed by theirs, and its ``read`` combines them.
+    The shipped operators are evaluated by their definition. For another one, and for an estimate
+    along random directions, the derivatives that it requests are computed by theirs, and its
+    ``read`` combines them.
 
     Args:
         operator: The operator, at this point alone.
@@ -146,7 +147,7 @@ def derivative(operator: DifferentialOperator, u: PointFunction, x: Float[Tensor
         x: The point.
     """
     for kind in type(operator).__mro__:
-        if kind in _DEFINITIONS:
+        if kind in _DEFINITIONS and operator.sampling is None:
             return _DEFINITIONS[kind](operator, u, x)
     values = {}
     for name, request in operator.requests(x[None]).items():
