@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from pinncurv import presets
 from pinncurv.curvature import (
-    EKFAC,
     KFAC,
     BlockDiagonalGaussNewton,
     GaussNewton,
@@ -75,7 +74,6 @@ SIZES = {
 DIRECTIONS: dict[str, tuple[Callable[..., Any], Callable[[float], Any]]] = {
     "KFAC, `same`": (KFAC, FactorDamping),
     "KFAC, `trace_norm`": (KFAC, lambda damping: FactorDamping(damping, trace_norm)),
-    "EKFAC": (EKFAC, Damped),
     "kernel": (MatrixFreeGaussNewton, Woodbury),
     "blocks": (BlockDiagonalGaussNewton, Damped),
     "matrix": (GaussNewton, Damped),
@@ -151,7 +149,6 @@ def times(name: str, turns: int) -> None:
     D = sum(p.numel() for p in made.space.parameters.values())
     recipes: dict[str, Callable[..., Any]] = {
         "KFAC": lambda single: KFAC(single=single)(made),
-        "EKFAC": lambda single: EKFAC(single=single)(made),
     }
     if name in ("m", "p"):
         recipes["kernel"] = lambda single: Kernel(single)(made).matrix

@@ -22,10 +22,9 @@ from experiments.command import Interruption
 from experiments.experiment import DTYPES, Experiment
 from experiments.folder import write_atomically
 from experiments.objects import UserError, first_line, short, told
-from pinncurv.compilation import seconds_spent
 from pinncurv.curvature import GaussNewton, Objective
 from pinncurv.linops import FactorizationError
-from pinncurv.machine import NotEnoughMemoryError, check_memory
+from pinncurv.machine import NotEnoughMemoryError, check_memory, seconds_spent
 from pinncurv.optim import CurvatureOptimizer, HeldOut, StepRecord
 from pinncurv.problems import Errors, ResidualBased, Windows, warn_unless_periodic
 

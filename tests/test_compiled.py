@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from pinncurv import compilation, presets
-from pinncurv.compilation import NotCompiled
+from pinncurv import presets
 from pinncurv.curvature import KFAC, Objective
 from pinncurv.diffops import Laplacian, SecondOrder, Value
 from pinncurv.linearization import DenseRows, LinearLayer
+from pinncurv.machine import NotCompiled, compilation
 from pinncurv.problems import Fixed, LossTerm
 from tests import kinds, networks, terms
 

@@ -177,7 +177,7 @@ def check_compiled(caught: Sequence[warnings.WarningMessage]) -> None:
         RuntimeError: If a warning says that it runs as it is written.
     """
     # compiled steps are not in every commit that this file is run against
-    from pinncurv.compilation import NotCompiled  # noqa: PLC0415 - see above
+    from pinncurv.machine import NotCompiled  # noqa: PLC0415 - see above
 
     for warning in caught:
         if issubclass(warning.category, NotCompiled):

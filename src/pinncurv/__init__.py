@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time see __getattr__
         jets as jets,
         linearization as linearization,
         linops as linops,
+        machine as machine,
         optim as optim,
         presets as presets,
         problems as problems,
@@ -79,7 +80,7 @@ _HOMES = {
     "verification": "verify",
 }
 _MODULES = {name: home for home, names in _HOMES.items() for name in names.split()}
-_PACKAGES = {*_HOMES, "presets"}
+_PACKAGES = {*_HOMES, "machine", "presets"}
 
 
 def __getattr__(name: str) -> Any:

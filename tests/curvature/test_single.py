@@ -8,14 +8,12 @@ from torch import nn
 
 from pinncurv import presets
 from pinncurv.curvature import (
-    EKFAC,
     KFAC,
     BlockDiagonalGaussNewton,
     CheaperSide,
     GaussNewton,
     Kernel,
     MatrixFreeGaussNewton,
-    PartialTraces,
     Woodbury,
     reduce,
 )
@@ -35,8 +33,6 @@ RECIPES = {
     "reduce": lambda single=False: KFAC(reduce, single=single),
     "empirical": lambda single=False: KFAC(fisher=Empirical(), single=single),
     "forward_only": lambda single=False: KFAC(fisher=ForwardOnly(), single=single),
-    "ekfac": EKFAC,
-    "ekfac_traces": lambda single=False: EKFAC(basis=PartialTraces(), single=single),
     "gauss_newton": GaussNewton,
     "block_diagonal": BlockDiagonalGaussNewton,
     "kernel": Kernel,
@@ -131,7 +127,7 @@ def test_no_weight_leaves_the_range(name, exponent):
 
 
 @pytest.mark.parametrize("weight", [1e-30, 1e30])
-@pytest.mark.parametrize("name", ["kfac", "ekfac", "gauss_newton", "woodbury"])
+@pytest.mark.parametrize("name", ["kfac", "gauss_newton", "woodbury"])
 def test_no_weight_changes_the_direction(name, weight):
     model = wide()
 
@@ -228,7 +224,7 @@ def test_an_average_is_known_in_float32_too():
 
 @pytest.mark.parametrize(
     "recipe",
-    [KFAC, EKFAC, GaussNewton, MatrixFreeGaussNewton, BlockDiagonalGaussNewton, Kernel],
+    [KFAC, GaussNewton, MatrixFreeGaussNewton, BlockDiagonalGaussNewton, Kernel],
 )
 @pytest.mark.parametrize("wrong", [torch.float16, torch.float64, "float32", 1])
 def test_it_is_yes_or_no(recipe, wrong, shapes_unchecked):
@@ -249,7 +245,7 @@ def test_a_model_in_float32():
 # --- training -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["kfac_star", "ekfac", "spring"])
+@pytest.mark.parametrize("name", ["kfac_star", "spring"])
 def test_training_reaches_what_it_reaches_in_float64(name, shapes_unchecked):
     """Within a factor, after so many steps that the loss is down by orders of magnitude."""
     losses = []

@@ -18,8 +18,8 @@ from experiments import benchmark
 from experiments.benchmarking import counting, figures, floors, processes, turns
 from experiments.benchmarking.sizes import SIZES, build_network
 from experiments.command import run_program
-from pinncurv.compilation import NotCompiled
 from pinncurv.curvature import Objective
+from pinncurv.machine import NotCompiled
 
 NESTED = [name for name in SIZES if name not in ("extra", "k1200", "k3500")]
 ONE = ["--sizes", "tiny", "--threads", "1"]

@@ -14,7 +14,6 @@ from pinncurv.curvature.block_rows import BlockRows, check_gradients
 from pinncurv.curvature.kfac import KFAC, WeightSharing, check_dense_blocks, expand
 from pinncurv.curvature.parameters import ParameterSpace, visit_blocks
 from pinncurv.curvature.second_moments import second_moments
-from pinncurv.curvature.single import SingleBlock, check_single, is_narrow, widened
 from pinncurv.linearization import Fisher, JacobianBlock, Linearization
 from pinncurv.linops import (
     Block,
@@ -39,7 +38,6 @@ class EigenBasis(ABC):
         linearizations: Sequence[Linearization],
         sharing: WeightSharing,
         fisher: Fisher | None,
-        single: bool,
     ) -> list[KroneckerFactors]:
         """Return one pair per layer, common to all terms; arguments as ``EKFAC`` has them."""
 
@@ -60,9 +58,8 @@ class KFACFactors(EigenBasis):
         linearizations: Sequence[Linearization],
         sharing: WeightSharing,
         fisher: Fisher | None,
-        single: bool,
     ) -> list[KroneckerFactors]:
-        kfac = KFAC(sharing, fisher, single=single)(linearizations)
+        kfac = KFAC(sharing, fisher)(linearizations)
         return [merge(layer) for layer in kfac.factors]
 
 
@@ -83,7 +80,6 @@ class PartialTraces(EigenBasis):
         linearizations: Sequence[Linearization],
         sharing: WeightSharing,
         fisher: Fisher | None,
-        single: bool,
     ) -> list[KroneckerFactors]:
         space = ParameterSpace.of(linearizations)
         traces = [
@@ -92,15 +88,9 @@ class PartialTraces(EigenBasis):
         ]
 
         def visit(t: int, i: int, block: JacobianBlock) -> None:
-            if not single or is_narrow(*space.blocks[i].shape):
-                rows = BlockRows.of(block, space.dtype)
-                traces[i].A.add_(rows.contract_outputs())
-                traces[i].B.add_(rows.contract_inputs())
-                return
-            small = SingleBlock.of(block)
-            rows = BlockRows.of(small.block, torch.float32)
-            traces[i].A.add_(widened(rows.contract_outputs(), small.scale))
-            traces[i].B.add_(widened(rows.contract_inputs(), small.scale))
+            rows = BlockRows.of(block, space.dtype)
+            traces[i].A.add_(rows.contract_outputs())
+            traces[i].B.add_(rows.contract_inputs())
 
         visit_blocks(linearizations, space, visit, fisher)
         return traces
@@ -201,17 +191,11 @@ class EKFAC:
         sharing: How the channels enter the factors of the basis: ``expand`` or ``reduce``.
         fisher: Which output gradients to take; those of the linearizations by default.
         basis: What the eigenvectors are taken of.
-        single: Whether the factors of the basis and the moments in it are formed in float32, with
-            errors of some 1e-7 of the largest; they are kept and factorized as without it.
     """
 
     sharing: WeightSharing = expand
     fisher: Fisher | None = None
     basis: EigenBasis = field(default_factory=KFACFactors)
-    single: bool = False
-
-    def __post_init__(self) -> None:
-        check_single(self.single)
 
     def __call__(self, linearizations: Sequence[Linearization]) -> EKFACLinearOperator:
         """Build the operator; with ``chunk_size`` every term is linearized twice.
@@ -224,25 +208,18 @@ class EKFAC:
         check_dense_blocks(space, policy.LARGEST_PARAMETER)
         check_gradients("EKFAC", linearizations, self.fisher)
         bases, reports = [], []
-        pairs = self.basis.factors(linearizations, self.sharing, self.fisher, self.single)
+        pairs = self.basis.factors(linearizations, self.sharing, self.fisher)
         for pair, block in zip(pairs, space.blocks, strict=True):
             names = [f"layer {block.name}, basis of EKFAC, factor {factor}" for factor in "AB"]
             A = eigh(symmetrize(pair.A, names[0]), names[0])
             B = eigh(symmetrize(pair.B, names[1]), names[1])
             bases.append(KroneckerBasis(A.eigenvectors, B.eigenvectors))
             reports += [A.report, B.report]
-        single = [self.single and not is_narrow(*block.shape) for block in space.blocks]
-        dtypes = [torch.float32 if small else space.dtype for small in single]
-        casts = [KroneckerBasis(b.A.to(d), b.B.to(d)) for b, d in zip(bases, dtypes, strict=True)]
+        casts = [KroneckerBasis(b.A.to(space.dtype), b.B.to(space.dtype)) for b in bases]
         scales = [[space.zeros(*block.shape) for _ in linearizations] for block in space.blocks]
 
         def visit(t: int, i: int, block: JacobianBlock) -> None:
-            if not single[i]:
-                scales[i][t].add_(second_moments(block.as_layer(), casts[i]))
-                return
-            small = SingleBlock.of(block)
-            moments = second_moments(small.block.as_layer(), casts[i])
-            scales[i][t].add_(widened(moments, small.scale))
+            scales[i][t].add_(second_moments(block.as_layer(), casts[i]))
 
         visit_blocks(linearizations, space, visit, self.fisher)
         return EKFACLinearOperator(

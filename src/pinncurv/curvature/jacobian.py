@@ -8,13 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pinncurv.compilation import Graphs
 from pinncurv.curvature.parameters import ParameterSpace
 from pinncurv.curvature.single import Scaled
 from pinncurv.curvature.together import together
 from pinncurv.linearization import Chunk, JacobianBlock, Linearization, Type2, run
 from pinncurv.linops import PyTorchLinearOperator
-from pinncurv.machine import check_memory, symmetric_product
+from pinncurv.machine import Graphs, check_memory, symmetric_product
 
 
 def check_exact(linearizations: Sequence[Linearization]) -> None:

@@ -15,7 +15,6 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Module
 
-from pinncurv.compilation import Graphs
 from pinncurv.curvature.finiteness import raise_for_gradient
 from pinncurv.curvature.jacobian import JacobianLinearOperator
 from pinncurv.curvature.parameters import ParameterSpace
@@ -32,6 +31,7 @@ from pinncurv.linearization import (
     visit_all,
 )
 from pinncurv.linops import all_finite, check_finite, read
+from pinncurv.machine import Graphs
 from pinncurv.problems import Energy, LossTerm, Problem, warn_unless_periodic
 from pinncurv.problems.samplers import is_fixed
 

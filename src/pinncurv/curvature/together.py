@@ -6,8 +6,8 @@ from collections.abc import Callable, Hashable, Sequence
 
 from torch import Tensor
 
-from pinncurv.compilation import Graphs, form_of
 from pinncurv.linearization import DenseRows, JacobianBlock, LinearLayer
+from pinncurv.machine import Graphs, form_of
 
 
 def together(

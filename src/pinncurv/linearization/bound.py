@@ -118,7 +118,8 @@ class BoundTerm:
         self.followed: tuple[object, ...] = ()  # the state that was followed last
         self.follow()
         if chunk_size is not None and chunk_size >= len(x):
-            self.chunk_size, self._kept_parts = None, list(self._cut())
+            self.chunk_size = None
+            self._kept_parts = self._kept_parts or list(self._cut())
 
     def follow(self, network: NetworkState | None = None) -> None:
         """Find out again what has changed since the last time, if anything has.

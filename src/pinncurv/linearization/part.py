@@ -13,10 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Module
 
-from pinncurv.compilation import form_of
 from pinncurv.diffops import Plan
 from pinncurv.jets import Jet, seed
-from pinncurv.machine import sizes_of
+from pinncurv.machine import form_of, sizes_of
 from pinncurv.problems import LossTerm
 from pinncurv.problems.residual import call_residual
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pinncurv.compilation import Graphs
 from pinncurv.linearization.blocks import DenseRows, JacobianBlock, LinearLayer
 from pinncurv.linearization.chunk import Chunk
 from pinncurv.linearization.part import TermPart
+from pinncurv.machine import Graphs
 
 
 @dataclass

@@ -1,5 +1,11 @@
-"""What depends on the machine: sizes of blocks, free memory, and products at half the price."""
+"""What depends on the machine: sizes of blocks, free memory, compiled graphs, cheap products."""
 
+from pinncurv.machine.compilation import (
+    Graphs as Graphs,
+    NotCompiled as NotCompiled,
+    form_of as form_of,
+    seconds_spent as seconds_spent,
+)
 from pinncurv.machine.memory import (
     NotEnoughMemoryError as NotEnoughMemoryError,
     check_memory as check_memory,

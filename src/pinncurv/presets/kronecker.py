@@ -80,7 +80,6 @@ def ekfac(
     params: Iterable[Any],
     damping: float = 1e-6,
     step_size: StepSize | None = None,
-    single: bool = False,
 ) -> CurvatureOptimizer:
     """Return EKFAC, KFAC's eigenbasis with the exact second moments in it.
 
@@ -88,13 +87,12 @@ def ekfac(
         params: Parameters or parameter groups.
         damping: λ of (C + λI)⁻¹.
         step_size: The step size; the quadratic model by default.
-        single: Whether factors and moments are formed in float32, see ``EKFAC``.
 
     Source: George et al. 2018.
     """
     return CurvatureOptimizer(
         params,
-        curvature=EKFAC(single=single),
+        curvature=EKFAC(),
         inverse=Damped(damping),
         step_size=QuadraticModel() if step_size is None else step_size,
     )
