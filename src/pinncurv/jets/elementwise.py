@@ -13,6 +13,7 @@ from torch import Tensor
 from pinncurv.jets.jet import Jet, in_place_error, register_rule
 from pinncurv.jets.layout import Layout, Product
 from pinncurv.jets.location import calling_module
+from pinncurv.machine import is_tracing
 
 # Yields f(x), f'(x), f''(x), ... as they are asked for.
 DerivativesFunction = Callable[..., Iterator[Tensor]]
@@ -162,16 +163,17 @@ class _SecondOrder(torch.autograd.Function):
     def forward(ctx: Any, data: Tensor, layout: Layout, make: Callable[..., Any]) -> Tensor:
         f = make(data[0])
         ctx.layout, ctx.make = layout, make
-        if layout.S == 1:
+        first = layout.first(data)
+        quadratics = [contraction.quadratic(first) for contraction in layout.contractions]
+        if is_tracing():
+            output = _channel_by_channel(data, f, layout, quadratics)
+        elif layout.S == 1:
             output = f[0][None].clone()
         else:
             output = data * f[1]
             output[0] = f[0]
-        first = layout.first(data)
-        quadratics = []
-        for collapsed, contraction in zip(layout.second(output), layout.contractions, strict=True):
-            quadratics.append(contraction.quadratic(first))
-            collapsed.addcmul_(f[2], quadratics[-1])
+            for collapsed, quadratic in zip(layout.second(output), quadratics, strict=True):
+                collapsed.addcmul_(f[2], quadratic)
         if ctx.needs_input_grad[0]:
             # one order beyond what the output needs; saved tensors are freed by the backward
             order = 1 if layout.S == 1 else (3 if layout.C else 2)
@@ -187,6 +189,8 @@ class _SecondOrder(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: the backward itself is differentiated
             return _differentiable_backward(ctx, data, grad), None, None
         quadratics, f = saved[: layout.C], [None, *saved[layout.C :]]
+        if is_tracing():
+            return _pulled_channel_by_channel(grad, data, f, layout, quadratics), None, None
         result = grad * f[1]
         if layout.S == 1:
             return result, None, None
@@ -201,6 +205,39 @@ class _SecondOrder(torch.autograd.Function):
             contraction.add_product_(first_result, first, torch.mul(f[2], h), 2.0)
             value.addcmul_(f[3], torch.mul(h, quadratic, out=curved))
         return result, None, None
+
+
+def _channel_by_channel(
+    data: Tensor, f: Derivatives, layout: Layout, quadratics: Sequence[Tensor]
+) -> Tensor:
+    """Write y, nothing twice: a compiler makes one loop of it."""
+    channels = [f[0], *(f[1] * x for x in data[1:].unbind())]
+    for c, quadratic in enumerate(quadratics, 1 + layout.R):
+        channels[c] = channels[c] + f[2] * quadratic
+    return torch.stack(channels)
+
+
+def _pulled_channel_by_channel(
+    grad: Tensor,
+    data: Tensor,
+    f: Sequence[Any],
+    layout: Layout,
+    quadratics: Sequence[Tensor],
+) -> Tensor:
+    """Write g in the same way."""
+    channels = [f[1] * h for h in grad.unbind()]
+    if layout.S > 1:
+        pairs = zip(data[1:].unbind(), grad[1:].unbind(), strict=True)
+        channels[0] = channels[0] + f[2] * sum(x * h for x, h in pairs)
+    first = layout.first(data)
+    for h, contraction, quadratic in zip(
+        layout.second(grad), layout.contractions, quadratics, strict=True
+    ):
+        channels[0] = channels[0] + f[3] * h * quadratic
+        factor = 2 * f[2] * h
+        for r, x in zip(contraction.indices, contraction.multiply(first).unbind(), strict=True):
+            channels[1 + r] = channels[1 + r] + factor * x
+    return torch.stack(channels)
 
 
 def elementwise_rule(

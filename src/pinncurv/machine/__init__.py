@@ -4,6 +4,7 @@ from pinncurv.machine.compilation import (
     Graphs as Graphs,
     NotCompiled as NotCompiled,
     form_of as form_of,
+    is_tracing as is_tracing,
     seconds_spent as seconds_spent,
 )
 from pinncurv.machine.memory import (

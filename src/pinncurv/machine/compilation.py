@@ -6,6 +6,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,14 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 
 Run = Callable[..., Sequence[Tensor]]
+
+
+_TRACING: ContextVar[bool] = ContextVar("tracing", default=False)
+
+
+def is_tracing() -> bool:
+    """Whether a graph is traced, of which a compiler fuses what is written one by one."""
+    return _TRACING.get()
 
 
 class NotCompiled(UserWarning):
@@ -174,9 +183,12 @@ def _compare(result: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
     Raises:
         RuntimeError: If they differ by more than rounding.
     """
+    sizes = [other.detach().abs().amax() for other in expected if other.numel()]
+    largest = max(float(size) for size in sizes) if sizes else 0.0
     for mine, other in zip(result, expected, strict=True):
         size = other.detach().abs().amax() if other.numel() else 0
-        tolerance = torch.finfo(other.dtype).eps ** 0.5 * size
+        eps = torch.finfo(other.dtype).eps  # what is zero but for rounding is that of the others
+        tolerance = eps**0.5 * size + eps * largest
         same = ((mine - other).abs() <= tolerance) | (mine == other)
         if not bool((same | (mine.isnan() & other.isnan())).all()):
             raise RuntimeError("what was compiled returns something else with other tensors")
@@ -232,8 +244,12 @@ def compiled(
     """
     positions = {id(tensor): i for i, tensor in reversed(list(enumerate(given)))}
     known = {**dict.fromkeys(map(id, fixed)), **positions}
-    with FakeTensorMode(allow_non_fake_inputs=True), _NoReads(known), torch.no_grad():
-        graph = make_fx(lambda: list(function()))()
+    token = _TRACING.set(True)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), _NoReads(known), torch.no_grad():
+            graph = make_fx(lambda: list(function()))()
+    finally:
+        _TRACING.reset(token)
     if closed:
         _check_closed(graph, known)
     sources, outputs = _flatten(graph, positions)
