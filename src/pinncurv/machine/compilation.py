@@ -79,6 +79,7 @@ class _Known:
 
     run: Compiled
     compared: set[int] = field(default_factory=set)  # which tensors, by the first one's identity
+    further: Any = None
 
 
 @dataclass
@@ -126,6 +127,15 @@ class Graphs:
         except Exception as error:  # of many types; the function as it is written is right
             return self._refused(error, function)
         return result
+
+    def kept(self, key: tuple[Hashable, ...], make: Callable[[], Any]) -> Any:
+        """Return what else belongs to a graph, made when its function was called last."""
+        if self.gives_up:
+            return make()
+        found = self.known[key]
+        if found.further is None:
+            found.further = make()
+        return found.further
 
     def _trace(
         self,
