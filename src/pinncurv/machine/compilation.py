@@ -83,6 +83,10 @@ class _Known:
     compared: set[int] = field(default_factory=set)  # which tensors, by the first one's identity
     further: Any = None
 
+    def is_settled(self, given: Sequence[Tensor]) -> bool:
+        """Whether there is no need to compare results any more."""
+        return len(self.compared) >= _COMPARED or id(given[0]) in self.compared
+
 
 @dataclass
 class Graphs:
@@ -121,14 +125,19 @@ class Graphs:
         full = self.closed and self.traced[key[0]] >= _MOST_CLOSED and key not in self.known
         if self.gives_up or full or torch.is_inference_mode_enabled():
             return function()
+        found, start = self.known.get(key), time.perf_counter()
+        settled = found is not None and found.is_settled(given)
         try:
-            found = self.known.get(key) or self._trace(key, function, given, fixed)
+            found = found or self._trace(key, function, given, fixed)
             result = found.run(given)
-            if len(found.compared) < _COMPARED and id(given[0]) not in found.compared:
+            if not settled:
                 found.compared.add(id(given[0]))
                 _compare(result, function())
         except Exception as error:  # of many types; the function as it is written is right
             return self._refused(error, function)
+        finally:
+            if not settled:
+                _SPENT.append(time.perf_counter() - start)
         return result
 
     def kept(self, key: tuple[Hashable, ...], make: Callable[[], Any]) -> Any:
@@ -153,11 +162,7 @@ class Graphs:
                 f"it would be compiled more than {_MOST_GRAPHS} times, for other numbers in the "
                 "functions or other numbers of points each time"
             )
-        start = time.perf_counter()
-        try:
-            self.known[key] = _Known(compiled(function, given, fixed, self.closed))
-        finally:
-            _SPENT.append(time.perf_counter() - start)
+        self.known[key] = _Known(compiled(function, given, fixed, self.closed))
         return self.known[key]
 
     def _refused(
@@ -181,7 +186,7 @@ _SPENT: list[float] = []
 
 
 def seconds_spent() -> float:
-    """Return how long this process has traced and compiled, which is no time of a step."""
+    """Return how long this process has traced, compiled and compared: no time of a step."""
     return sum(_SPENT)
 
 
