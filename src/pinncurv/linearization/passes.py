@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pinncurv.linearization.blocks import DenseRows, JacobianBlock, LinearLayer
 from pinncurv.linearization.chunk import Chunk
@@ -122,7 +121,15 @@ class LossWithGradient(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Return multiples of the gradient."""
+        """Return multiples of the gradient.
+
+        Raises:
+            RuntimeError: If the gradient is to be differentiated, as of a penalty on its norm.
+        """
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "The gradient of a compiled loss must not be differentiated again, got "
+                "create_graph=True. Make an objective with compile=False for that."
+            )
         return None, *(grads[0] * part for part in ctx.saved_tensors)
