@@ -15,7 +15,7 @@ from pinncurv.curvature import KFAC, Objective
 from pinncurv.diffops import Laplacian, SecondOrder, Value
 from pinncurv.linearization import DenseRows, LinearLayer
 from pinncurv.machine import NotCompiled, compilation
-from pinncurv.problems import Fixed, LossTerm
+from pinncurv.problems import Energy, Fixed, LossTerm
 from tests import kinds, networks, terms
 
 NETWORKS = {
@@ -273,7 +273,10 @@ def _residual(x, lap):
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
 def test_copies_bring_no_compiled_code(copied, monkeypatch):
     def run_of(graph, like, device):
-        return lambda *inputs: graph(*inputs)  # can't be pickled, as what a compiler returns
+        def run(*inputs):  # can't be pickled, as what a compiler returns
+            return graph(*inputs)
+
+        return run
 
     monkeypatch.setattr(compilation, "_run_of", run_of)
     term = LossTerm({"lap": Laplacian()}, _residual, Fixed(torch.rand(1, 2)))
@@ -287,3 +290,18 @@ def test_copies_bring_no_compiled_code(copied, monkeypatch):
         torch.testing.assert_close(mine, theirs)
     moved(other.model)
     assert other.loss().item() != pytest.approx(objective.loss().item())
+
+
+def test_an_energy_runs_as_written_after_one_warning(traced):
+    x = networks.points(6)
+    energy = Energy({"u": Value()}, density=lambda x, u: u**2 - u, points=Fixed(x), name="energy")
+    ends = []
+    for compile in (True, False):
+        objective = Objective(networks.build("tanh"), [energy], [x], compile=compile)
+        optimizer = presets.kfac_star(objective.parameters())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            ends.append([optimizer.step(objective).new_loss for _ in range(4)])
+        categories = [w.category for w in caught]
+        assert categories == [NotCompiled] * compile
+    assert ends[0] == pytest.approx(ends[1])

@@ -361,9 +361,3 @@ def test_scale_of_the_loss():
     torch.testing.assert_close(Objective(model, [term], [torch.cat([x, x])]).loss(), loss)
     r = term.evaluate(model, x)
     torch.testing.assert_close(loss, 0.7 * r.square().sum() / (2 * 3))
-
-
-@pytest.mark.parametrize("size", [1.5, float("nan"), True, [3]])
-def test_a_chunk_size_is_a_whole_number(size):
-    with pytest.raises(TypeError, match=r"chunk_size must be a whole number .* got"):
-        objective(chunk_size=size)

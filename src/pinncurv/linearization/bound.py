@@ -105,7 +105,7 @@ class BoundTerm:
         check: bool = False,
         compile: bool = False,
     ) -> None:
-        _check_chunk_size(chunk_size)
+        check_chunk_size(chunk_size)
         self.term = term
         self.model = plain_network(model)
         self.x = x
@@ -324,7 +324,13 @@ class BoundTerm:
             )
 
 
-def _check_chunk_size(chunk_size: Any) -> None:
+def check_chunk_size(chunk_size: Any) -> None:
+    """Check that a chunk size is a number of points, or None.
+
+    Raises:
+        TypeError: If it is neither.
+        ValueError: If it is less than 1.
+    """
     if chunk_size is None:
         return
     if not isinstance(chunk_size, Integral) or isinstance(chunk_size, bool):

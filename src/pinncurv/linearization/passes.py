@@ -12,7 +12,7 @@ from torch import Tensor
 from pinncurv.linearization.blocks import DenseRows, JacobianBlock, LinearLayer
 from pinncurv.linearization.chunk import Chunk
 from pinncurv.linearization.part import TermPart
-from pinncurv.machine import Graphs
+from pinncurv.machine import Graphs, is_tracing
 
 
 @dataclass
@@ -56,7 +56,12 @@ class CompiledPasses:
         def flat() -> list[Tensor]:
             results.append(function(part))
             self.templates.setdefault(key, results[-1])
-            return _tensors(results[-1])
+            try:
+                return _tensors(results[-1])
+            except TypeError:
+                if is_tracing():
+                    raise
+                return []  # nobody asks for them: the pass is called as it is
 
         tensors = self.graphs(key, flat, part.tensors, fixed)
         if self.graphs.gives_up:  # it was called as it is
