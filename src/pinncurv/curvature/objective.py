@@ -262,7 +262,8 @@ class Objective:
             points; costs at most a step.
         compile: Whether to trace what is done at the points to flat graphs and compile them, for
             many steps with as many points. It takes a quarter of a minute for each term, once on a
-            disk. What can't be compiled runs as it is written, with a warning.
+            disk. What can't be compiled, as an ``Energy``, runs as it is written, with a warning.
+            The gradient of ``loss`` can then not be differentiated again.
 
     Raises:
         TypeError: If a term is no LossTerm.
