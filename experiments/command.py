@@ -41,7 +41,12 @@ _KINDS: dict[str, Mapping[str, Callable[..., Any]]] = {
 
 def number_or_auto(text: str) -> int | str:
     """Read a number of points, or auto."""
-    return text if text == "auto" else int(text)
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number or auto, got {text!r}") from None
 
 
 # Of every field of an experiment: what the help shows for its value, how it is read, and for what.

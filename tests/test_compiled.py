@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
 
 import pytest
@@ -13,7 +15,7 @@ from pinncurv.curvature import KFAC, Objective
 from pinncurv.diffops import Laplacian, SecondOrder, Value
 from pinncurv.linearization import DenseRows, LinearLayer
 from pinncurv.machine import NotCompiled, compilation
-from pinncurv.problems import Fixed, LossTerm
+from pinncurv.problems import Energy, Fixed, LossTerm
 from tests import kinds, networks, terms
 
 NETWORKS = {
@@ -256,3 +258,61 @@ def test_training_takes_the_same_steps(traced):
         optimizer = presets.kfac_star(objective.parameters(), damping=1e-6)
         losses.append([optimizer.step(objective).new_loss for _ in range(10)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_a_second_derivative_is_refused_rather_than_dropped(traced):
+    model = networks.build("tanh")
+    objective = Objective(model, [POISSON], [networks.points(4)], compile=True)
+    with pytest.raises(RuntimeError, match=r"must not be differentiated again.*compile=False"):
+        torch.autograd.grad(objective.loss(), objective.parameters(), create_graph=True)
+
+
+def test_a_loss_in_inference_mode_spoils_no_later_gradient(traced):
+    model, x = networks.build("tanh"), [networks.points(4)]
+    with torch.inference_mode():
+        objective = Objective(model, [POISSON], x, compile=True)
+        first = objective.loss().item()
+    (loss := objective.loss()).backward()
+    assert loss.item() == pytest.approx(first)
+    assert all(p.grad.isfinite().all() for p in objective.parameters())
+
+
+def _residual(x, lap):
+    return lap + x.sin().prod(1, True)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_copies_bring_no_compiled_code(copied, monkeypatch):
+    def run_of(graph, like, device):
+        def run(*inputs):  # can't be pickled, as what a compiler returns
+            return graph(*inputs)
+
+        return run
+
+    monkeypatch.setattr(compilation, "_run_of", run_of)
+    term = LossTerm({"lap": Laplacian()}, _residual, Fixed(torch.rand(1, 2)))
+    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)).double()
+    objective = Objective(model, [term], [networks.points(4)], compile=True)
+    everything(objective)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other = copied(objective)
+    for mine, theirs in zip(everything(objective), everything(other), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    moved(other.model)
+    assert other.loss().item() != pytest.approx(objective.loss().item())
+
+
+def test_an_energy_runs_as_written_after_one_warning(traced):
+    x = networks.points(6)
+    energy = Energy({"u": Value()}, density=lambda x, u: u**2 - u, points=Fixed(x), name="energy")
+    ends = []
+    for compile in (True, False):
+        objective = Objective(networks.build("tanh"), [energy], [x], compile=compile)
+        optimizer = presets.kfac_star(objective.parameters())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            ends.append([optimizer.step(objective).new_loss for _ in range(4)])
+        categories = [w.category for w in caught]
+        assert categories == [NotCompiled] * compile
+    assert ends[0] == pytest.approx(ends[1])

@@ -17,6 +17,7 @@ from pinncurv.linearization import (
     UncapturedParameterError,
     linearize,
 )
+from pinncurv.linearization.bound import check_chunk_size
 from pinncurv.machine import Sizes
 from pinncurv.problems import Fixed, LossTerm
 from tests import oracles
@@ -501,3 +502,9 @@ def test_non_finite_parameters_are_refused_by_name():
     term = LossTerm({"u": Value()}, lambda x, u: u - 1, Fixed(points()))
     with pytest.raises(FloatingPointError, match=name):
         linearize(term, model, points())
+
+
+@pytest.mark.parametrize("size", [1.5, float("nan"), True, [3]])
+def test_a_chunk_size_is_a_whole_number(size):
+    with pytest.raises(TypeError, match="chunk_size must be a whole number of points or None, got"):
+        check_chunk_size(size)

@@ -1,5 +1,6 @@
 """Names are objects of the library, their arguments its signatures; what is wrong is answered."""
 
+import argparse
 import inspect
 import json
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from experiments import catalog
+from experiments.command import number_or_auto
 from experiments.experiment import Experiment, from_json
 from experiments.objects import UserError, bind, evaluate
 from experiments.presets import PRESETS
@@ -184,3 +186,9 @@ def test_every_preset_can_be_built(name):
         bind(catalog.OPTIMIZERS[one.labels[label]], one.of(label), label, ("params",))
         bind(catalog.PROBLEMS[one.problem], one.of("problem"), "problem")
     assert Path("experiments/README.md").read_text().count(name)
+
+
+def test_a_chunk_size_that_is_no_number_is_explained():
+    with pytest.raises(argparse.ArgumentTypeError, match="a whole number or auto, got 'foo'"):
+        number_or_auto("foo")
+    assert (number_or_auto("auto"), number_or_auto("7")) == ("auto", 7)

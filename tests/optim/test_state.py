@@ -503,3 +503,22 @@ def test_a_fit_of_ones_own_is_saved_too():
     state = through_a_file(optimizer.state_dict())["state"]
     assert state[0]["previous_update"].shape == (3,)
     assert state[1]["previous_update"].shape == (2,)
+
+
+def test_an_objective_of_ones_own_may_return_a_number():
+    class Numbers:
+        def __init__(self, objective) -> None:
+            self.objective = objective
+
+        def loss(self):
+            return float(self.objective.loss())
+
+        def linearize(self):
+            return self.objective.linearize()
+
+    ends = []
+    for wrapped in (Numbers, lambda objective: objective):
+        net = network()
+        optimizer, objective = presets.kfac_star(net.parameters()), wrapped(poisson(net))
+        ends.append([optimizer.step(objective).new_loss for _ in range(3)])
+    assert ends[0] == pytest.approx(ends[1])

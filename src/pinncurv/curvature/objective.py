@@ -262,7 +262,8 @@ class Objective:
             points; costs at most a step.
         compile: Whether to trace what is done at the points to flat graphs and compile them, for
             many steps with as many points. It takes a quarter of a minute for each term, once on a
-            disk. What can't be compiled runs as it is written, with a warning.
+            disk. What can't be compiled, as an ``Energy``, runs as it is written, with a warning.
+            The gradient of ``loss`` can then not be differentiated again.
 
     Raises:
         TypeError: If a term is no LossTerm.
@@ -293,7 +294,6 @@ class Objective:
             chunk_size = self._fitting(chunk_size)
         self.chunk_size = chunk_size
         self._bound = self._bind(chunk_size)
-        self._graphs = _graphs_of(self.model) if compile else None
         self._structures: list[object] = [None for _ in self._bound]
         self._looks: int | None = None  # how often to look for changes; None for every time
         self._space = self.space
@@ -446,7 +446,8 @@ class Objective:
     def _linearize(self, losses: dict[str, float] | None) -> LinearizedObjective:
         space = self.space  # follows what has changed
         made = [Linearization(bound) for bound in self._bound]
-        return LinearizedObjective(made, space, losses, graphs=self._graphs)
+        graphs = _graphs_of(self.model) if self._compile else None
+        return LinearizedObjective(made, space, losses, graphs=graphs)
 
     @property
     def is_sum_of_squares(self) -> bool:

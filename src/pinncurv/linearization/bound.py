@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
@@ -104,8 +105,7 @@ class BoundTerm:
         check: bool = False,
         compile: bool = False,
     ) -> None:
-        if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1 or None, got {chunk_size}.")
+        check_chunk_size(chunk_size)
         self.term = term
         self.model = plain_network(model)
         self.x = x
@@ -219,8 +219,8 @@ class BoundTerm:
         return found_once, circumstances(term.residual, network[0] | own), network, hooks
 
     def __getstate__(self) -> dict[str, object]:
-        """Return what a copy needs, which finds out everything again."""
-        return {**vars(self), "followed": ()}
+        """Return what a copy needs, which finds out everything again; no compiled code."""
+        return {**vars(self), "followed": (), "_structure": None, "_passes": None}
 
     def linearize(self, part: TermPart) -> Chunk:
         """Linearize at some points by one forward pass, and one backward pass per component.
@@ -322,6 +322,24 @@ class BoundTerm:
                 f"The parameters must be finite, but {', '.join(bad)} contains NaN or infinity. "
                 "Initialize the network again, or load a checkpoint from before it diverged."
             )
+
+
+def check_chunk_size(chunk_size: Any) -> None:
+    """Check that a chunk size is a number of points, or None.
+
+    Raises:
+        TypeError: If it is neither.
+        ValueError: If it is less than 1.
+    """
+    if chunk_size is None:
+        return
+    if not isinstance(chunk_size, Integral) or isinstance(chunk_size, bool):
+        raise TypeError(
+            "chunk_size must be a whole number of points or None, got "
+            f"{chunk_size!r} of type {type(chunk_size).__name__}. Pass e.g. 1000."
+        )
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1 or None, got {chunk_size}.")
 
 
 # The ids of a network's parameters, and what changes when anything else of it does.

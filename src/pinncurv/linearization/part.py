@@ -74,8 +74,10 @@ class TermPart:
     def traceable(self) -> TermPart:
         """The part with a scale that is a tensor, so that no number belongs to these points."""
         scale = self.scale
-        tensor = scale if isinstance(scale, Tensor) else self.x.new_full((1, 1), scale)
-        return replace(self, scale=tensor)
+        if isinstance(scale, Tensor):
+            return self
+        with torch.inference_mode(mode=False):  # it serves later passes that autograd follows, too
+            return replace(self, scale=self.x.new_full((1, 1), scale))
 
     @cached_property
     def tensors(self) -> list[Tensor]:

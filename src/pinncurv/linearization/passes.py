@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pinncurv.linearization.blocks import DenseRows, JacobianBlock, LinearLayer
 from pinncurv.linearization.chunk import Chunk
 from pinncurv.linearization.part import TermPart
-from pinncurv.machine import Graphs
+from pinncurv.machine import Graphs, is_tracing
 
 
 @dataclass
@@ -57,7 +56,12 @@ class CompiledPasses:
         def flat() -> list[Tensor]:
             results.append(function(part))
             self.templates.setdefault(key, results[-1])
-            return _tensors(results[-1])
+            try:
+                return _tensors(results[-1])
+            except TypeError:
+                if is_tracing():
+                    raise
+                return []  # nobody asks for them: the pass is called as it is
 
         tensors = self.graphs(key, flat, part.tensors, fixed)
         if self.graphs.gives_up:  # it was called as it is
@@ -122,7 +126,15 @@ class LossWithGradient(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Return multiples of the gradient."""
+        """Return multiples of the gradient.
+
+        Raises:
+            RuntimeError: If the gradient is to be differentiated, as of a penalty on its norm.
+        """
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "The gradient of a compiled loss must not be differentiated again, got "
+                "create_graph=True. Make an objective with compile=False for that."
+            )
         return None, *(grads[0] * part for part in ctx.saved_tensors)

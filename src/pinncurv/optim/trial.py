@@ -38,7 +38,7 @@ class Trial:
         """Return L(θ + scale · update) without a graph; the parameters stay at θ."""
         try:
             self._place(update, scale)
-            loss = read(self.objective.loss())[0][0]
+            loss = self._loss()
             if loss < self._lowest[0]:
                 self._lowest = loss, self._now
             return loss
@@ -87,12 +87,17 @@ class Trial:
         if evaluate is None and where is not None and torch.equal(self._now, where):
             return known
         if evaluate is None or limit is not None:
-            loss = read(self.objective.loss())[0][0]
+            loss = self._loss()
             if evaluate is None or limit is None or not loss <= limit:
                 return loss
         with torch.enable_grad():
             self.evaluation = evaluate()
         return float(self.evaluation.loss)
+
+    def _loss(self) -> float:
+        """Return L where the parameters are; objectives of others may return a number."""
+        loss: Any = self.objective.loss()
+        return read(loss)[0][0] if isinstance(loss, Tensor) else float(loss)
 
     def take(
         self,
