@@ -66,8 +66,8 @@ def everything(objective: Objective) -> list[torch.Tensor]:
 
 def compare(model, chosen, points, **options) -> Objective:
     """Compare what is compiled with what is not; return the former."""
-    compiled = Objective(model, chosen, points, compile=True, **options)
-    plain = Objective(model, chosen, points, **options)
+    compiled = Objective(model, chosen, points, compile=True, check=False, **options)
+    plain = Objective(model, chosen, points, check=False, **options)
     for mine, other in zip(everything(compiled), everything(plain), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-11)
     return compiled
@@ -84,8 +84,8 @@ def test_networks_of_all_kinds(name, traced):
     model, several = NETWORKS[name](name), name == "pair"
     chosen = kinds.TERMS["first"]()
     chosen = [kinds.on_outputs(chosen, 0, 1)] if several else [chosen]
-    for seed in (1, 2, 3):
-        compare(model, chosen, [networks.points(5, seed=seed)])
+    for seed in (1, 2):
+        compare(model, chosen, [networks.points(3, seed=seed)])
         moved(model)
     assert traced
 
@@ -97,12 +97,10 @@ TERMS |= {n: (lambda term=term: term) for n, term in terms.TERMS.items()}
 @pytest.mark.parametrize("name", TERMS)
 def test_terms_of_all_kinds(name, traced):
     term, model = TERMS[name](), networks.build("tanh")
-    for seed in (1, 2, 3):
-        compare(model, [term], [networks.points(3, seed=seed)])
-        moved(model)
+    compare(model, [term], [networks.points(3, seed=1)])
     graphs = len(traced)
     moved(model)
-    compare(model, [term], [networks.points(3, seed=4)])
+    compare(model, [term], [networks.points(3, seed=2)])
     assert len(traced) == graphs  # other points and parameters take no new graph
 
 
@@ -235,6 +233,22 @@ def test_the_compiler(monkeypatch):
     for seed in (1, 2, 3):
         compare(model, [POISSON], [networks.points(6, seed=seed)])
     assert 0 < len(handed) < 10
+
+
+def test_what_is_not_compiled_is_not_kept(traced, monkeypatch):
+    objective = Objective(networks.build("tanh"), [POISSON], [networks.points(4)], compile=True)
+    passes = objective._bound[0]._passes
+    with torch.inference_mode():
+        objective.term_losses()
+    assert not passes.templates
+    objective.linearize().run()
+    assert passes.templates
+    monkeypatch.setattr(compilation, "_MOST_GRAPHS", 0)
+    with pytest.warns(NotCompiled):
+        objective.term_losses()
+    assert not passes.templates
+    objective.linearize().run()
+    assert not passes.templates
 
 
 def test_training_takes_the_same_steps(traced):

@@ -99,6 +99,11 @@ class Graphs:
     traced: Counter[Hashable] = field(default_factory=Counter)
     gives_up: bool = False
 
+    @property
+    def off(self) -> bool:
+        """Whether functions are called as they are now."""
+        return self.gives_up or torch.is_inference_mode_enabled()
+
     def __call__(
         self,
         key: tuple[Hashable, ...],
@@ -115,7 +120,7 @@ class Graphs:
             given: The tensors that may be others in a later call.
             fixed: Those whose values may change, but which are always the same ones.
         """
-        if self.gives_up or torch.is_inference_mode_enabled():
+        if self.off:
             return function()
         try:
             found = self.known.get(key) or self._trace(key, function, given, fixed)
