@@ -79,7 +79,19 @@ def moved(model) -> None:
             parameter.mul_(1.3).add_(0.1)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+# Kinds whose parts other kinds are made of, too: other elementwise functions, and the same blocks.
+ALIKE = {
+    *("residual", "fourier", "hard_boundary", "gelu", "silu", "softplus", "linear", "no_bias"),
+    *("pirate", "factorized", "deeponet", "neumann", "anchored", "sliced", "gated", "centres"),
+    *("kinds first", "kinds poisson", "kinds kdv", "kinds wave", "allen_cahn", "diffusion"),
+}
+
+
+def cases(names):
+    return [pytest.param(n, marks=[pytest.mark.slow] if n in ALIKE else []) for n in names]
+
+
+@pytest.mark.parametrize("name", cases(NETWORKS))
 def test_networks_of_all_kinds(name, traced):
     model, several = NETWORKS[name](name), name == "pair"
     chosen = kinds.TERMS["first"]()
@@ -94,7 +106,7 @@ TERMS = {**{f"kinds {n}": make for n, make in kinds.TERMS.items()}}
 TERMS |= {n: (lambda term=term: term) for n, term in terms.TERMS.items()}
 
 
-@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize("name", cases(TERMS))
 def test_terms_of_all_kinds(name, traced):
     term, model = TERMS[name](), networks.build("tanh")
     compare(model, [term], [networks.points(3, seed=1)])
