@@ -83,7 +83,7 @@ def moved(model) -> None:
 ALIKE = {
     *("residual", "fourier", "hard_boundary", "gelu", "silu", "softplus", "linear", "no_bias"),
     *("pirate", "factorized", "deeponet", "neumann", "anchored", "sliced", "gated", "centres"),
-    *("kinds first", "kinds poisson", "kinds kdv", "kinds wave", "allen_cahn", "diffusion"),
+    *("kinds first", "kinds poisson", "kinds biharmonic", "kinds wave", "allen_cahn", "diffusion"),
 }
 
 

@@ -191,14 +191,14 @@ class KFAC:
         sharing = self.sharing
         if self.single and not is_narrow(block.Z.shape[-1]):
             small, scale = with_single_inputs(block)
-            A = lifted_(widened(sharing.input_moment(small), scale))
+            A = lifted_(widened(sharing.input_moment(small), scale, scale))
         else:
             A = sharing.input_moment(block)
         if block.G is None:
             return A, A.new_zeros(())
         if self.single and not is_narrow(block.d_out):
             small, scale = with_single_gradients(block)
-            return A, lifted_(widened(sharing.gradient_moment(small), scale))
+            return A, lifted_(widened(sharing.gradient_moment(small), scale, scale))
         return A, sharing.gradient_moment(block)
 
 
