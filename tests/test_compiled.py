@@ -263,6 +263,17 @@ def test_what_is_not_compiled_is_not_kept(traced, monkeypatch):
     assert not passes.templates
 
 
+def test_sums_of_many_shapes_are_not_all_compiled(traced, monkeypatch):
+    monkeypatch.setattr(compilation, "_MOST_CLOSED", 3)
+    objective = Objective(networks.build("tanh"), [POISSON], [networks.points(6)], compile=True)
+    J = objective.linearize().jacobian
+    plain = Objective(objective.model, [POISSON], objective.points).linearize().jacobian
+    for K in range(1, 7):  # products with K vectors
+        V = torch.randn(J.shape[1], K, dtype=torch.float64)
+        torch.testing.assert_close(J @ V, plain @ V)
+    assert len(traced) == 1 + 3
+
+
 def test_training_takes_the_same_steps(traced):
     losses = []
     for compile in (False, True):

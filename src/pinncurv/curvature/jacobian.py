@@ -80,23 +80,34 @@ class JacobianLinearOperator(_Between):
         self, blocks: Sequence[JacobianBlock | None], X: Sequence[Tensor], chunk: Chunk
     ) -> Float[Tensor, "V n K"]:
         """Return J X at the points of a chunk, for one tensor ``[K, *shape]`` per parameter."""
-        total = None
-        for place, block in zip(self.space.blocks, blocks, strict=True):
-            if block is not None:
+        used = [(p, b) for p, b in zip(self.space.blocks, blocks, strict=True) if b is not None]
+        if not used:
+            return chunk.residual.new_zeros(*chunk.residual.mT.shape, len(X[0]))
+
+        def multiply() -> list[Tensor]:
+            total = None
+            for place, block in used:
                 part = block.product([X[position] for position in place.positions])
                 total = part if total is None else total.add_(part)
-        if total is None:
-            return chunk.residual.new_zeros(*chunk.residual.mT.shape, len(X[0]))
+            assert total is not None
+            return [total]
+
+        (total,) = together(self.graphs, ("product", self.space.blocks), multiply, blocks, X)
         return total
 
     def add_adjoint_product_(
         self, totals: Sequence[Tensor], blocks: Sequence[JacobianBlock | None], u: Tensor
     ) -> None:
         """Add Jᵀ u at the points of a chunk to one tensor ``[K, *shape]`` per parameter."""
-        for place, block in zip(self.space.blocks, blocks, strict=True):
-            if block is not None:
-                for position, part in zip(place.positions, block.adjoint_product(u), strict=True):
-                    totals[position].add_(part)
+        used = [(p, b) for p, b in zip(self.space.blocks, blocks, strict=True) if b is not None]
+
+        def multiply() -> list[Tensor]:
+            return [part for _, block in used for part in block.adjoint_product(u)]
+
+        parts = together(self.graphs, ("adjoint", self.space.blocks), multiply, blocks, [u])
+        positions = [position for place, _ in used for position in place.positions]
+        for position, part in zip(positions, parts, strict=True):
+            totals[position].add_(part)
 
     def zeros(self, K: int) -> list[Tensor]:
         """Return one zero tensor ``[K, *shape]`` per parameter."""
@@ -110,15 +121,7 @@ class JacobianLinearOperator(_Between):
 
         def visit(t: int, chunk: Chunk) -> None:
             blocks = self.space.arrange(self.linearizations[t], chunk)
-
-            def multiply() -> list[Tensor]:
-                return [self.product(blocks, directions, chunk)]
-
-            if type(self) is JacobianLinearOperator:  # others may use tensors of their own
-                key = "product with J", self.space.blocks
-                (image,) = together(self.graphs, key, multiply, blocks, directions)
-            else:
-                (image,) = multiply()
+            image = self.product(blocks, directions, chunk)
             n = len(chunk.residual)
             products[t][rows[t] : rows[t] + n] = image.transpose(0, 1)
             rows[t] += n

@@ -180,7 +180,8 @@ class KFAC:
         names = [linearization.term.name for linearization in linearizations]
         if self.merge_terms:
             factors, names = [[merge(layer)] for layer in factors], ["+".join(names)]
-        return KFACLinearOperator(factors, space.blocks, space.shapes, names)
+        graphs = getattr(linearizations, "graphs", None)
+        return KFACLinearOperator(factors, space.blocks, space.shapes, names, graphs)
 
     def _sums(self, space: ParameterSpace, block: JacobianBlock) -> tuple[Tensor, Tensor]:
         """Return N A and B of one layer at some points; no B without output gradients."""

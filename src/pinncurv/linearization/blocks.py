@@ -331,7 +331,7 @@ def squared_products(
 
 def _channel_ranges(S: int, elements: int, device: torch.device) -> Iterator[slice]:
     """Cut S channels such that a temporary with so many elements per channel stays small."""
-    step = max(1, sizes_of(device).cache // max(1, elements))
+    step = max(1, sizes_of(device).cache // 2 // max(1, elements))  # beside what it is made of
     for start in range(0, S, step):
         yield slice(start, start + step)
 

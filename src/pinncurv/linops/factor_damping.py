@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from math import isfinite, sqrt
+from math import isfinite
 from typing import Any, ClassVar
 
 import torch
@@ -27,7 +27,8 @@ from pinncurv.linops.psd import (
     symmetrize,
 )
 from pinncurv.linops.reading import read
-from pinncurv.linops.simultaneous import Pencil
+from pinncurv.linops.simultaneous import Pencil, is_good
+from pinncurv.machine import Graphs, form_of
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ def trace_norm(factors: KroneckerFactors, damping: float) -> FactorDampings:
     a = factors.A.trace() / len(factors.A)
     b = factors.B.trace() / len(factors.B)
     pi = torch.where((a > 0) & (b > 0), a / b, 1.0).sqrt()
-    return FactorDampings(pi * sqrt(damping), sqrt(damping) / pi)
+    root = damping**0.5
+    return FactorDampings(pi * root, root / pi)
 
 
 @dataclass(frozen=True)
@@ -121,14 +123,15 @@ class FactorDamping:
             )
         groups = _check_groups(self.groups, len(operator.terms))
         layers = [i for i, block in enumerate(operator.blocks) if block.kronecker]
-        sides = [self._sides(operator, i, groups) for i in layers]
-        states = [side.numbers for layer in sides for side in layer]
-        numbers = read(*states)  # the only wait for the device
-        if not all(isfinite(state[0]) for state in numbers):
-            _check_finite(operator, layers)
-        pairs = iter(zip(sides, zip(numbers[::2], numbers[1::2], strict=True), strict=True))
+        known = self.heuristic in (same, trace_norm)  # others may read values
+        if operator.graphs is not None and known and len(groups) == 2 and self.damping > 0:
+            inverted = self._invert_compiled(operator, layers, groups, operator.graphs)
+        else:
+            sides = [self._sides(operator, i, groups, self.damping) for i in layers]
+            inverted = _invert_all(operator, layers, sides, _read(sides))
+        made = iter(inverted)
         inverses = [
-            _invert(*next(pairs)) if block.kronecker else _invert_dense(operator, i, self.damping)
+            next(made) if block.kronecker else _invert_dense(operator, i, self.damping)
             for i, block in enumerate(operator.blocks)
         ]
         return KroneckerCongruenceLinearOperator(
@@ -140,15 +143,62 @@ class FactorDamping:
             [report for inverse in inverses for report in inverse.reports],
         )
 
+    def _invert_compiled(
+        self,
+        operator: SumKroneckerLinearOperator,
+        layers: Sequence[int],
+        groups: Sequence[Sequence[int]],
+        graphs: Graphs,
+    ) -> list[_LayerInverse]:
+        """Do the same by two graphs, before and after the device is waited for."""
+        pairs = [pair for i in layers for pair in operator.factors[i]]
+        factors = [M for pair in pairs for M in (pair.A, pair.B)]
+        # one that changes from step to step is no number of the graph
+        damping = factors[0].new_full((), self.damping, dtype=FACTORIZATION_DTYPE)
+        made: list[tuple[_Side, _Side]] = []
+
+        def begin() -> list[Tensor]:
+            made[:] = [self._sides(operator, i, groups, damping) for i in layers]
+            return [t for layer in made for side in layer for t in _tensors(side)]
+
+        parts = str(groups), tuple(layers), operator.blocks, operator.terms
+        given = [*factors, damping]
+        key: tuple[Hashable, ...] = "factor damping", self.heuristic, parts, form_of(given)
+        begun = iter(graphs(key, begin, given))
+        names = graphs.kept(key, lambda: [side.name for layer in made for side in layer])
+        flat = [Pencil(next(begun), next(begun), next(begun), next(begun), name) for name in names]
+        sides = list(zip(flat[::2], flat[1::2], strict=True))
+        numbers = _read(sides)
+        if not all(map(is_good, numbers)):
+            return _invert_all(operator, layers, sides, numbers)
+
+        def end() -> list[Tensor]:
+            done = [_invert(layer, None) for layer in sides]
+            return [t for inverse in done for t in inverse.tensors]
+
+        given = [t for side in flat for t in _tensors(side)]
+        key = "damped factors", parts, form_of(given)
+        ended = list(graphs(key, end, given))
+        return [
+            _LayerInverse.of(ended[i : i + 5], layer, numbers[j : j + 2])
+            for i, j, layer in zip(
+                range(0, len(ended), 5), range(0, len(numbers), 2), sides, strict=True
+            )
+        ]
+
     def _sides(
-        self, operator: SumKroneckerLinearOperator, layer: int, groups: Sequence[Sequence[int]]
+        self,
+        operator: SumKroneckerLinearOperator,
+        layer: int,
+        groups: Sequence[Sequence[int]],
+        damping: Any,
     ) -> tuple[_Side, _Side]:
         """Merge the factors of each group of terms, and add the damping to their diagonals."""
         pairs = operator.factors[layer]
         A = symmetric_part(torch.stack([pair.A for pair in pairs]).to(FACTORIZATION_DTYPE))
         B = symmetric_part(torch.stack([pair.B for pair in pairs]).to(FACTORIZATION_DTYPE))
         merged = [merge([KroneckerFactors(A[t], B[t]) for t in group]) for group in groups]
-        dampings = [self.heuristic(pair, float(self.damping)) for pair in merged]
+        dampings = [self.heuristic(pair, damping) for pair in merged]
         # the factors are views of fresh tensors, so in-place is safe
         for pair, damping in zip(merged, dampings, strict=True):
             pair.A.diagonal().add_(damping.A)
@@ -214,6 +264,31 @@ class _LayerInverse:
     scale: Float[Tensor, "d_out d_joint"]
     reports: tuple[FactorizationReport, ...]
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All but what the reports know without."""
+        eigenvalues = [r.eigenvalues for r in self.reports if r.eigenvalues is not None]
+        return [self.basis.A, self.basis.B, self.scale, *eigenvalues]
+
+    @classmethod
+    def of(
+        cls,
+        tensors: Sequence[Tensor],
+        sides: tuple[Pencil, Pencil],
+        numbers: Sequence[Sequence[float]],
+    ) -> _LayerInverse:
+        """Return the inverse with these tensors, of two pencils that were good."""
+        A, B, scale, *eigenvalues = tensors
+        reports: list[FactorizationReport] = []
+        for side, state, m in zip(sides, numbers, eigenvalues, strict=True):
+            s1, s2, one, two = state[3:]
+            whitened, bound = f"{side.name}, whitened", one / (2.0 * s1 * len(m))
+            reports += [
+                FactorizationReport(side.name, "cholesky", one / s1 + two / s2),
+                FactorizationReport(whitened, "eigh", bound, m),
+            ]
+        return cls(KroneckerBasis(A, B), scale, tuple(reports))
+
 
 def _invert_dense(
     operator: SumKroneckerLinearOperator, layer: int, damping: float
@@ -228,9 +303,37 @@ def _invert_dense(
     return _LayerInverse(basis, torch.ones_like(identity[:1]), (factorization.report,))
 
 
-def _invert(sides: tuple[Any, Any], numbers: Sequence[Sequence[float]]) -> _LayerInverse:
-    """Invert B ⊗ A by two eigendecompositions, or B_1 ⊗ A_1 + B_2 ⊗ A_2 by two congruences."""
+def _tensors(side: Any) -> list[Tensor]:
+    return [side.scaled, side.M, side.L, side.numbers]
+
+
+def _read(sides: Sequence[tuple[_Side, _Side]]) -> list[list[float]]:
+    """Wait for the device, once."""
+    return read(*[side.numbers for layer in sides for side in layer])
+
+
+def _invert_all(
+    operator: SumKroneckerLinearOperator,
+    layers: Sequence[int],
+    sides: Sequence[tuple[_Side, _Side]],
+    numbers: Sequence[Sequence[float]],
+) -> list[_LayerInverse]:
+    """Invert the layers with factors."""
+    if not all(isfinite(state[0]) for state in numbers):
+        _check_finite(operator, layers)
+    read_of = zip(numbers[::2], numbers[1::2], strict=True)
+    return [_invert(layer, state) for layer, state in zip(sides, read_of, strict=True)]
+
+
+def _invert(sides: tuple[Any, Any], numbers: Sequence[Sequence[float]] | None) -> _LayerInverse:
+    """Invert B ⊗ A by two eigendecompositions, or B_1 ⊗ A_1 + B_2 ⊗ A_2 by two congruences.
+
+    Args:
+        sides: What is made of A and of B.
+        numbers: Their numbers; None if they are known to be good, but stay on the device.
+    """
     if isinstance(sides[0], _Single):
+        assert numbers is not None
         a, b = (eigh(side.P, side.name, read[1]) for side, read in zip(sides, numbers, strict=True))
         check_nonsingular(a)
         check_nonsingular(b)
@@ -238,9 +341,10 @@ def _invert(sides: tuple[Any, Any], numbers: Sequence[Sequence[float]]) -> _Laye
         return _LayerInverse(
             basis, torch.outer(1 / b.eigenvalues, 1 / a.eigenvalues), (a.report, b.report)
         )
-    A, B = (side.diagonalize(state) for side, state in zip(sides, numbers, strict=True))
+    states = (None, None) if numbers is None else numbers
+    A, B = (side.diagonalize(state) for side, state in zip(sides, states, strict=True))
     eigenvalues = torch.outer(A.s1 * B.s1 * B.a1, A.a1).addr_(A.s2 * B.s2 * B.a2, A.a2)
-    if sum(a * b for a, b in zip(numbers[0][-2:], numbers[1][-2:], strict=True)) == 0:
+    if numbers and sum(a * b for a, b in zip(numbers[0][-2:], numbers[1][-2:], strict=True)) == 0:
         _check_nonsingular(eigenvalues, sides[0].name)
     return _LayerInverse(KroneckerBasis(A.E, B.E), 1 / eigenvalues, A.reports + B.reports)
 

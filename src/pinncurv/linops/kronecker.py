@@ -24,6 +24,7 @@ from pinncurv.linops.kronecker_inverse import cg_inverse, in_double
 from pinncurv.linops.layerwise import Joint, LayerwiseLinearOperator, term_position
 from pinncurv.linops.operator import SymmetricLinearOperator, check_damping
 from pinncurv.linops.psd import EigenFactorization, eigh, symmetrize
+from pinncurv.machine import Graphs
 
 
 class SumKroneckerLinearOperator(LayerwiseLinearOperator):
@@ -38,6 +39,7 @@ class SumKroneckerLinearOperator(LayerwiseLinearOperator):
     Args:
         factors: ``factors[l][t]`` are the factors of layer l and term t.
         terms: Names of the terms, by default ``"0"``, ``"1"``, ….
+        graphs: Where what is done with the factors is compiled, if it shall be.
 
     Raises:
         ValueError: If the factors do not fit the layers and terms.
@@ -49,11 +51,13 @@ class SumKroneckerLinearOperator(LayerwiseLinearOperator):
         blocks: Sequence[Block],
         shapes: Sequence[Sequence[int]],
         terms: Sequence[str] | None = None,
+        graphs: Graphs | None = None,
     ) -> None:
         first = factors[0][0].A
         super().__init__(blocks, shapes, first.device, first.dtype)
         self.factors = tuple(tuple(layer) for layer in factors)
         self.terms = tuple(map(str, range(len(factors[0]))) if terms is None else terms)
+        self.graphs = graphs
         check_factors(self.factors, self.blocks, self.terms)
 
     def factor_name(self, layer: int, term: int, factor: str) -> str:
@@ -100,7 +104,7 @@ class SumKroneckerLinearOperator(LayerwiseLinearOperator):
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> SumKroneckerLinearOperator:
         factors = grouped(KroneckerFactors, tensors, len(self.terms))
-        return type(self)(factors, self.blocks, self._in_shape, self.terms)
+        return type(self)(factors, self.blocks, self._in_shape, self.terms, self.graphs)
 
     def identity(self) -> SumKroneckerLinearOperator:
         return self.with_tensors([torch.eye(len(M)).to(M) for M in self.tensors()])

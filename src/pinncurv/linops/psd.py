@@ -32,13 +32,13 @@ class FactorizationReport:
     Attributes:
         name: What the matrix is.
         method: ``"cholesky"``, ``"eigh"``, or ``"shifted eigh"``.
-        floor: The lower bound that eigenvalues were clipped to.
+        floor: The lower bound that eigenvalues were clipped to, a number or on the device.
         eigenvalues: The eigenvalues before clipping, ``None`` after a Cholesky factorization.
     """
 
     name: str
     method: str
-    floor: float
+    floor: float | Tensor
     eigenvalues: Float[Tensor, " n"] | None = None
 
     @property
@@ -168,7 +168,9 @@ def symmetric_part(M: Float[Tensor, "*K n n"]) -> Float[Tensor, "*K n n"]:
     return half + half.mT
 
 
-def eigh(matrix: Float[Tensor, "n n"], name: str, floor: float = 0.0) -> EigenFactorization:
+def eigh(
+    matrix: Float[Tensor, "n n"], name: str, floor: float | Tensor = 0.0
+) -> EigenFactorization:
     """Eigendecomposition of a symmetric positive semidefinite matrix.
 
     M = V diag(max(m, floor)) Vᵀ, see ``factorize`` for the arguments

@@ -41,8 +41,8 @@ class SimultaneousDiagonalization:
     E: Float[Tensor, "n n"]
     a1: Float[Tensor, " n"]
     a2: Float[Tensor, " n"]
-    s1: float
-    s2: float
+    s1: float | Tensor
+    s2: float | Tensor
     reports: tuple[FactorizationReport, ...]
 
 
@@ -60,7 +60,6 @@ class Pencil:
     once between them, for any number of pencils.
 
     Attributes:
-        P: The symmetric matrices P_1 and P_2.
         scaled: P_1 / s_1.
         M: P_1 / s_1 + P_2 / s_2.
         L: Cholesky's factor of M, if the algorithm did not fail.
@@ -69,7 +68,6 @@ class Pencil:
         name: What the matrices are.
     """
 
-    P: Float[Tensor, "2 n n"]
     scaled: Float[Tensor, "n n"]
     M: Float[Tensor, "n n"]
     L: Float[Tensor, "n n"]
@@ -87,26 +85,25 @@ class Pencil:
         bounds = [f if isinstance(f, Tensor) else P.new_full((), f) for f in floors]
         L, good = cholesky_with_flag(M, bounds[0] / s[0] + bounds[1] / s[1])
         numbers = [M.sum(), means.amin(), good.to(M), *s.unbind(), *bounds]
-        return cls(P, scaled[0], M, L, torch.stack(numbers), name)
+        return cls(scaled[0], M, L, torch.stack(numbers), name)
 
-    def diagonalize(self, numbers: Sequence[float]) -> SimultaneousDiagonalization:
-        """Go on, knowing the numbers.
+    def diagonalize(self, numbers: Sequence[float] | None) -> SimultaneousDiagonalization:
+        """Go on, knowing the numbers; None if they are known to be good, but stay on the device.
 
         Raises:
-            FactorizationError: If a matrix is not finite, or M is numerically singular and both
-                floors are zero.
+            FactorizationError: If a trace is negative, or M is numerically singular and both floors
+                are zero.
         """
-        total, smaller_trace, good, s1, s2, floor1, floor2 = numbers
-        if not isfinite(total):
-            for i, P in enumerate(self.P, 1):
-                symmetrize(P, f"{self.name}, term {i}")
-        if smaller_trace < 0:
+        values = self.numbers.unbind() if numbers is None else numbers
+        s1, s2, floor1, floor2 = values[3:]
+        if numbers is not None and numbers[1] < 0:
             raise FactorizationError(
                 f"The matrices in {self.name} must be positive semidefinite, got a trace of "
-                f"{smaller_trace * len(self.M):.1e}. Check the signs of the sums that define the "
+                f"{numbers[1] * len(self.M):.1e}. Check the signs of the sums that define the "
                 "factors."
             )
-        factorization = self._factorization(bool(good), floor1 / s1 + floor2 / s2)
+        good, floor = numbers is None or bool(numbers[2]), floor1 / s1 + floor2 / s2
+        factorization = self._factorization(good, floor)
         whitened = factorization.whiten(factorization.whiten(self.scaled).mT)
         largest = 2.0 * len(self.M)  # the trace of M bounds its largest eigenvalue
         eigen = eigh(whitened, f"{self.name}, whitened", floor1 / (s1 * largest))
@@ -120,7 +117,7 @@ class Pencil:
             (factorization.report, eigen.report),
         )
 
-    def _factorization(self, good: bool, floor: float) -> Factorization:
+    def _factorization(self, good: bool, floor: float | Tensor) -> Factorization:
         if good:
             return CholeskyFactorization(self.L, FactorizationReport(self.name, "cholesky", floor))
         decomposition = eigh(self.M, self.name, floor)
@@ -141,4 +138,13 @@ def diagonalize(
         FactorizationError: As ``Pencil.diagonalize`` does.
     """
     pencil = Pencil.of(torch.stack([P1, P2]), (floor1, floor2), name)
-    return pencil.diagonalize(read(pencil.numbers)[0])
+    (numbers,) = read(pencil.numbers)
+    if not is_good(numbers):
+        symmetrize(P1, f"{name}, term 1")
+        symmetrize(P2, f"{name}, term 2")
+    return pencil.diagonalize(numbers)
+
+
+def is_good(numbers: Sequence[float]) -> bool:
+    """Whether a pencil is finite and positive definite, by its numbers."""
+    return isfinite(numbers[0]) and numbers[1] >= 0 and bool(numbers[2])

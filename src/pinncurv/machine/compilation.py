@@ -69,6 +69,8 @@ _READS = {"item", "tolist", "numpy", "equal", "allclose", "is_nonzero", "cpu"} |
 
 # Graphs of one function. More come from numbers that change all the time.
 _MOST_GRAPHS = 8
+# Graphs of one function that uses no numbers but its tensors', as more terms or shapes need.
+_MOST_CLOSED = 32
 # In how many of its first calls a graph is compared with the function that it was traced from.
 _COMPARED = 2
 
@@ -79,6 +81,7 @@ class _Known:
 
     run: Compiled
     compared: set[int] = field(default_factory=set)  # which tensors, by the first one's identity
+    further: Any = None
 
 
 @dataclass
@@ -120,7 +123,8 @@ class Graphs:
             given: The tensors that may be others in a later call.
             fixed: Those whose values may change, but which are always the same ones.
         """
-        if self.off:
+        full = self.closed and self.traced[key[0]] >= _MOST_CLOSED and key not in self.known
+        if self.off or full:
             return function()
         try:
             found = self.known.get(key) or self._trace(key, function, given, fixed)
@@ -132,6 +136,15 @@ class Graphs:
             return self._refused(error, function)
         return result
 
+    def kept(self, key: tuple[Hashable, ...], make: Callable[[], Any]) -> Any:
+        """Return what else belongs to a graph, made when its function was called last."""
+        found = self.known.get(key)
+        if found is None:  # the function itself was called
+            return make()
+        if found.further is None:
+            found.further = make()
+        return found.further
+
     def _trace(
         self,
         key: tuple[Hashable, ...],
@@ -140,7 +153,7 @@ class Graphs:
         fixed: Sequence[Tensor],
     ) -> _Known:
         self.traced[key[0]] += 1
-        if self.traced[key[0]] > _MOST_GRAPHS:
+        if self.traced[key[0]] > (_MOST_CLOSED if self.closed else _MOST_GRAPHS):
             raise RuntimeError(
                 f"it would be compiled more than {_MOST_GRAPHS} times, for other numbers in the "
                 "functions or other numbers of points each time"
