@@ -150,7 +150,7 @@ class KFAC:
         """
         space = ParameterSpace.of(linearizations)
         check_dense_blocks(space, self.dense_limit)
-        T = range(len(linearizations))
+        T, graphs = range(len(linearizations)), getattr(linearizations, "graphs", None)
         moments: list[list[_Moments | None]] = [[None for _ in T] for _ in space.blocks]
 
         def visit(t: int, blocks: Sequence[JacobianBlock | None]) -> None:
@@ -164,7 +164,6 @@ class KFAC:
                 return [M for block in used.values() for M in self._sums(space, block)]
 
             key = "Kronecker factors", self, tuple(used)
-            graphs = getattr(linearizations, "graphs", None)
             tensors = iter(together(graphs, key, sums, list(used.values())))
             for i, block in used.items():
                 points = block.Z.shape[1] if isinstance(block, LinearLayer) else 1
@@ -180,7 +179,6 @@ class KFAC:
         names = [linearization.term.name for linearization in linearizations]
         if self.merge_terms:
             factors, names = [[merge(layer)] for layer in factors], ["+".join(names)]
-        graphs = getattr(linearizations, "graphs", None)
         return KFACLinearOperator(factors, space.blocks, space.shapes, names, graphs)
 
     def _sums(self, space: ParameterSpace, block: JacobianBlock) -> tuple[Tensor, Tensor]:
