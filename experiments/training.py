@@ -22,10 +22,10 @@ from experiments.command import Interruption
 from experiments.experiment import DTYPES, Experiment
 from experiments.folder import write_atomically
 from experiments.objects import UserError, first_line, short, told
-from pinncurv.curvature import GaussNewton, Objective
+from pinncurv.curvature import Objective
 from pinncurv.linops import FactorizationError
-from pinncurv.machine import NotEnoughMemoryError, check_memory, seconds_spent
-from pinncurv.optim import CurvatureOptimizer, HeldOut, StepRecord
+from pinncurv.machine import seconds_spent
+from pinncurv.optim import HeldOut, StepRecord
 from pinncurv.problems import Errors, ResidualBased, Windows, warn_unless_periodic
 
 METRICS = "metrics.csv"
@@ -97,7 +97,6 @@ class Trainer:
         except (Exception, SystemExit) as error:  # of the user's own code it may be any
             raise UserError(f"{experiment.problem}: {told(error)}") from error
         self.optimizer = experiment.build_optimizer(self.label, parameters)
-        _check_memory(self.label, self.optimizer, parameters)
 
     def describe(self) -> str:
         """Return what is trained, in a few words."""
@@ -264,20 +263,6 @@ class Trainer:
         """Wait for the device, so that the clock counts what was computed."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-def _check_memory(label: str, optimizer: Any, parameters: Sequence[torch.Tensor]) -> None:
-    """Check that a dense matrix and its factorization fit, lest the first step be killed."""
-    if not isinstance(optimizer, CurvatureOptimizer) or not isinstance(
-        optimizer.preconditioner.curvature, GaussNewton
-    ):
-        return
-    D, first = sum(p.numel() for p in parameters), parameters[0]
-    what, instead = f"{label}: JᵀJ of {D:,} parameters", "Choose another optimizer, as kfac_star."
-    try:
-        check_memory(what, 3 * D**2, first.dtype, first.device, instead)
-    except NotEnoughMemoryError as error:
-        raise UserError(str(error)) from None
 
 
 # --- checkpoints ----------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from pinncurv.curvature import (
     SubspaceGaussNewton,
     Woodbury,
 )
+from pinncurv.linops import DenseLinearOperator
 from pinncurv.machine import NotEnoughMemoryError, check_memory, free_memory, memory
 from tests.optim.cases import network, poisson
 
@@ -60,6 +61,13 @@ def test_large_matrices_are_refused_before_they_are_made(make, message):
     made = poisson(network(2, 8, 1), n=17).linearize()
     with pytest.raises(NotEnoughMemoryError, match=message):
         make(made)
+
+
+@pytest.mark.usefixtures("_little")
+def test_a_large_factorization_is_refused():
+    dense = DenseLinearOperator(torch.eye(9), [(9,)])
+    with pytest.raises(NotEnoughMemoryError, match=r"factorization .* of 9 parameters.*KFAC"):
+        dense.inverse(1e-3)
 
 
 def test_a_million_residuals_are_refused_at_once():

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pinncurv.curvature.single import SingleBlock
+from pinncurv.curvature.single import SingleBlock, widened
 from pinncurv.linearization import DenseRows, EntryRows, JacobianBlock, LinearLayer
 from pinncurv.machine import add_lower_product_, sizes_of, symmetric_product
 
@@ -120,7 +120,7 @@ def _add_through_rows_(kernel: Tensor, i: int, pairs: Sequence[tuple[Side, Side]
             c, d = small[id(left)], small[id(right)]
             if c is not None and d is not None:
                 product = symmetric_product(a.mT) if left is right else a @ b.mT
-                target += product.to(target.dtype).mul_(c.scale).mul_(d.scale)
+                target += widened(product, c.scale, d.scale)
             elif left is right:
                 add_lower_product_(target, a.mT)
             else:
@@ -176,7 +176,7 @@ def _add_tile_(
     if c is not None and d is not None:
         rounded = torch.zeros_like(part, dtype=torch.float32)
         _add_products_(rounded, c.block.at(p), d.block.at(q))
-        part += rounded.to(part.dtype).mul_(c.scale).mul_(d.scale)
+        part += widened(rounded, c.scale, d.scale)
         return
     assert a is not None
     assert b is not None

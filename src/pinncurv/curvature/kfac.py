@@ -150,7 +150,7 @@ class KFAC:
         """
         space = ParameterSpace.of(linearizations)
         check_dense_blocks(space, self.dense_limit)
-        T = range(len(linearizations))
+        T, graphs = range(len(linearizations)), getattr(linearizations, "graphs", None)
         moments: list[list[_Moments | None]] = [[None for _ in T] for _ in space.blocks]
 
         def visit(t: int, blocks: Sequence[JacobianBlock | None]) -> None:
@@ -164,7 +164,6 @@ class KFAC:
                 return [M for block in used.values() for M in self._sums(space, block)]
 
             key = "Kronecker factors", self, tuple(used)
-            graphs = getattr(linearizations, "graphs", None)
             tensors = iter(together(graphs, key, sums, list(used.values())))
             for i, block in used.items():
                 points = block.Z.shape[1] if isinstance(block, LinearLayer) else 1
@@ -180,7 +179,6 @@ class KFAC:
         names = [linearization.term.name for linearization in linearizations]
         if self.merge_terms:
             factors, names = [[merge(layer)] for layer in factors], ["+".join(names)]
-        graphs = getattr(linearizations, "graphs", None)
         return KFACLinearOperator(factors, space.blocks, space.shapes, names, graphs)
 
     def _sums(self, space: ParameterSpace, block: JacobianBlock) -> tuple[Tensor, Tensor]:
@@ -192,14 +190,14 @@ class KFAC:
         sharing = self.sharing
         if self.single and not is_narrow(block.Z.shape[-1]):
             small, scale = with_single_inputs(block)
-            A = lifted_(widened(sharing.input_moment(small), scale))
+            A = lifted_(widened(sharing.input_moment(small), scale, scale))
         else:
             A = sharing.input_moment(block)
         if block.G is None:
             return A, A.new_zeros(())
         if self.single and not is_narrow(block.d_out):
             small, scale = with_single_gradients(block)
-            return A, lifted_(widened(sharing.gradient_moment(small), scale))
+            return A, lifted_(widened(sharing.gradient_moment(small), scale, scale))
         return A, sharing.gradient_moment(block)
 
 

@@ -70,12 +70,12 @@ class Scaled:
 
     def gram(self) -> Float[Tensor, "d d"]:
         """Return XᵀX ≈ s² YᵀY, in the data type of X."""
-        return widened(symmetric_product(self.values), self.scale)
+        return widened(symmetric_product(self.values), self.scale, self.scale)
 
 
-def widened(products: Tensor, scale: Float[Tensor, ""]) -> Tensor:
-    """Return sums of products of two scaled matrices, s² P, in the data type of s."""
-    return products.to(scale.dtype).mul_(scale).mul_(scale)
+def widened(products: Tensor, s: Float[Tensor, ""], t: Float[Tensor, ""]) -> Tensor:
+    """Return sums of products of two scaled matrices, s t P, in the data type of s."""
+    return products.to(s.dtype).mul_(s).mul_(t)
 
 
 def lifted_(matrix: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
@@ -143,4 +143,4 @@ def add_gram_(
         return block.add_gram_(total)
     small = SingleBlock.of(block)
     part = torch.zeros_like(total, dtype=torch.float32)
-    return total.add_(widened(small.block.add_gram_(part), small.scale))
+    return total.add_(widened(small.block.add_gram_(part), small.scale, small.scale))

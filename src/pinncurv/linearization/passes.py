@@ -50,6 +50,8 @@ class CompiledPasses:
             part: The points.
             fixed: The parameters.
         """
+        if self.graphs.off:  # nothing to rebuild, and a template would keep the tensors alive
+            return function(part)
         part = part.traceable
         key, results = (kind, part.form), []
 
@@ -65,6 +67,7 @@ class CompiledPasses:
 
         tensors = self.graphs(key, flat, part.tensors, fixed)
         if self.graphs.gives_up:  # it was called as it is
+            self.templates.clear()
             return results[-1]
         return _rebuilt(self.templates[key], iter(tensors))
 

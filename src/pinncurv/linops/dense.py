@@ -18,6 +18,7 @@ from pinncurv.linops.inverses import (
 from pinncurv.linops.layerwise import Joint, LayerwiseLinearOperator
 from pinncurv.linops.operator import SymmetricLinearOperator, check_damping
 from pinncurv.linops.psd import (
+    FACTORIZATION_DTYPE,
     EigenFactorization,
     Factorization,
     FactorizationError,
@@ -25,8 +26,14 @@ from pinncurv.linops.psd import (
     eigh,
     symmetrize,
 )
+from pinncurv.machine import check_memory
 
 _NAME = "the dense matrix"
+
+# What else to do where it is too large.
+_INSTEAD = (
+    "Take an inverse by PreconditionedCG(damping), or a curvature with smaller blocks as KFAC()."
+)
 
 
 def _damped(
@@ -108,7 +115,11 @@ class DenseLinearOperator(SymmetricLinearOperator):
 
         Raises:
             FactorizationError: If the damping is zero and the matrix is numerically singular.
+            NotEnoughMemoryError: If a factorization does not fit into the memory.
         """
+        n = len(self.matrix)
+        what = f"the factorization of {_NAME} of {n:,} parameters"
+        check_memory(what, 2 * n * n, FACTORIZATION_DTYPE, self.device, _INSTEAD)
         damped = _damped(self.matrix, _NAME, check_damping(damping), lambda: self.eigh)
         return FactorizedInverseLinearOperator(damped, self._in_shape, self.dtype)
 

@@ -106,6 +106,11 @@ class Graphs:
     traced: Counter[Hashable] = field(default_factory=Counter)
     gives_up: bool = False
 
+    @property
+    def off(self) -> bool:
+        """Whether functions are called as they are now."""
+        return self.gives_up or torch.is_inference_mode_enabled()
+
     def __call__(
         self,
         key: tuple[Hashable, ...],
@@ -123,7 +128,7 @@ class Graphs:
             fixed: Those whose values may change, but which are always the same ones.
         """
         full = self.closed and self.traced[key[0]] >= _MOST_CLOSED and key not in self.known
-        if self.gives_up or full or torch.is_inference_mode_enabled():
+        if self.off or full:
             return function()
         found, start = self.known.get(key), time.perf_counter()
         settled = found is not None and found.is_settled(given)

@@ -13,8 +13,13 @@ from scipy.optimize import line_search
 from torch import Tensor
 from torch.optim import Optimizer
 
-# What the approximation of the inverse Hessian may take: in float64 that of 23,170 parameters.
-_MOST_BYTES = 4 * 2**30
+from pinncurv.machine import check_memory
+
+# What else to do where H is too large.
+_INSTEAD = (
+    "Take torch.optim.LBFGS or pinncurv.presets.kfac_star, or freeze a part with "
+    "requires_grad_(False)."
+)
 
 # Where sᵀy is below this part of |s| |y| it is rounding, and the approximation stays as it is.
 _LEAST_CURVATURE = 1e-14
@@ -110,13 +115,9 @@ class _SelfScaled(Optimizer):
         """Return the parameters that are not frozen, after checking that H fits."""
         parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         n = sum(parameter.numel() for parameter in parameters)
-        if parameters and n**2 * parameters[0].element_size() > _MOST_BYTES:
-            raise ValueError(
-                f"{type(self).__name__} keeps a dense matrix, which must take at most "
-                f"{_MOST_BYTES / 2**30:.0f} GiB, got {n} parameters, whose matrix takes "
-                f"{n**2 * parameters[0].element_size() / 2**30:.1f} GiB. Take torch.optim.LBFGS or "
-                "pinncurv.presets.kfac_star, or freeze a part with requires_grad_(False)."
-            )
+        if parameters and not any("inverse" in state for state in self.state.values()):
+            like, what = parameters[0], f"the matrix of {type(self).__name__}, of {n:,} parameters"
+            check_memory(what, n**2, like.dtype, like.device, _INSTEAD)
         return parameters
 
 
@@ -132,7 +133,8 @@ class SSBFGS(_SelfScaled):
             loss once more.
 
     Raises:
-        ValueError: If a number is out of range, or the matrix of all pairs of parameters too large.
+        ValueError: If a number is out of range.
+        NotEnoughMemoryError: If the matrix of all pairs of parameters does not fit.
 
     Source: Al-Baali, Numerical experience with a class of self-scaling quasi-Newton algorithms,
         1998; Urbán, Stefanou and Pons, arXiv 2405.04230 (the equations of its section 3).
