@@ -25,7 +25,7 @@ def test_angles_fall_with_the_damping(small, capsys):
 def test_times(small, capsys):
     single.main(["times", "--turns", "1"])
     rows = re.findall(r"^\| s \(73\) \| (\w+) \|(.+)\|$", capsys.readouterr().out, re.MULTILINE)
-    assert [label for label, _ in rows] == ["KFAC", "EKFAC", "matrix"]
+    assert [label for label, _ in rows] == ["KFAC", "matrix"]
     for _, numbers in rows:
         double, rounded, ratio = map(float, numbers.split("|"))
         assert min(double, rounded, ratio) > 0

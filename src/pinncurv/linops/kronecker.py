@@ -104,7 +104,9 @@ class SumKroneckerLinearOperator(LayerwiseLinearOperator):
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> SumKroneckerLinearOperator:
         factors = grouped(KroneckerFactors, tensors, len(self.terms))
-        return type(self)(factors, self.blocks, self._in_shape, self.terms, self.graphs)
+        made = type(self)(factors, self.blocks, self._in_shape, self.terms)
+        made.graphs = self.graphs  # a subclass may have other arguments
+        return made
 
     def identity(self) -> SumKroneckerLinearOperator:
         return self.with_tensors([torch.eye(len(M)).to(M) for M in self.tensors()])
