@@ -86,7 +86,7 @@ BUILD = {
     "channels": (ChannelKronecker(pairs=False), FACTORS),
     "channel-pairs": (ChannelKronecker(), FACTORS * (S + 1) / 2),
     "traces": (
-        lambda made: PartialTraces().factors(made, expand, None, False),
+        lambda made: PartialTraces().factors(made, expand, None),
         FACTORS + 2 * CHANNELS,
     ),
     "optimal": (

@@ -97,7 +97,10 @@ def test_what_is_set_for_one_optimizer_is_for_it_alone():
         (["--optimizers", "kfac_tar"], "no optimizer 'kfac_tar'. Perhaps you meant kfac_star"),
         (["--problem", "poison2d"], "no problem 'poison2d'. Perhaps you meant poisson2d"),
         (["--preset", "poisson2d_258"], "no experiment 'poisson2d_258'. Perhaps you meant"),
-        (["--set", "kfac_star.dampin=1"], "it has damping, decay, start, sharing, heuristic, single."),
+        (
+            ["--set", "kfac_star.dampin=1"],
+            "it has damping, decay, start, sharing, heuristic, single.",
+        ),
         (["--set", "kfac_star.damping=high"], "kfac_star.damping must be float"),
         (["--set", "kfac_star.damping=-1"], "damping must be a finite number >= 0, got -1"),
         (["--set", "kfac_star.sharing=reduse"], "Perhaps you meant reduce"),
