@@ -261,8 +261,9 @@ class Objective:
         check: Whether to compare the derivatives of the network with reverse mode once, at two
             points; costs at most a step.
         compile: Whether to trace what is done at the points to flat graphs and compile them, for
-            many steps with as many points. It takes a quarter of a minute for each term, once on a
-            disk. What can't be compiled, as an ``Energy``, runs as it is written, with a warning.
+            many steps with as many points. It needs a C++ compiler on a CPU and takes seconds to
+            minutes, once on a disk. What can't be compiled, as an ``Energy``, runs as it is
+            written, with a warning ``NotCompiled``.
             The gradient of ``loss`` can then not be differentiated again.
 
     Raises:
