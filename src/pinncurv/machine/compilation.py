@@ -162,7 +162,7 @@ class Graphs:
         fixed: Sequence[Tensor],
     ) -> _Known:
         self.traced[key[0]] += 1
-        if self.traced[key[0]] > (_MOST_CLOSED if self.closed else _MOST_GRAPHS):
+        if not self.closed and self.traced[key[0]] > _MOST_GRAPHS:
             raise RuntimeError(
                 f"it would be compiled more than {_MOST_GRAPHS} times, for other numbers in the "
                 "functions or other numbers of points each time"
@@ -299,10 +299,7 @@ def _flatten(
             node.replace_all_uses_with(tensors[id(tensor)][1])
     for node in used:
         graph.graph.erase_node(node)
-    order = {
-        node: i for i, node in enumerate(n for n in graph.graph.nodes if n.op == "placeholder")
-    }
-    by_order = sorted(tensors.values(), key=lambda pair: order[pair[1]])
+    order = {placeholder: i for i, (_, placeholder) in enumerate(tensors.values())}
     output = next(node for node in reversed(graph.graph.nodes) if node.op == "output")
     results: list[Node] = list(output.args[0])
     made = list(dict.fromkeys(node for node in map(_alias, results) if node not in order))
@@ -313,7 +310,7 @@ def _flatten(
     output.args = (tuple(made),)
     graph.graph.eliminate_dead_code()
     graph.recompile()
-    return tuple(source for source, _ in by_order), outputs
+    return tuple(source for source, _ in tensors.values()), outputs
 
 
 def _check_closed(graph: GraphModule, known: Mapping[int, object]) -> None:

@@ -77,9 +77,7 @@ def kfac_star(
 
 
 def ekfac(
-    params: Iterable[Any],
-    damping: float = 1e-6,
-    step_size: StepSize | None = None,
+    params: Iterable[Any], damping: float = 1e-6, step_size: StepSize | None = None
 ) -> CurvatureOptimizer:
     """Return EKFAC, KFAC's eigenbasis with the exact second moments in it.
 
