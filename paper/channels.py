@@ -1,20 +1,22 @@
 """The same loss on other channels: what KFAC is when derivatives are propagated differently.
 
 ``python experiments/compare.py --operators kfac_expand paper/channels.py:kfac_uncollapsed``
+``python experiments/train.py --optimizers kfac_star paper/channels.py:kfac_star_uncollapsed``
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
 from pinncurv.curvature import KFAC, reduce
 from pinncurv.diffops import Derivative, DifferentialOperator
 from pinncurv.linearization import Linearization, linearize
-from pinncurv.linops import PyTorchLinearOperator
-from pinncurv.optim import Curvature
+from pinncurv.linops import FactorDamping, PyTorchLinearOperator
+from pinncurv.optim import Curvature, CurvatureOptimizer, ExponentialAverage
 
 # Directions that differ by that part are not merged. Derivatives are scaled back.
 _DIFFERENCE = 2.0**-20
@@ -110,3 +112,25 @@ kfac_uncollapsed = OnChannels(KFAC(), uncollapsed)
 kfac_reduce_uncollapsed = OnChannels(KFAC(reduce), uncollapsed)
 kfac_unmerged = OnChannels(KFAC(), unmerged)
 kfac_reduce_unmerged = OnChannels(KFAC(reduce), unmerged)
+
+
+def kfac_star_uncollapsed(
+    params: Iterable[Any], damping: float = 1e-8, decay: float = 0.95
+) -> CurvatureOptimizer:
+    """Return KFAC* whose factors have a channel for every second derivative."""
+    return _kfac_star(params, kfac_uncollapsed, damping, decay)
+
+
+def kfac_star_unmerged(
+    params: Iterable[Any], damping: float = 1e-8, decay: float = 0.95
+) -> CurvatureOptimizer:
+    """Return KFAC* whose factors have channels of their own for every differential operator."""
+    return _kfac_star(params, kfac_unmerged, damping, decay)
+
+
+def _kfac_star(
+    params: Iterable[Any], curvature: Curvature, damping: float, decay: float
+) -> CurvatureOptimizer:
+    """Compose KFAC* with factors on other channels, for which every term is linearized again."""
+    average = ExponentialAverage(decay)
+    return CurvatureOptimizer(params, curvature, FactorDamping(damping), average=average)

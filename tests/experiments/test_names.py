@@ -10,7 +10,7 @@ import pytest
 from experiments import catalog
 from experiments.command import number_or_auto
 from experiments.experiment import Experiment, from_json
-from experiments.objects import UserError, bind, evaluate
+from experiments.objects import UserError, bind, evaluate, resolve
 from experiments.presets import PRESETS
 from pinncurv import presets
 from pinncurv.curvature import KFAC, reduce
@@ -186,7 +186,8 @@ def test_every_preset_can_be_built(name):
     experiment = PRESETS[name].checked()
     for label in experiment.labels:
         one = experiment.only(label)
-        bind(catalog.OPTIMIZERS[one.labels[label]], one.of(label), label, ("params",))
+        found = resolve(one.labels[label], catalog.OPTIMIZERS, "optimizer")
+        bind(found, one.of(label), label, ("params",))
         bind(catalog.PROBLEMS[one.problem], one.of("problem"), "problem")
     assert Path("experiments/README.md").read_text().count(name)
 

@@ -1,0 +1,143 @@
+"""Ablations of KFAC* as data: the default, and what each variant changes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from experiments.experiment import Experiment
+
+DEFAULT = "default"
+
+# KFAC* on the middle network, with the settings that the paper found for it.
+_PROBLEM = {
+    "problem.n_interior": "900",
+    "problem.n_boundary": "120",
+    "network.widths": "(64, 64, 48, 48)",
+}
+_KFAC_STAR = {
+    "curvature": "KFAC()",
+    "inverse": "FactorDamping(2.989e-13)",
+    "average": "ExponentialAverage(0.6258)",
+    "step_size": "QuadraticModel()",
+}
+_SECONDS = 30.0
+_SEEDS = (1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """One question about KFAC*, and the variants that answer it.
+
+    Args:
+        question: What is asked.
+        variants: By label, the arguments of ``CurvatureOptimizer``, or fields of a run, that differ
+            from the default.
+        optimizers: By label, what is run in place of ``curvature_optimizer``.
+    """
+
+    question: str
+    variants: Mapping[str, Mapping[str, str]]
+    optimizers: Mapping[str, str] = field(default_factory=dict)
+
+    def experiment(self) -> Experiment:
+        """Return the default and the variants, side by side."""
+        settings = dict(_PROBLEM)
+        for label, changes in {DEFAULT: {}, **self.variants}.items():
+            own = {} if label in self.optimizers else _KFAC_STAR
+            for argument, text in {**own, **changes}.items():
+                settings[f"{label}.{argument}"] = text
+        labels = (DEFAULT, *self.variants)
+        names = [self.optimizers.get(label, "curvature_optimizer") for label in labels]
+        return Experiment(
+            problem="poisson2d",
+            optimizers=tuple(f"{label}={name}" for label, name in zip(labels, names, strict=True)),
+            settings=settings,
+            seconds=_SECONDS,
+            seeds=_SEEDS,
+        )
+
+
+_ON_CHANNELS = {"damping": "2.989e-13", "decay": "0.6258"}
+
+ABLATIONS: dict[str, Ablation] = {
+    "sharing": Ablation(
+        "How do the channels enter the factors?", {"reduce": {"curvature": "KFAC(reduce)"}}
+    ),
+    "fisher": Ablation(
+        "Which output gradients make the factors B?",
+        {
+            "empirical": {"curvature": "KFAC(fisher=Empirical())"},
+            "forward_only": {"curvature": "KFAC(fisher=ForwardOnly())"},
+        },
+    ),
+    "damping": Ablation(
+        "How does λ enter the inverse?",
+        {
+            "trace_norm": {"inverse": "FactorDamping(2.989e-13, trace_norm)"},
+            "exact": {"inverse": "Damped(2.989e-13)"},
+            "exact_larger": {"inverse": "Damped(1e-6)"},
+        },
+    ),
+    "average": Ablation(
+        "What does the moving average of the factors bring, and what may it start from?",
+        {
+            "none": {"average": "None"},
+            "longer": {"average": "ExponentialAverage(0.95)"},
+            "longest": {"average": "ExponentialAverage(0.99)"},
+            "from_zero": {"average": "ExponentialAverage(0.6258, from_zero)"},
+            "from_first": {"average": "ExponentialAverage(0.6258, from_first)"},
+        },
+    ),
+    "intervals": Ablation(
+        "How often must factors and inverses be made anew?",
+        {
+            "inverse_10": {"intervals": "Intervals(1, 10)"},
+            "both_10": {"intervals": "Intervals(10, 10)"},
+            "both_100": {"intervals": "Intervals(100, 100)"},
+        },
+    ),
+    "terms": Ablation(
+        "Do the terms of the loss need factors of their own?",
+        {"merged": {"curvature": "KFAC(merge_terms=True)"}},
+    ),
+    "resampling": Ablation(
+        "How often should points be drawn anew?",
+        {f"every_{k}": {"resample_every": str(k)} for k in (1, 10, 100)},
+    ),
+    "precision": Ablation(
+        "Do the factors need double precision?", {"single": {"curvature": "KFAC(single=True)"}}
+    ),
+    "step": Ablation(
+        "What chooses the length of the step?",
+        {
+            "line_search": {"step_size": "GridLineSearch()"},
+            "no_momentum": {"step_size": "QuadraticModel(False)"},
+            "levenberg_marquardt": {"damping_rule": "LevenbergMarquardt()"},
+        },
+    ),
+    "pairs": Ablation(
+        "What is lost by one Kronecker product for all channels?",
+        {
+            "channels": {
+                "curvature": "ChannelKronecker(pairs=False)",
+                "inverse": "Damped(1e-6)",
+                "average": "None",
+            },
+            "channel_pairs": {
+                "curvature": "ChannelKronecker()",
+                "inverse": "Damped(1e-6)",
+                "average": "None",
+            },
+            "one_product": {"inverse": "Damped(1e-6)", "average": "None"},
+        },
+    ),
+    "channels": Ablation(
+        "Do collapsed derivatives and merged directions matter?",
+        {"uncollapsed": _ON_CHANNELS, "unmerged": _ON_CHANNELS},
+        {
+            "uncollapsed": "paper/channels.py:kfac_star_uncollapsed",
+            "unmerged": "paper/channels.py:kfac_star_unmerged",
+        },
+    ),
+}

@@ -1,0 +1,235 @@
+"""The experiments of the paper, and ours: trains what is asked for, and keeps the results.
+
+``python experiments/paper.py poisson2d_257 --seconds 60`` trains every optimizer of a row, each in
+a run folder and process of its own; ``ablations`` stands for all of them. The same command again
+goes on where it was. What was trained is added to the store, ``paper/results``. Without names of
+studies, ``--collect`` adds what run folders hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+if __name__ == "__main__":  # `experiments` is not installed: the script sees the repository instead
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from experiments.ablations import ABLATIONS
+from experiments.command import ExitCode, Interruption, main_of
+from experiments.folder import CONFIG, write_atomically
+from experiments.objects import UserError, is_own, near_misses, short
+from experiments.presets import PRESETS
+from experiments.results import run_folders
+from experiments.store import RESOURCES, STORE, Store, collect
+
+PUBLISHED = Path(__file__).with_name("published.csv")
+
+# The experiments of the paper that have a table of their own, in its order.
+ROWS = (
+    *("poisson2d_257", "poisson2d_9873", "poisson2d_116097"),
+    *("poisson5d_449", "poisson5d_10065", "poisson5d_116865"),
+    *("poisson10d_118145", "poisson100d_1325057_bayes"),
+    *("heat1d_257", "heat1d_9873", "heat1d_116097"),
+    *("heat4d_449", "heat4d_10065", "heat4d_116865"),
+    "log_fokker_planck9d_118145",
+)
+_GROUPS = {"rows": ROWS, "ablations": tuple(f"ablation_{name}" for name in ABLATIONS)}
+
+# Beyond any budget: what ends a training that is asked for in steps.
+_FOREVER = 1e6
+_POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Job:
+    """One optimizer of one study, in a process of its own.
+
+    Args:
+        study: The name of a preset.
+        label: The label of one of its optimizers.
+        folder: Where the run folders of all studies are.
+        seeds: Its seeds.
+        seconds: Its budget in seconds.
+        steps: Its budget in steps instead, if it has one.
+    """
+
+    study: str
+    label: str
+    folder: Path
+    seeds: tuple[int, ...]
+    seconds: float
+    steps: int | None
+
+    @property
+    def path(self) -> Path:
+        """The run folder."""
+        return self.folder / self.study / self.label
+
+    def command(self) -> list[str]:
+        """Return the command of the training, or of what is left of it."""
+        name = next(o for o in PRESETS[self.study].optimizers if _label(o) == self.label)
+        own = name.partition("=")[2] or name
+        begun = (self.path / CONFIG).is_file()
+        start = ["--resume", str(self.path), *(["--optimizers", name] if is_own(own) else [])]
+        new = ["--preset", self.study, "--optimizers", name, "--run-folder", str(self.path)]
+        budget = ["--seconds", f"{_FOREVER if self.steps else self.seconds:g}"]
+        budget += ["--steps", str(self.steps)] if self.steps else []
+        seeds = ["--seeds", *map(str, self.seeds)]
+        train = os.path.relpath(Path(__file__).with_name("train.py"))
+        return [train, *(start if begun else new), *budget, *seeds, "--threads", "1"]
+
+    def run(self, interruption: Interruption) -> int:
+        """Train, and note what the process needed; an interruption is passed on to it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.with_suffix(".log").open("a") as log:
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            process = subprocess.Popen(
+                [sys.executable, *self.command()],
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,  # so that Ctrl-C comes once, from here
+            )
+            asked = False
+            while True:
+                pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+                if pid:
+                    break
+                if interruption.requested and not asked:
+                    process.terminate()
+                    asked = True
+                time.sleep(_POLL_SECONDS)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if (self.path / CONFIG).is_file():
+            content = {"peak_memory_mb": round(usage.ru_maxrss / 1024, 1)}
+            write_atomically(self.path / RESOURCES, json.dumps(content).encode())
+        return process.returncode
+
+
+def _label(optimizer: str) -> str:
+    label, separator, _ = optimizer.partition("=")
+    return label if separator else short(optimizer)
+
+
+def published_steps(study: str, label: str) -> int | None:
+    """Return how many steps the paper's run of an optimizer took, if it has one."""
+    table = pd.read_csv(PUBLISHED)
+    rows = table[(table["row"] == study) & (table["optimizer"] == label)]["steps"].dropna()
+    return int(rows.iloc[0]) if len(rows) else None
+
+
+def jobs(options: argparse.Namespace) -> Iterator[Job]:
+    """Yield what is asked for, study by study.
+
+    Raises:
+        UserError: If there is no such study or optimizer.
+    """
+    studies = [name for word in options.studies for name in _GROUPS.get(word, (word,))]
+    for study in studies:
+        if study not in PRESETS:
+            raise UserError(
+                f"There is no study {study!r}.{near_misses(study, [*_GROUPS, *PRESETS])} It must "
+                f"be one of {', '.join([*_GROUPS, *PRESETS])}."
+            )
+        labels = [_label(name) for name in PRESETS[study].optimizers]
+        chosen = [label for label in labels if label in (options.optimizers or labels)]
+        if not chosen:
+            raise UserError(
+                f"--optimizers must be some of {', '.join(labels)} for {study}, got "
+                f"{', '.join(options.optimizers)}."
+            )
+        seconds = options.seconds or (30.0 if study in _GROUPS["ablations"] else 60.0)
+        for label in chosen:
+            steps = published_steps(study, label) if options.published_steps else options.steps
+            if options.published_steps and steps is None:
+                raise UserError(
+                    f"--published-steps: {PUBLISHED.name} has none of {label} for {study}."
+                )
+            yield Job(study, label, options.runs, tuple(options.seeds), seconds, steps)
+
+
+def main(arguments: Sequence[str]) -> ExitCode:
+    """Run the program.
+
+    Args:
+        arguments: The command line, without the program's name.
+
+    Returns:
+        The exit code: 0 if every training finished, 1 if one failed, 2 if the request was wrong,
+        130 if interrupted.
+    """
+    parser = argparse.ArgumentParser(
+        prog="paper.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "studies", nargs="*", help="presets, or `rows` or `ablations` for all of either kind"
+    )
+    parser.add_argument("--optimizers", metavar="O", nargs="+", help="only these; all by default")
+    parser.add_argument(
+        "--seconds", metavar="S", type=float, help="budget of each training: 60, of ablations 30"
+    )
+    parser.add_argument("--steps", metavar="K", type=int, help="the same in steps instead")
+    parser.add_argument(
+        "--published-steps", action="store_true", help="as many steps as the paper's own run"
+    )
+    parser.add_argument("--seeds", metavar="I", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--workers", metavar="K", type=int, default=1, help="of one thread each")
+    parser.add_argument(
+        "--runs", metavar="F", type=Path, help="the run folders; runs/paper, or runs/paper_steps"
+    )
+    parser.add_argument(
+        "--store", metavar="F", type=Path, default=STORE, help="the results that are kept"
+    )
+    parser.add_argument(
+        "--collect", action="store_true", help="add what the run folders hold, without training"
+    )
+    options = parser.parse_args(arguments)
+    if not options.studies and not options.collect:
+        raise UserError("Name a study, `rows` or `ablations`, or --collect. See --help.")
+    for name in ("seconds", "steps", "workers"):
+        if (value := getattr(options, name)) is not None and not value > 0:
+            raise UserError(f"--{name} must be positive, got {value}.")
+    by_steps = options.published_steps or options.steps
+    options.runs = options.runs or Path("runs/paper_steps" if by_steps else "runs/paper")
+    code = ExitCode.SUCCESS
+    if not options.collect:
+        code = _train(list(jobs(options)), options)
+    added = collect(run_folders([options.runs]))
+    Store.read(options.store).merged(added).write(options.store)
+    print(f"store: {options.store}, {len(added.trainings)} trainings from {options.runs}")
+    return code
+
+
+def _train(work: Sequence[Job], options: argparse.Namespace) -> ExitCode:
+    """Run the jobs, as many at a time as there are workers, and say how each ended."""
+    codes = {0}
+    with Interruption() as interruption, ThreadPoolExecutor(options.workers) as pool:
+
+        def one(k: int) -> int:
+            if interruption.requested:
+                return ExitCode.INTERRUPTED
+            job = work[k]
+            print(f"[{k + 1}/{len(work)}] {job.path}: started", flush=True)
+            code = job.run(interruption)
+            words = "done" if code == 0 else f"ended with {code}, see {job.path}.log"
+            print(f"[{k + 1}/{len(work)}] {job.path}: {words}", flush=True)
+            return code
+
+        codes |= set(pool.map(one, range(len(work))))
+    if ExitCode.INTERRUPTED in codes:
+        return ExitCode.INTERRUPTED
+    return ExitCode.SUCCESS if codes == {0} else ExitCode.FAILURE
+
+
+if __name__ == "__main__":
+    main_of(main)
