@@ -1,4 +1,8 @@
-"""Ablations of KFAC* as data: the default, and what each variant changes of it."""
+"""Ablations of KFAC* as data: the default, and what each variant changes of it.
+
+``--preset ablation_NAME`` trains the default and the variants of one question, ``--preset
+ablations`` those of all of them, beside a single default.
+"""
 
 from __future__ import annotations
 
@@ -40,22 +44,23 @@ class Ablation:
     variants: Mapping[str, Mapping[str, str]]
     optimizers: Mapping[str, str] = field(default_factory=dict)
 
-    def experiment(self) -> Experiment:
-        """Return the default and the variants, side by side."""
-        settings = dict(_PROBLEM)
-        for label, changes in {DEFAULT: {}, **self.variants}.items():
-            own = {} if label in self.optimizers else _KFAC_STAR
-            for argument, text in {**own, **changes}.items():
-                settings[f"{label}.{argument}"] = text
-        labels = (DEFAULT, *self.variants)
-        names = [self.optimizers.get(label, "curvature_optimizer") for label in labels]
-        return Experiment(
-            problem="poisson2d",
-            optimizers=tuple(f"{label}={name}" for label, name in zip(labels, names, strict=True)),
-            settings=settings,
-            seconds=_SECONDS,
-            seeds=_SEEDS,
-        )
+
+def experiment_of(*ablations: Ablation) -> Experiment:
+    """Return the default and the variants of some ablations, side by side."""
+    settings, optimizers = dict(_PROBLEM), {DEFAULT: "curvature_optimizer"}
+    settings.update({f"{DEFAULT}.{argument}": text for argument, text in _KFAC_STAR.items()})
+    for ablation in ablations:
+        for label, changes in ablation.variants.items():
+            optimizers[label] = ablation.optimizers.get(label, "curvature_optimizer")
+            own = {} if label in ablation.optimizers else _KFAC_STAR
+            settings.update({f"{label}.{k}": text for k, text in {**own, **changes}.items()})
+    return Experiment(
+        problem="poisson2d",
+        optimizers=tuple(f"{label}={name}" for label, name in optimizers.items()),
+        settings=settings,
+        seconds=_SECONDS,
+        seeds=_SEEDS,
+    )
 
 
 _ON_CHANNELS = {"damping": "2.989e-13", "decay": "0.6258"}
@@ -82,7 +87,7 @@ ABLATIONS: dict[str, Ablation] = {
     "average": Ablation(
         "What does the moving average of the factors bring, and what may it start from?",
         {
-            "none": {"average": "None"},
+            "no_average": {"average": "None"},
             "longer": {"average": "ExponentialAverage(0.95)"},
             "longest": {"average": "ExponentialAverage(0.99)"},
             "from_zero": {"average": "ExponentialAverage(0.6258, from_zero)"},

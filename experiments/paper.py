@@ -1,9 +1,9 @@
 """The experiments of the paper, and ours: trains what is asked for, and keeps the results.
 
 ``python experiments/paper.py poisson2d_257 --seconds 60`` trains every optimizer of a row, each in
-a run folder and process of its own; ``ablations`` stands for all of them. The same command again
-goes on where it was. What was trained is added to the store, ``paper/results``. Without names of
-studies, ``--collect`` adds what run folders hold.
+a run folder and process of its own; ``rows`` stands for all of them. The same command again
+goes on where it was. What was trained is added to the store, ``paper/results``; ``--collect`` adds
+what run folders hold.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ import pandas as pd
 if __name__ == "__main__":  # `experiments` is not installed: the script sees the repository instead
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from experiments.ablations import ABLATIONS
 from experiments.command import ExitCode, Interruption, main_of
 from experiments.folder import CONFIG, write_atomically
 from experiments.objects import UserError, is_own, near_misses, short
@@ -43,7 +42,6 @@ ROWS = (
     *("heat4d_449", "heat4d_10065", "heat4d_116865"),
     "log_fokker_planck9d_118145",
 )
-_GROUPS = {"rows": ROWS, "ablations": tuple(f"ablation_{name}" for name in ABLATIONS)}
 
 # Beyond any budget: what ends a training that is asked for in steps.
 _FOREVER = 1e6
@@ -134,12 +132,12 @@ def jobs(options: argparse.Namespace) -> Iterator[Job]:
     Raises:
         UserError: If there is no such study or optimizer.
     """
-    studies = [name for word in options.studies for name in _GROUPS.get(word, (word,))]
+    studies = [n for word in options.studies for n in (ROWS if word == "rows" else (word,))]
     for study in studies:
         if study not in PRESETS:
             raise UserError(
-                f"There is no study {study!r}.{near_misses(study, [*_GROUPS, *PRESETS])} It must "
-                f"be one of {', '.join([*_GROUPS, *PRESETS])}."
+                f"There is no study {study!r}.{near_misses(study, PRESETS)} It must be rows, or "
+                f"one of {', '.join(PRESETS)}."
             )
         labels = [_label(name) for name in PRESETS[study].optimizers]
         chosen = [label for label in labels if label in (options.optimizers or labels)]
@@ -148,14 +146,13 @@ def jobs(options: argparse.Namespace) -> Iterator[Job]:
                 f"--optimizers must be some of {', '.join(labels)} for {study}, got "
                 f"{', '.join(options.optimizers)}."
             )
-        seconds = options.seconds or (30.0 if study in _GROUPS["ablations"] else 60.0)
         for label in chosen:
             steps = published_steps(study, label) if options.published_steps else options.steps
             if options.published_steps and steps is None:
                 raise UserError(
                     f"--published-steps: {PUBLISHED.name} has none of {label} for {study}."
                 )
-            yield Job(study, label, options.runs, tuple(options.seeds), seconds, steps)
+            yield Job(study, label, options.runs, tuple(options.seeds), options.seconds, steps)
 
 
 def main(arguments: Sequence[str]) -> ExitCode:
@@ -172,11 +169,11 @@ def main(arguments: Sequence[str]) -> ExitCode:
         prog="paper.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "studies", nargs="*", help="presets, or `rows` or `ablations` for all of either kind"
+        "studies", nargs="*", help="presets, or rows for all experiments of the paper"
     )
     parser.add_argument("--optimizers", metavar="O", nargs="+", help="only these; all by default")
     parser.add_argument(
-        "--seconds", metavar="S", type=float, help="budget of each training: 60, of ablations 30"
+        "--seconds", metavar="S", type=float, default=60.0, help="budget of each training"
     )
     parser.add_argument("--steps", metavar="K", type=int, help="the same in steps instead")
     parser.add_argument(
@@ -195,7 +192,7 @@ def main(arguments: Sequence[str]) -> ExitCode:
     )
     options = parser.parse_args(arguments)
     if not options.studies and not options.collect:
-        raise UserError("Name a study, `rows` or `ablations`, or --collect. See --help.")
+        raise UserError("Name a study, or give --collect. See --help.")
     for name in ("seconds", "steps", "workers"):
         if (value := getattr(options, name)) is not None and not value > 0:
             raise UserError(f"--{name} must be positive, got {value}.")

@@ -13,7 +13,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from experiments.ablations import ABLATIONS
+from experiments.ablations import ABLATIONS, experiment_of
 from experiments.experiment import Experiment, from_json
 
 _PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text())
@@ -74,6 +74,7 @@ PRESETS: dict[str, Experiment] = {
         seconds=60.0,
         seeds=(1, 2, 3, 4, 5),
     ),
-    **{f"ablation_{name}": ablation.experiment() for name, ablation in ABLATIONS.items()},
+    "ablations": experiment_of(*ABLATIONS.values()),
+    **{f"ablation_{name}": experiment_of(ablation) for name, ablation in ABLATIONS.items()},
     **{name: _row(name) for name in _PUBLISHED},
 }
