@@ -378,3 +378,18 @@ def test_a_scalar_network_parameter():
     for _ in range(3):
         optimizer.step(Objective(model, [term], [x]))
     assert model[0].weight.item() == pytest.approx(3, rel=1e-9)
+
+
+# --- a step size of one's own ---------------------------------------------------------------------
+
+
+def test_a_step_size_that_returns_no_proposal_is_refused():
+    class Forgetful(FixedStep):
+        def propose(self, situation):
+            super().propose(situation)
+
+    model = network()
+    optimizer = fixed(model.parameters())
+    optimizer.step_size = Forgetful(0.1)
+    with pytest.raises(TypeError, match="Forgetful.propose must return a Proposal, got NoneType"):
+        optimizer.step(poisson(model))

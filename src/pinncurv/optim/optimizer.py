@@ -263,6 +263,12 @@ class CurvatureOptimizer(Optimizer):
         full = all(rate == 1 for rate in rates)
         at = replace(at, direction=direction, rates=() if full else rates)
         proposal = self.step_size.propose(at)
+        if not isinstance(proposal, Proposal):
+            name = type(self.step_size).__name__
+            raise TypeError(
+                f"{name}.propose must return a Proposal, got {type(proposal).__name__}. Return "
+                "Proposal(step_size=...)."
+            )
         chosen = direction if proposal.direction is None else proposal.direction
         damping = damping if proposal.damping is None else proposal.damping
         update = [proposal.step_size * part for part in chosen]
