@@ -391,5 +391,5 @@ def test_a_step_size_that_returns_no_proposal_is_refused():
     model = network()
     optimizer = fixed(model.parameters())
     optimizer.step_size = Forgetful(0.1)
-    with pytest.raises(TypeError, match="Forgetful.propose must return a Proposal, got NoneType"):
+    with pytest.raises(TypeError, match=r"Forgetful\.propose must return a Proposal, got NoneType"):
         optimizer.step(poisson(model))
