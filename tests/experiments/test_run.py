@@ -284,7 +284,7 @@ def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path):
     assert (state(run, "adam")["step"], state(run, "sgd")["step"]) == (30, 30)
 
 
-@pytest.mark.parametrize("closed", [{0, 1, 2}, {2}])
+@pytest.mark.parametrize("closed", [pytest.param({0, 1, 2}, marks=pytest.mark.slow), {2}])
 def test_closed_streams_do_not_reach_the_files(closed, tmp_path):
     run = tmp_path / "run"
     redirections = " ".join(f"{stream}>&-" for stream in closed)

@@ -331,6 +331,7 @@ def _check_a_killed_worker(folder: Path, *options: str | Path) -> None:
         ]["adam.lr"] == repr(trial.params["adam.lr"])
 
 
+@pytest.mark.slow
 def test_a_killed_worker_loses_nothing(tmp_path):
     _check_a_killed_worker(tmp_path / "run")
 

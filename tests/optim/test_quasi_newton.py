@@ -137,6 +137,7 @@ def test_a_rotated_rosenbrock_function(method):
     assert closure.count < 300
 
 
+@pytest.mark.slow
 def test_ten_times_below_lbfgs_after_as_many_evaluations():
     """On poisson2d with 257 parameters, and mostly one evaluation a step."""
     evaluations = 300

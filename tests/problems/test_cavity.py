@@ -22,6 +22,7 @@ def _slopes(u: Tensor, x: Tensor) -> Tensor:
     return torch.autograd.grad(u.sum(), x, create_graph=True)[0]
 
 
+@pytest.mark.slow
 def test_reference_solves_the_equations(generator: torch.Generator) -> None:
     """Momentum and mass balance, away from the corners where the terms are unbounded."""
     problem = cavity()

@@ -149,6 +149,7 @@ def test_training_finds_a_coefficient(generator: torch.Generator) -> None:
     assert after[1] < 0.02
 
 
+@pytest.mark.slow
 def test_training_finds_a_source(generator: torch.Generator) -> None:
     """Its error is known to its residual, and its parameters are trained with those of u."""
     torch.manual_seed(5)
