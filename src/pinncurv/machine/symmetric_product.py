@@ -24,7 +24,8 @@ def symmetric_product(X: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
     Args:
         X: The matrix, with rows or columns that are contiguous.
     """
-    return mirror_(add_lower_product_(X.new_empty(X.shape[1], X.shape[1]), X, keep=False))
+    # Zeros, as what torch 2.14 compiles of a 1 x 1 addmm multiplies by beta = 0 what is there.
+    return mirror_(add_lower_product_(X.new_zeros(X.shape[1], X.shape[1]), X, keep=False))
 
 
 def add_lower_product_(
