@@ -7,6 +7,7 @@ import dataclasses
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from enum import IntEnum
@@ -368,5 +369,6 @@ class Interruption:
 
 
 def main_of(module_main: Callable[[Sequence[str]], ExitCode]) -> None:
-    """Run a script."""
+    """Run a script; what it warns of is a line for its user, not a place in its source."""
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     sys.exit(run_program(lambda: module_main(sys.argv[1:])))

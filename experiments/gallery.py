@@ -67,7 +67,7 @@ def main(arguments: Sequence[str]) -> ExitCode:
     parser.add_argument("--seeds", metavar="I", type=int, nargs="+", default=[1])
     parser.add_argument("--runs", metavar="F", type=Path, default=Path("runs/gallery"))
     parser.add_argument("--from", dest="source", metavar="F", type=Path, help="do not train")
-    parser.add_argument("--output", metavar="F", type=Path, default=Path("paper/gallery.md"))
+    parser.add_argument("--output", metavar="F", type=Path, help="the page; page.md in the runs")
     options = parser.parse_args(arguments)
     for name in options.problems:
         if name not in EXHIBITS:
@@ -77,8 +77,9 @@ def main(arguments: Sequence[str]) -> ExitCode:
     if options.source is None:
         code = _train(options)
     folder = options.source or options.runs
-    write_page(options.problems, folder, options.output)
-    print(f"page: {options.output}")
+    output = options.output or folder / "page.md"
+    write_page(options.problems, folder, output)
+    print(f"page: {output}")
     return code
 
 
