@@ -83,7 +83,10 @@ def draw_run(
 
 
 def draw_curves(
-    figure: Figure | SubFigure, table: pd.DataFrame, published: pd.DataFrame | None = None
+    figure: Figure | SubFigure,
+    table: pd.DataFrame,
+    published: pd.DataFrame | None = None,
+    order: Sequence[str] = (),
 ) -> None:
     """Draw the error against time and steps, the median and the quartiles over the seeds.
 
@@ -92,38 +95,42 @@ def draw_curves(
         table: The metrics, with columns run, optimizer, seed, step, seconds, rmse and
             held_out_loss.
         published: Published curves, with columns optimizer, step, seconds and rmse.
+        order: Names of optimizers, whose i-th has the i-th style; those of the table by default.
     """
     by_time, by_step = figure.subplots(1, 2, sharey=True)
     known = bool(table["rmse"].notna().any())
     quantity = "rmse" if known else "held_out_loss"
     for axis, x in ((by_time, "seconds"), (by_step, "step")):
-        draw_optimizers(axis, table, x, quantity)
+        draw_optimizers(axis, table, x, quantity, order)
         if published is not None:
-            later = published[published["step"] > 0]
-            for i, (name, rows) in enumerate(later.groupby("optimizer", sort=False)):
-                axis.plot(
-                    rows[x],
-                    rows["rmse"],
-                    color=COLOURS[i % len(COLOURS)],
-                    alpha=0.45,
-                    linewidth=1,
-                    label=f"published: {name}",
-                )
+            draw_published(axis, published, x, order)
     by_time.set(xlabel="time of the optimizer's steps [s]")
     by_time.set(ylabel="RMSE of u on fresh points" if known else "loss on held-out points")
     by_step.set(xlabel="steps")
     by_time.legend(loc="best", fontsize=8, framealpha=0.6)
 
 
-def draw_optimizers(axis: Axes, table: pd.DataFrame, x: str, quantity: str) -> None:
+def draw_optimizers(
+    axis: Axes, table: pd.DataFrame, x: str, quantity: str, order: Sequence[str] = ()
+) -> None:
     """Draw one column of the metrics against another, a curve or bundle for each optimizer."""
     for i, (name, rows) in enumerate(table.groupby("optimizer", sort=False)):
         # the start, at no time and no steps, has no place on a logarithmic axis
         trainings = rows[rows["step"] > 0].groupby(["run", "seed"])
         curves = [c[[x, quantity]].dropna() for _, c in trainings]
-        _draw_bundle(axis, [c for c in curves if len(c)], str(name), style_of(i))
+        style = style_of(order.index(name) if name in order else i)
+        _draw_bundle(axis, [c for c in curves if len(c)], str(name), style)
     axis.set(xscale="log", yscale="log")
     axis.xaxis.set_minor_formatter(NullFormatter())  # labels of less than a decade overlap
+
+
+def draw_published(axis: Axes, published: pd.DataFrame, x: str, order: Sequence[str] = ()) -> None:
+    """Draw published curves, thin and pale, in the colours of the same optimizers of ours."""
+    later = published[published["step"] > 0]
+    for i, (name, rows) in enumerate(later.groupby("optimizer", sort=False)):
+        colour = style_of(order.index(name) if name in order else i)["color"]
+        label = f"published: {name}"
+        axis.plot(rows[x], rows["rmse"], color=colour, alpha=0.45, linewidth=1, label=label)
 
 
 def _draw_bundle(

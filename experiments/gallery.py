@@ -325,20 +325,26 @@ def _plane(problem: Problem, like: torch.Tensor, axes: tuple[int, int]) -> Any:
     return extent, points, torch.from_numpy(distances > 2 * spacing)
 
 
-def save_small(figure: Figure, path: Path) -> None:
-    """Write a figure of at most ``MOST_BYTES``, with as many dots and colours as that allows.
+def save_small(figure: Figure, path: Path, most: int | None = None) -> None:
+    """Write a figure with as many dots and colours as its size allows.
+
+    Args:
+        figure: The figure.
+        path: Where to write it.
+        most: Its largest size in bytes; ``MOST_BYTES`` by default.
 
     Raises:
         UserError: If even the smallest is larger.
     """
+    most = most or MOST_BYTES
     for dpi, colours in _SIZES:
         buffer, small = io.BytesIO(), io.BytesIO()
         figure.savefig(buffer, format="png", dpi=dpi)
         Image.open(buffer).convert("RGB").quantize(colours).save(small, "png", optimize=True)
-        if len(small.getvalue()) <= MOST_BYTES:
+        if len(small.getvalue()) <= most:
             write_atomically(path, small.getvalue())
             return
-    raise UserError(f"{path} must have at most {MOST_BYTES} bytes, got {len(small.getvalue())}.")
+    raise UserError(f"{path} must have at most {most} bytes, got {len(small.getvalue())}.")
 
 
 if __name__ == "__main__":

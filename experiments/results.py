@@ -30,7 +30,8 @@ PUBLISHED = Path(__file__).resolve().parents[2] / "shared/reference/kfac_pinns_2
 # What every file of metrics has.
 _NUMBERS = ("step", "seconds", "loss", "held_out_loss", "rmse", "relative_error")
 
-_NAMES = {
+# What the paper calls the optimizers, and what they are called here.
+PAPERS_NAMES = {
     "KFAC*": "kfac_star",
     "KFAC": "kfac",
     "ENGD (full)": "engd",
@@ -151,7 +152,10 @@ def published_curves(problem: str, network: str) -> pd.DataFrame | None:
     curves = pd.read_csv(PUBLISHED)
     parts = curves["run"].str.split("/", expand=True)
     chosen = curves.assign(
-        problem=parts[0], network=parts[1], optimizer=parts[2].map(_NAMES).fillna(parts[2])
+        problem=parts[0],
+        network=parts[1],
+        optimizer=parts[2].map(PAPERS_NAMES).fillna(parts[2]),
+        search=parts[3],
     )
     chosen = chosen[(chosen["problem"] == problem) & (chosen["network"] == network)].rename(
         columns={"time": "seconds", "l2_error": "rmse"}
