@@ -15,7 +15,7 @@ import pandas as pd
 from experiments.paper import ROWS
 from experiments.quotes import QUOTES
 from experiments.store import Store
-from experiments.tables import NAMES, NOT_TRAINED
+from experiments.tables import NAMES, NOT_TRAINED, made_with
 from experiments.typeset import amount, count, in_formula, latex
 
 _HEAD = r"""% Made by experiments/report.py; do not edit.
@@ -63,6 +63,9 @@ def numbers(
                     found[f"{key}/{place}"] = count(line[name])
             if pd.notna(line["ms_per_step"]):
                 found[f"ms/{place}"] = amount(line["ms_per_step"])
+    made = {made_with(store, *table[["study", "budget"]].iloc[0]): None for table in ablations}
+    if made:
+        found["made/ablations"] = latex("; and ".join(made))
     for table in ablations:
         for _, line in table.dropna(subset="rmse").iterrows():
             found[f"ablation/{line['optimizer']}"] = f"${in_formula(line['rmse'])}$"
@@ -98,7 +101,7 @@ def _tallies(store: Store, tables: Sequence[pd.DataFrame], steps: pd.DataFrame) 
     full = [(table["seeds"] >= 3) | (table["short_outcome"] == "memory") for table in tables]
     whole["rows-full"] = sum(bool(line.all()) for line in full)
     found = {f"tally/{key}": str(value) for key, value in whole.items()}
-    for key, column in (("commits", "commit"), ("machines", "device"), ("torch", "torch")):
+    for key, column in (("commits", "commit"), ("devices", "device"), ("torch", "torch")):
         if column in store.trainings:
             values = sorted(store.trainings[column].dropna().astype(str).unique())
             found[f"tally/{key}"] = latex(", ".join(values))

@@ -43,6 +43,7 @@ from experiments.tables import (
     STEPS,
     SUMMARY,
     ablation_tables,
+    made_with,
     row_table,
     steps_table,
     summary_table,
@@ -156,26 +157,6 @@ def _write(path: Path, text: str) -> None:
     write_atomically(path, text.encode())
 
 
-def _made_with(store: Store, studies: Sequence[str], budget: str | None) -> str:
-    """Return what trainings were made with, in words."""
-    rows = store.trainings[store.trainings["study"].isin(studies)]
-    rows = rows if budget is None else rows[rows["budget"] == budget]
-    words = []
-    for column, form in (
-        ("device", "{}"),
-        ("threads", "threads: {}"),
-        ("dtype", "{}"),
-        ("torch", "torch {}"),
-        ("seed", "seeds {}"),
-        ("commit", "commit {}"),
-    ):
-        if column in rows and rows[column].notna().any():
-            values = sorted(rows[column].dropna().unique())
-            shown = [f"{v:g}" if isinstance(v, float) else str(v) for v in values]
-            words.append(form.format(", ".join(shown)))
-    return "; ".join(words)
-
-
 def _rows(
     store: Store, tables: Sequence[pd.DataFrame], steps: pd.DataFrame, generated: Path
 ) -> str:
@@ -187,7 +168,7 @@ def _rows(
         parts.append(f"## {summary.title}\n\n{summary.markdown()}")
     for data in tables:
         row, budget = data["row"].iloc[0], data["budget"].iloc[0]
-        title, made = f"{title_of(row)} parameters, {budget}", _made_with(store, [row], budget)
+        title, made = f"{title_of(row)} parameters, {budget}", made_with(store, row, budget)
         table = Table(f"row_{row}", title, data, ROW, best="rmse")
         table.write(generated)
         panels.append(row_panel(title_of(row), store, data, shown_names(data, kinds=True)))
@@ -203,9 +184,6 @@ def _rows(
         floats.append(_table(table, f"Trained to the published numbers of steps. {_FAIR}"))
     if panels:
         draw_page(generated / "rows_time.png", panels, one_legend=True)
-        words = "Error against time in every row: medians and quartiles over the seeds, thin and "
-        words += "pale the published curve of KFAC* on its own hardware"
-        floats.append(_figure("rows_time", words))
     missing = [row for row in ROWS if row not in {t["row"].iloc[0] for t in tables}]
     if missing:
         parts.append(f"Not trained for equal time yet: {', '.join(missing)}.\n")
@@ -228,32 +206,19 @@ def _ablations(store: Store, ablations: Sequence[pd.DataFrame], generated: Path)
             f"- *{line.variant}*: `{line.changes}`\n" for line in data.itertuples() if line.changes
         )
         picture = f"![Error against time and steps]({GENERATED}/{name}.png)"
-        parts.append(
-            f"### {table.title}\n\n{table.markdown()}\n{changes}{_ended(data)}\n{picture}\n"
-        )
+        made = made_with(store, first["study"], first["budget"])
+        text = f"{first['budget']}; {made}.\n\n{changes}{_ended(data)}\n{picture}\n"
+        parts.append(f"### {table.title}\n\n{table.markdown()}\n{text}")
     if not ablations:
-        _write(generated / "ablations.tex", "Not trained yet.\n")
         return ""
     every = pd.concat(ablations, ignore_index=True)
-    table = Table("ablation", "Ablations of KFAC*", every, ABLATION, sections="question")
-    table.write(generated)
+    Table("ablation", "Ablations", every, ABLATION, sections="question").write(generated)
     draw_page(generated / "ablations_time.png", panels)
-    budgets = ", ".join(every["budget"].unique())
-    made = _made_with(store, list(every["study"].unique()), None)
-    floats = [
-        _table(table, f"Ablations of KFAC* on poisson2d, 9,873 parameters, {budgets}: {made}."),
-        _figure("ablations_time", "Error against time in every ablation: medians and quartiles"),
-    ]
-    _write(generated / "ablations.tex", "\n".join(floats) + "\n")
     return "\n".join(parts)
 
 
 def _table(table: Table, caption: str) -> str:
     return f"\\generatedtable{{{table.name}}}{{{latex(caption)}}}"
-
-
-def _figure(name: str, caption: str) -> str:
-    return f"\\generatedfigure{{{name}}}{{{latex(caption)}.}}"
 
 
 def _ended(data: pd.DataFrame) -> str:

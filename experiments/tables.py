@@ -138,6 +138,26 @@ def _short(outcome: str) -> str:
     return "interrupted" if outcome == INTERRUPTED else "error"
 
 
+def made_with(store: Store, study: str, budget: str) -> str:
+    """Return what the trainings of a study were made with, in words."""
+    rows = store.trainings
+    rows = rows[(rows["study"] == study) & (rows["budget"] == budget)]
+    words = []
+    for column, form in (
+        ("device", "{}"),
+        ("threads", "threads: {}"),
+        ("dtype", "{}"),
+        ("torch", "torch {}"),
+        ("seed", "seeds {}"),
+        ("commit", "commit {}"),
+    ):
+        if column in rows and rows[column].notna().any():
+            values = sorted(rows[column].dropna().unique())
+            shown = [f"{v:g}" if isinstance(v, float) else str(v) for v in values]
+            words.append(form.format(", ".join(shown)))
+    return "; ".join(words)
+
+
 def chosen(table: pd.DataFrame, study: str, optimizer: str, budget: str) -> pd.DataFrame:
     """Return the rows of one optimizer of one study."""
     key = {"study": study, "optimizer": optimizer, "budget": budget}
