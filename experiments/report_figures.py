@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import pandas as pd
@@ -132,7 +133,7 @@ def draw_page(path: Path, panels: Sequence[Panel], one_legend: bool = False) -> 
     with mpl.rc_context({**figures.STYLE, "font.size": 7, "lines.markersize": 3}):
         figure = Figure(figsize=(_PRINTED, 1.75 * lines + 0.6), layout="constrained")
         axes = figure.subplots(lines, _COLUMNS, squeeze=False).ravel()
-        handles = {}
+        handles: dict[str, Any] = {}
         for axis, shown in zip(axes, panels, strict=False):
             figures.draw_optimizers(axis, shown.table, "seconds", "rmse", shown.order)
             if shown.published is not None:
@@ -146,7 +147,7 @@ def draw_page(path: Path, panels: Sequence[Panel], one_legend: bool = False) -> 
         for axis in axes[len(panels) :]:
             axis.set_axis_off()
         if one_legend:
-            figure.legend(handles.values(), handles, loc="outside upper center", ncols=4)
+            figure.legend(handles.values(), list(handles), loc="outside upper center", ncols=4)
         figure.supxlabel("time of the optimizer's steps [s]")
         figure.supylabel("RMSE of u on fresh points")
         save_small(figure, path, _MOST_BYTES)

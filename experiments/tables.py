@@ -180,7 +180,8 @@ def row_table(store: Store, row: str, budget: str) -> pd.DataFrame:
     published = ends(row)
     lines = []
     for label in (name for name in NAMES if name in PRESETS[row].labels):
-        line = {"row": row, "budget": budget, "optimizer": label, "name": NAMES[label]}
+        line: dict[str, Any] = {"row": row, "budget": budget}
+        line |= {"optimizer": label, "name": NAMES[label]}
         line |= medians(chosen(store.trainings, row, label, budget))
         line |= {f"published_{key}": np.nan for key in ("rmse", "steps", "seconds")}
         line |= {"hardware": None, "source": None}
@@ -228,7 +229,8 @@ def summary_table(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     for table in tables:
         row, ran = table["row"].iloc[0], table.dropna(subset="rmse").set_index("optimizer")
         published = ends(row)
-        line = {"row": row, "title": title_of(row), "budget": table["budget"].iloc[0]}
+        line: dict[str, Any] = {"row": row, "title": title_of(row)}
+        line["budget"] = table["budget"].iloc[0]
         line |= _smallest("best", ran["rmse"], "best_rmse")
         line["kfac_star"] = ran["rmse"].get("kfac_star", np.nan)
         line["kfac_star_published"] = published["rmse"].get("kfac_star", np.nan)
@@ -270,7 +272,11 @@ def ablation_tables(store: Store) -> Iterator[pd.DataFrame]:
         default = medians(chosen(store.trainings, study, DEFAULT, budget))
         lines = []
         for label in (DEFAULT, *ablation.variants):
-            line = {"ablation": name, "question": ablation.question, "budget": budget}
+            line: dict[str, Any] = {
+                "ablation": name,
+                "question": ablation.question,
+                "budget": budget,
+            }
             changes = ablation.variants.get(label, {})
             line |= {"variant": label.replace("_", " "), "optimizer": label, "study": study}
             line["changes"] = ", ".join(f"{key}={value}" for key, value in changes.items())
