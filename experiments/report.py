@@ -239,8 +239,8 @@ def _pdf(output: Path) -> ExitCode:
     with tempfile.TemporaryDirectory() as build:
         command = ["latexmk", "-pdf", "-interaction=nonstopmode", "-halt-on-error"]
         done = subprocess.run(
-            [*command, f"-outdir={build}", SOURCE.name],
-            cwd=SOURCE.parent,
+            [*command, str(SOURCE)],
+            cwd=build,  # where all goes that LaTeX leaves behind
             env={**os.environ, "TEXINPUTS": inputs},
             capture_output=True,
             text=True,

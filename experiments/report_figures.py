@@ -10,6 +10,7 @@ from typing import Any
 
 import matplotlib as mpl
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
@@ -117,8 +118,16 @@ def draw_panel(path: Path, shown: Panel) -> None:
     with mpl.rc_context(figures.STYLE):
         figure = Figure(figsize=(_WIDTH, 4.2), layout="constrained")
         figures.draw_curves(figure, shown.table, shown.published, shown.order)
+        _limit(figure.axes[0], shown)
         figure.suptitle(shown.title)
         save_small(figure, path)
+
+
+def _limit(axis: Axes, shown: Panel) -> None:
+    """Leave out errors far above those of the start, which one seed may have on its way."""
+    start = shown.table.loc[shown.table["step"] == 0, "rmse"].median()
+    if axis.get_ylim()[1] > (top := 10 * start):
+        axis.set_ylim(top=top)
 
 
 def draw_page(path: Path, panels: Sequence[Panel], one_legend: bool = False) -> None:
@@ -138,6 +147,7 @@ def draw_page(path: Path, panels: Sequence[Panel], one_legend: bool = False) -> 
             figures.draw_optimizers(axis, shown.table, "seconds", "rmse", shown.order)
             if shown.published is not None:
                 figures.draw_published(axis, shown.published, "seconds", shown.order)
+            _limit(axis, shown)
             axis.set_title(shown.title, fontsize=8)
             axis.yaxis.set_minor_formatter(NullFormatter())
             own = {_MEDIAN.sub("", h.get_label()): h for h in axis.get_legend_handles_labels()[0]}

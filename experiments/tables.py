@@ -135,7 +135,7 @@ def _short(outcome: str) -> str:
     """Return one word for how a training ended."""
     if "MemoryError" in outcome:
         return "memory"
-    return "interrupted" if outcome == INTERRUPTED else "error"
+    return "cut" if outcome == INTERRUPTED else "error"
 
 
 def made_with(store: Store, study: str, budget: str) -> str:
