@@ -62,7 +62,7 @@ PACKAGES = "texlive-latex-recommended texlive-fonts-recommended latexmk"
 
 _FAIR = (
     "Ours: fixed settings, the median over the seeds with the smallest and the largest; published: "
-    "one seed, the best of a sweep of 50 to 100 runs, on an RTX 6000."
+    "one seed, the best of a sweep of about 50 to 100 runs."
 )
 _EQUAL = (
     "At equal steps: the largest number of steps that every seed of ours and the published run "
@@ -175,7 +175,8 @@ def _rows(
         shown = row_panel(title, store, data, shown_names(data))
         draw_panel(generated / f"{table.name}.png", shown)
         picture = f"![Error against time and steps]({GENERATED}/{table.name}.png)"
-        parts.append(f"## {title}\n\n{table.markdown()}\n{_ended(data)}{made}.\n\n{picture}\n")
+        made_by = f"Ours: {made}. Published: {_sources(data)}."
+        parts.append(f"## {title}\n\n{table.markdown()}\n{_ended(data)}{made_by}\n\n{picture}\n")
         floats.append(_table(table, f"{title}: {made}."))
     if len(steps):
         table = Table("steps", "The published numbers of steps", steps, STEPS, sections="title")
@@ -219,6 +220,12 @@ def _ablations(store: Store, ablations: Sequence[pd.DataFrame], generated: Path)
 
 def _table(table: Table, caption: str) -> str:
     return f"\\generatedtable{{{table.name}}}{{{latex(caption)}}}"
+
+
+def _sources(data: pd.DataFrame) -> str:
+    """Return where published figures are from, and on what they were measured."""
+    groups = data.dropna(subset="source").groupby(["source", "hardware"], sort=False)["name"]
+    return "; ".join(f"{', '.join(names)}: {' on '.join(where)}" for where, names in groups)
 
 
 def _ended(data: pd.DataFrame) -> str:

@@ -98,6 +98,8 @@ class Column:
 class Table:
     """A table that is shown.
 
+    Columns without any text are left out.
+
     Args:
         name: The name of its files.
         title: What it shows.
@@ -121,6 +123,10 @@ class Table:
         write_atomically(folder / f"{self.name}.csv", buffer.getvalue().encode())
         write_atomically(folder / f"{self.name}.tex", self.latex().encode())
 
+    def shown(self) -> list[Column]:
+        """Return the columns that have any text."""
+        return [c for c in self.columns if any(c.show(value) for value in self.data[c.key])]
+
     def _cells(self, bold: str, clean: Callable[[str], str]) -> list[list[str]]:
         """Return the text of every cell.
 
@@ -128,11 +134,11 @@ class Table:
             bold: What the best is put into, with ``{}`` in its place.
             clean: What is done to text before.
         """
-        lines = []
+        lines, shown = [], self.shown()
         for _, row in self.data.iterrows():
-            cells = [clean(column.show(row[column.key])) for column in self.columns]
+            cells = [clean(column.show(row[column.key])) for column in shown]
             if self.best and row[self.best] == self.data[self.best].min():
-                k = [column.key for column in self.columns].index(self.best)
+                k = [column.key for column in shown].index(self.best)
                 cells[k] = bold.replace("{}", cells[k])
             lines.append(cells)
         return lines
@@ -146,8 +152,8 @@ class Table:
 
     def markdown(self) -> str:
         """Return the table as Markdown."""
-        titles = [f"{c.group}: {c.title}" if c.group else c.title for c in self.columns]
-        rules = ["---" if c.show is text else "--:" for c in self.columns]
+        titles = [f"{c.group}: {c.title}" if c.group else c.title for c in self.shown()]
+        rules = ["---" if c.show is text else "--:" for c in self.shown()]
         lines = [titles, rules]
         for i, cells in enumerate(self._cells("**{}**", lambda words: words.replace("|", "\\|"))):
             if (headline := self._headline(i)) is not None:
@@ -157,9 +163,9 @@ class Table:
 
     def latex(self) -> str:
         """Return the table as LaTeX, with booktabs."""
-        kinds = "".join("l" if c.show is text else "r" for c in self.columns)
+        kinds = "".join("l" if c.show is text else "r" for c in self.shown())
         lines = [f"\\begin{{tabular}}{{@{{}}{kinds}@{{}}}}", "\\toprule", *self._groups()]
-        lines += [_line([latex(c.title) for c in self.columns]), "\\midrule"]
+        lines += [_line([latex(c.title) for c in self.shown()]), "\\midrule"]
         for i, cells in enumerate(self._cells("\\textbf{{}}", latex)):
             if (headline := self._headline(i)) is not None:
                 lines += ["\\addlinespace"] if i else []
@@ -170,7 +176,7 @@ class Table:
 
     def _groups(self) -> list[str]:
         """Return the lines of the titles above the titles."""
-        groups = [column.group for column in self.columns]
+        groups = [column.group for column in self.shown()]
         if not any(groups):
             return []
         cells, rules, start = [], [], 0
