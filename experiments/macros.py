@@ -15,7 +15,7 @@ import pandas as pd
 from experiments.paper import ROWS
 from experiments.quotes import QUOTES
 from experiments.store import Store
-from experiments.tables import NAMES, NOT_TRAINED, made_with
+from experiments.tables import NAMES, made_with
 from experiments.typeset import amount, count, in_formula, latex
 
 _HEAD = r"""% Made by experiments/report.py; do not edit.
@@ -40,7 +40,7 @@ _COUNTS = {"steps": "steps", "published-steps": "published_steps", "equal-steps"
 def numbers(
     store: Store,
     tables: Sequence[pd.DataFrame],
-    steps: pd.DataFrame,
+    others: Sequence[pd.DataFrame],
     ablations: Sequence[pd.DataFrame],
 ) -> dict[str, str]:
     """Return all numbers, as LaTeX, by their keys.
@@ -48,10 +48,10 @@ def numbers(
     Args:
         store: The store.
         tables: The rows of the paper, see ``tables.row_table``.
-        steps: What was trained for the published numbers of steps.
+        others: The same for other budgets.
         ablations: The ablations.
     """
-    found = _tallies(store, tables, steps)
+    found = _tallies(store, tables, others)
     for table in tables:
         for _, line in table.iterrows():
             place = f"{line['row']}/{line['optimizer']}"
@@ -63,6 +63,10 @@ def numbers(
                     found[f"{key}/{place}"] = count(line[name])
             if pd.notna(line["ms_per_step"]):
                 found[f"ms/{place}"] = amount(line["ms_per_step"])
+    for table in others:
+        if table["budget"].iloc[0].endswith(" steps"):
+            for _, line in table.dropna(subset="rmse").iterrows():
+                found[f"final/{line['row']}/{line['optimizer']}"] = f"${in_formula(line['rmse'])}$"
     made = {made_with(store, *table[["study", "budget"]].iloc[0]): None for table in ablations}
     if made:
         found["made/ablations"] = latex("; and ".join(made))
@@ -94,7 +98,9 @@ def used(source: Path) -> set[str]:
     return set(re.findall(r"\\val\{([^}]*)\}", source.read_text()))
 
 
-def _tallies(store: Store, tables: Sequence[pd.DataFrame], steps: pd.DataFrame) -> dict[str, str]:
+def _tallies(
+    store: Store, tables: Sequence[pd.DataFrame], others: Sequence[pd.DataFrame]
+) -> dict[str, str]:
     """Return what is counted over all rows."""
     whole = {"rows": len(ROWS), "optimizers": len(NAMES), "trainings": len(store.trainings)}
     whole["rows-trained"] = len(tables)
@@ -105,15 +111,14 @@ def _tallies(store: Store, tables: Sequence[pd.DataFrame], steps: pd.DataFrame) 
         if column in store.trainings:
             values = sorted(store.trainings[column].dropna().astype(str).unique())
             found[f"tally/{key}"] = latex(", ".join(values))
+    if steps := [table for table in others if table["budget"].iloc[0].endswith(" steps")]:
+        found |= _compared("steps", pd.concat(steps), "rmse", "published_rmse")
     if not tables:
         return found
     every = pd.concat(tables, ignore_index=True)
     found |= _compared("equal", every, "rmse_at_equal", "published_at_equal")
     kfac = every[every["optimizer"] == "kfac_star"]
     found |= _compared("equal-kfac-star", kfac, "rmse_at_equal", "published_at_equal")
-    if len(steps):
-        ran = steps[steps["outcome"] != NOT_TRAINED]
-        found |= _compared("steps", ran, "rmse", "published_rmse")
     errors = every.pivot_table(index="row", columns="optimizer", values="rmse")
     winners = errors.idxmin(axis=1).map(NAMES).value_counts()
     found["tally/winners"] = latex(", ".join(f"{name} ({k})" for name, k in winners.items()))

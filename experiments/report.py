@@ -40,12 +40,11 @@ from experiments.tables import (
     ABLATION,
     FIRST_ORDER,
     ROW,
-    STEPS,
     SUMMARY,
     ablation_tables,
     made_with,
+    other_tables,
     row_table,
-    steps_table,
     summary_table,
     time_budgets,
     title_of,
@@ -131,13 +130,14 @@ def make(store: Store, folder: Path, output: Path, main_row: str) -> None:
     (output / "figures").mkdir(exist_ok=True)
     trained = [row for row in ROWS if time_budgets(store, row)]
     tables = [row_table(store, row, time_budgets(store, row)[0]) for row in trained]
-    tables = with_published_at_equal(tables, folder)
-    steps, ablations = steps_table(store), list(ablation_tables(store))
-    text = _PAGE + _rows(store, tables, steps, generated)
+    every = with_published_at_equal([*tables, *other_tables(store)], folder)
+    tables, others = every[: len(tables)], every[len(tables) :]
+    ablations = list(ablation_tables(store))
+    text = _PAGE + _rows(store, tables, others, generated)
     text += _ablations(store, ablations, generated)
     for quote in QUOTES:
         _write(generated / f"{quote.name}.tex", quote.table().latex())
-    found, keys = numbers(store, tables, steps, ablations), used(SOURCE)
+    found, keys = numbers(store, tables, others, ablations), used(SOURCE)
     _write(generated / "numbers.tex", as_macros({k: v for k, v in found.items() if k in keys}))
     for table in tables:
         if table["row"].iloc[0] == main_row:
@@ -158,7 +158,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _rows(
-    store: Store, tables: Sequence[pd.DataFrame], steps: pd.DataFrame, generated: Path
+    store: Store, tables: Sequence[pd.DataFrame], others: Sequence[pd.DataFrame], generated: Path
 ) -> str:
     """Write the tables and figures of the rows, and return their part of the page."""
     parts, floats, panels = [], [], []
@@ -178,11 +178,13 @@ def _rows(
         made_by = f"Ours: {made}. Published: {_sources(data)}."
         parts.append(f"## {title}\n\n{table.markdown()}\n{_ended(data)}{made_by}\n\n{picture}\n")
         floats.append(_table(table, f"{title}: {made}."))
-    if len(steps):
-        table = Table("steps", "The published numbers of steps", steps, STEPS, sections="title")
+    if others:
+        data = pd.concat(others, ignore_index=True)
+        data["title"] = data["row"].map(title_of) + ", " + data["budget"]
+        table = Table("others", "Numbers of steps, and other times", data, ROW, sections="title")
         table.write(generated)
-        parts.append(f"## {table.title}\n\n{table.markdown()}\n{_ended(steps)}")
-        floats.append(_table(table, f"Trained to the published numbers of steps. {_FAIR}"))
+        parts.append(f"## {table.title}\n\n{table.markdown()}\n{_ended(data)}")
+        floats.append(_table(table, f"Trained for numbers of steps, and for other times. {_FAIR}"))
     if panels:
         draw_page(generated / "rows_time.png", panels, one_legend=True)
     missing = [row for row in ROWS if row not in {t["row"].iloc[0] for t in tables}]

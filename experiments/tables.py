@@ -65,7 +65,6 @@ ROW = (
     Column("published_at_equal", "published", group="at equal steps"),
     _ENDED,
 )
-STEPS = (Column("name", "optimizer", text), *ROW[1:12], _ENDED)
 SUMMARY = (
     Column("title", "row", text),
     Column("budget", "time", text),
@@ -212,15 +211,15 @@ def with_published_at_equal(tables: Sequence[pd.DataFrame], folder: Path) -> lis
     return [table.merge(known, "left", on=["row", "optimizer", "equal_steps"]) for table in tables]
 
 
-def steps_table(store: Store) -> pd.DataFrame:
-    """Return what was trained for a number of steps, beside what was published."""
-    rows = store.trainings[store.trainings["budget"].str.endswith(" steps")]
+def other_tables(store: Store) -> list[pd.DataFrame]:
+    """Return what was trained for other budgets than that of ``row_table``: steps, longer times."""
     tables = []
-    for row in (name for name in ROWS if name in set(rows["study"])):
-        for budget in rows.loc[rows["study"] == row, "budget"].unique():
+    for row in ROWS:
+        budgets = store.trainings.loc[store.trainings["study"] == row, "budget"].unique()
+        for budget in sorted(set(budgets) - set(time_budgets(store, row)[:1])):
             table = row_table(store, row, budget)
-            tables.append(table[table["outcome"] != NOT_TRAINED].assign(title=title_of(row)))
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+            tables.append(table[table["outcome"] != NOT_TRAINED])
+    return tables
 
 
 def summary_table(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:

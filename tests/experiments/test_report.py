@@ -18,8 +18,8 @@ from experiments.tables import (
     NAMES,
     ablation_tables,
     medians,
+    other_tables,
     row_table,
-    steps_table,
     summary_table,
     time_budgets,
     with_published_at_equal,
@@ -142,9 +142,14 @@ def test_a_published_curve_ends_where_the_published_run_does():
     assert np.isnan(published.interpolated(curve, 0.5))
 
 
-def test_runs_to_the_published_steps_have_a_table_of_their_own(store):
-    assert time_budgets(store, "poisson2d_257") == []
-    (line,) = steps_table(store).to_dict("records")
+def test_budgets_other_than_the_one_of_equal_time_have_a_table_of_their_own(store):
+    longer = store.merged(trained(ROW, "kfac_star", [1e-6], budget="600 s"))
+    assert time_budgets(longer, ROW) == ["60 s", "600 s"]
+    assert time_budgets(longer, "poisson2d_257") == []
+    first, second = other_tables(longer)
+    (other,) = second.to_dict("records")
+    assert (other["row"], other["budget"], other["rmse"]) == (ROW, "600 s", 1e-6)
+    (line,) = first.to_dict("records")
     assert (line["row"], line["optimizer"], line["steps"]) == ("poisson2d_257", "kfac_star", 34944)
     assert (line["rmse"], line["published_rmse"]) == (2e-7, 1.99e-7)
 
@@ -220,7 +225,16 @@ def test_what_is_refused(arguments, message, tmp_path, capsys):
 
 def test_the_text_names_what_there_may_be():
     keys = used(report.SOURCE)
-    kinds = ("rmse", "steps", "published", "published-steps", "ms", "equal", "published-equal")
+    kinds = (
+        "rmse",
+        "final",
+        "steps",
+        "published",
+        "published-steps",
+        "ms",
+        "equal",
+        "published-equal",
+    )
     for kind, row, label in (k.split("/") for k in keys if k.startswith(kinds)):
         assert kind in kinds
         assert row in ROWS
@@ -278,6 +292,8 @@ def test_the_report_is_built_from_a_store_that_has_little(store, tmp_path, capsy
     few.write(tmp_path / "store")
     common = ["--store", tmp_path / "store", "--output", tmp_path / "paper"]
     assert program(*common, "--pdf") == 0
+    numbers = (tmp_path / "paper/report/generated/numbers.tex").read_text()
+    assert r"\csname val@final/poisson2d_257/kfac_star\endcsname{$2.0\cdot 10^{-7}$}" in numbers
     told = capsys.readouterr().out
     assert "report.tex names what the store does not have yet: " in told
     assert f", rmse/{ROW}/kfac_star, " in told
