@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from experiments.paper import ROWS
+from experiments.published import ends
 from experiments.quotes import QUOTES
 from experiments.store import Store
 from experiments.tables import NAMES, made_with
@@ -30,11 +31,10 @@ _LINE = r"\expandafter\def\csname val@{}\endcsname{{{}}}"
 _ERRORS = {
     "rmse": "rmse",
     "relative": "relative_error",
-    "published": "published_rmse",
     "equal": "rmse_at_equal",
     "published-equal": "published_at_equal",
 }
-_COUNTS = {"steps": "steps", "published-steps": "published_steps", "equal-steps": "equal_steps"}
+_COUNTS = {"steps": "steps", "equal-steps": "equal_steps"}
 
 
 def numbers(
@@ -52,6 +52,11 @@ def numbers(
         ablations: The ablations.
     """
     found = _tallies(store, tables, others)
+    for row in ROWS:
+        for label, end in ends(row).iterrows():
+            found[f"published/{row}/{label}"] = f"${in_formula(end['rmse'])}$"
+            if pd.notna(end["steps"]):
+                found[f"published-steps/{row}/{label}"] = count(end["steps"])
     for table in tables:
         for _, line in table.iterrows():
             place = f"{line['row']}/{line['optimizer']}"

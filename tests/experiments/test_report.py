@@ -297,4 +297,5 @@ def test_the_report_is_built_from_a_store_that_has_little(store, tmp_path, capsy
     told = capsys.readouterr().out
     assert "report.tex names what the store does not have yet: " in told
     assert f", rmse/{ROW}/kfac_star, " in told
+    assert "published/" not in told
     assert (tmp_path / "paper/report/report.pdf").read_bytes().startswith(b"%PDF")
