@@ -19,8 +19,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
-
 if __name__ == "__main__":  # `experiments` is not installed: the script sees the repository instead
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -28,10 +26,9 @@ from experiments.command import ExitCode, Interruption, main_of
 from experiments.folder import CONFIG, write_atomically
 from experiments.objects import UserError, is_own, near_misses, short
 from experiments.presets import PRESETS
+from experiments.reporting.published import ENDS, ends
 from experiments.results import run_folders
 from experiments.store import RESOURCES, STORE, Store, collect
-
-PUBLISHED = Path(__file__).with_name("published.csv")
 
 # The experiments of the paper that have a table of their own, in its order.
 ROWS = (
@@ -121,9 +118,8 @@ def _label(optimizer: str) -> str:
 
 def published_steps(study: str, label: str) -> int | None:
     """Return how many steps the paper's run of an optimizer took, if it has one."""
-    table = pd.read_csv(PUBLISHED)
-    rows = table[(table["row"] == study) & (table["optimizer"] == label)]["steps"].dropna()
-    return int(rows.iloc[0]) if len(rows) else None
+    steps = ends(study)["steps"].dropna()
+    return int(steps[label]) if label in steps else None
 
 
 def jobs(options: argparse.Namespace) -> Iterator[Job]:
@@ -149,9 +145,7 @@ def jobs(options: argparse.Namespace) -> Iterator[Job]:
         for label in chosen:
             steps = published_steps(study, label) if options.published_steps else options.steps
             if options.published_steps and steps is None:
-                raise UserError(
-                    f"--published-steps: {PUBLISHED.name} has none of {label} for {study}."
-                )
+                raise UserError(f"--published-steps: {ENDS.name} has none of {label} for {study}.")
             yield Job(study, label, options.runs, tuple(options.seeds), options.seconds, steps)
 
 

@@ -23,11 +23,10 @@ if __name__ == "__main__":  # `experiments` is not installed: the script sees th
 
 from experiments.command import ExitCode, main_of
 from experiments.folder import write_atomically
-from experiments.macros import as_macros, numbers, used
 from experiments.objects import UserError, near_misses
 from experiments.paper import ROWS
-from experiments.quotes import QUOTES
-from experiments.report_figures import (
+from experiments.reporting.macros import as_macros, numbers, used
+from experiments.reporting.pictures import (
     Panel,
     draw_page,
     draw_panel,
@@ -35,8 +34,8 @@ from experiments.report_figures import (
     row_panel,
     shown_names,
 )
-from experiments.store import STORE, Store
-from experiments.tables import (
+from experiments.reporting.quotes import QUOTES
+from experiments.reporting.tables import (
     ABLATION,
     FIRST_ORDER,
     ROW,
@@ -50,8 +49,9 @@ from experiments.tables import (
     title_of,
     with_published_at_equal,
 )
+from experiments.reporting.typeset import Table, latex
+from experiments.store import STORE, Store
 from experiments.training import FINISHED
-from experiments.typeset import Table, latex
 
 PAPER = STORE.parent
 SOURCE = PAPER / "report/report.tex"

@@ -11,6 +11,7 @@ from experiments.ablations import ABLATIONS, DEFAULT
 from experiments.command import run_program
 from experiments.objects import UserError
 from experiments.presets import PRESETS
+from experiments.reporting.published import ENDS
 from experiments.store import KEY, Store, collect, thinned
 from tests.experiments.runs import column
 
@@ -131,7 +132,7 @@ def test_an_ablation_changes_what_it_says_and_nothing_else():
 
 
 def test_every_row_has_every_optimizer_and_its_published_figures():
-    published = pd.read_csv(paper.PUBLISHED)
+    published = pd.read_csv(ENDS)
     optimizers = set(PRESETS["poisson2d_257"].labels)
     assert len(optimizers) == 16
     assert set(published["row"]) <= set(PRESETS)

@@ -7,14 +7,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments import published, report
+from experiments import report
 from experiments.command import run_program
-from experiments.macros import used
 from experiments.paper import ROWS
 from experiments.presets import PRESETS
-from experiments.quotes import QUOTES, Quote
-from experiments.store import Store
-from experiments.tables import (
+from experiments.reporting import published
+from experiments.reporting.macros import used
+from experiments.reporting.quotes import QUOTES, Quote
+from experiments.reporting.tables import (
     NAMES,
     ablation_tables,
     medians,
@@ -24,7 +24,8 @@ from experiments.tables import (
     time_budgets,
     with_published_at_equal,
 )
-from experiments.typeset import Column, Table, count, error, in_formula, latex, text
+from experiments.reporting.typeset import Column, Table, count, error, in_formula, latex, text
+from experiments.store import Store
 
 ROW = "poisson2d_9873"
 REFUSED = "NotEnoughMemoryError: J of 9 x 9 numbers must fit into the memory"

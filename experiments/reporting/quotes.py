@@ -10,9 +10,9 @@ from pathlib import Path
 import pandas as pd
 
 from experiments.objects import UserError
-from experiments.typeset import Column, Table, as_written, text
+from experiments.reporting.typeset import Column, Table, as_written, text
 
-PAGES = Path(__file__).resolve().parents[1] / "paper"
+PAGES = Path(__file__).resolve().parents[2] / "paper"
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ import pandas as pd
 from experiments.ablations import ABLATIONS, DEFAULT
 from experiments.paper import ROWS
 from experiments.presets import PRESETS
-from experiments.published import at_steps, ends, interpolated
+from experiments.reporting.published import at_steps, ends, interpolated
+from experiments.reporting.typeset import Column, amount, count, text
 from experiments.results import PAPERS_NAMES
 from experiments.store import Store
 from experiments.training import FINISHED, INTERRUPTED
-from experiments.typeset import Column, amount, count, text
 
 NAMES = {
     **{label: name for name, label in PAPERS_NAMES.items()},

@@ -16,9 +16,9 @@ from matplotlib.ticker import NullFormatter
 
 from experiments import figures
 from experiments.gallery import save_small
-from experiments.published import curves as published_curves
+from experiments.reporting.published import curves as published_curves
+from experiments.reporting.tables import FIRST_ORDER, NAMES
 from experiments.store import Store
-from experiments.tables import FIRST_ORDER, NAMES
 
 # What a figure of a row shows; of the last two kinds, the one that reached the smallest error.
 _SHOWN = ("kfac_star", "kfac", "auto", "spring", "hessian_free")

@@ -19,7 +19,7 @@ from experiments.objects import evaluate, resolve
 from experiments.presets import PRESETS
 from experiments.results import published_curves
 
-ENDS = Path(__file__).with_name("published.csv")
+ENDS = Path(__file__).parents[1] / "published.csv"
 AT_STEPS = "published_at_steps.csv"
 _KEY = ["row", "optimizer", "steps"]
 

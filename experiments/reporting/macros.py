@@ -13,11 +13,11 @@ from pathlib import Path
 import pandas as pd
 
 from experiments.paper import ROWS
-from experiments.published import ends
-from experiments.quotes import QUOTES
+from experiments.reporting.published import ends
+from experiments.reporting.quotes import QUOTES
+from experiments.reporting.tables import NAMES, made_with
+from experiments.reporting.typeset import amount, count, in_formula, latex
 from experiments.store import Store
-from experiments.tables import NAMES, made_with
-from experiments.typeset import amount, count, in_formula, latex
 
 _HEAD = r"""% Made by experiments/report.py; do not edit.
 \makeatletter
