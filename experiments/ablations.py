@@ -80,8 +80,16 @@ ABLATIONS: dict[str, Ablation] = {
         "How does λ enter the inverse?",
         {
             "trace_norm": {"inverse": "FactorDamping(2.989e-13, trace_norm)"},
-            "exact": {"inverse": "Damped(2.989e-13)"},
-            "exact_larger": {"inverse": "Damped(1e-6)"},
+            # with one product for both terms there is a closed form, with two there is none
+            "exact_merged": {
+                "curvature": "KFAC(merge_terms=True)",
+                "inverse": "Damped(2.989e-13)",
+            },
+            "exact_merged_larger": {
+                "curvature": "KFAC(merge_terms=True)",
+                "inverse": "Damped(1e-6)",
+            },
+            "exact_iterative": {"inverse": "Damped(1e-6)"},
         },
     ),
     "average": Ablation(
@@ -126,15 +134,15 @@ ABLATIONS: dict[str, Ablation] = {
         {
             "channels": {
                 "curvature": "ChannelKronecker(pairs=False)",
-                "inverse": "Damped(1e-6)",
+                "inverse": "Damped(1e-4)",
                 "average": "None",
             },
             "channel_pairs": {
                 "curvature": "ChannelKronecker()",
-                "inverse": "Damped(1e-6)",
+                "inverse": "Damped(1e-4)",
                 "average": "None",
             },
-            "one_product": {"inverse": "Damped(1e-6)", "average": "None"},
+            "one_product": {"inverse": "Damped(1e-4)", "average": "None"},
         },
     ),
     "channels": Ablation(

@@ -23,12 +23,13 @@ if __name__ == "__main__":  # `experiments` is not installed: the script sees th
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from experiments.command import ExitCode, Interruption, main_of
-from experiments.folder import CONFIG, write_atomically
+from experiments.folder import CONFIG, read_json, write_atomically
 from experiments.objects import UserError, is_own, near_misses, short
 from experiments.presets import PRESETS
 from experiments.reporting.published import ENDS, ends
 from experiments.results import run_folders
-from experiments.store import RESOURCES, STORE, Store, collect
+from experiments.store import RESOURCES, STORE, Store, collect, outcomes
+from experiments.training import INTERRUPTED, NOT_STARTED
 
 # The experiments of the paper that have a table of their own, in its order.
 ROWS = (
@@ -82,6 +83,17 @@ class Job:
         seeds = ["--seeds", *map(str, self.seeds)]
         train = os.path.relpath(Path(__file__).with_name("train.py"))
         return [train, *(start if begun else new), *budget, *seeds, "--threads", "1"]
+
+    def is_done(self) -> bool:
+        """Whether nothing is left to train, so that what it was made with stays as it was."""
+        config = read_json(self.path / CONFIG) or {}
+        seconds = _FOREVER if self.steps else self.seconds
+        wanted = {"steps": self.steps, "seconds": seconds, "seeds": list(self.seeds)}
+        if wanted != {key: config.get(key) for key in wanted}:
+            return False
+        ended = outcomes(self.path)
+        unfinished = (INTERRUPTED, NOT_STARTED)
+        return all(ended.get(seed, NOT_STARTED) not in unfinished for seed in self.seeds)
 
     def run(self, interruption: Interruption) -> int:
         """Train, and note what the process needed; an interruption is passed on to it."""
@@ -210,6 +222,9 @@ def _train(work: Sequence[Job], options: argparse.Namespace) -> ExitCode:
             if interruption.requested:
                 return ExitCode.INTERRUPTED
             job = work[k]
+            if job.is_done():
+                print(f"[{k + 1}/{len(work)}] {job.path}: done before", flush=True)
+                return 0
             print(f"[{k + 1}/{len(work)}] {job.path}: started", flush=True)
             code = job.run(interruption)
             words = "done" if code == 0 else f"ended with {code}, see {job.path}.log"

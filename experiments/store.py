@@ -130,21 +130,25 @@ def thinned(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.iloc[sorted({0, *nearest})]
 
 
+def outcomes(folder: Path) -> dict[int, str]:
+    """Return how the trainings of a run folder of one optimizer ended, by their seeds."""
+    if not (path := folder / "summary.csv").is_file():
+        return {}
+    summary = pd.read_csv(path)
+    return dict(zip(summary["seed"].astype(int), summary["outcome"], strict=True))
+
+
 def _about(folder: Path) -> dict[str, Any]:
     """Return what a run folder says of all its trainings."""
     config, history = read_json(folder / CONFIG), read_json(folder / ENVIRONMENT)
     last = history[-1] if isinstance(history, list) and history else {}
     packages, resources = last.get("packages") or {}, read_json(folder / RESOURCES) or {}
-    outcomes: dict[int, str] = {}
-    if (path := folder / "summary.csv").is_file():
-        summary = pd.read_csv(path)
-        outcomes = dict(zip(summary["seed"].astype(int), summary["outcome"], strict=True))
     by_steps = config["steps"] is not None
     budget = f"{config['steps']} steps" if by_steps else f"{config['seconds']:g} s"
     own = {k: v for k, v in config["settings"].items() if k.startswith(f"{folder.name}.")}
     return {
         "budget": budget,
-        "outcomes": outcomes,
+        "outcomes": outcomes(folder),
         "columns": {
             "memory_mb": resources.get("peak_memory_mb"),
             "settings": json.dumps(own),

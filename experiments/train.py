@@ -27,7 +27,7 @@ from experiments.folder import RunFolder, write_atomically
 from experiments.objects import UserError, arguments, evaluate, resolve, told
 from experiments.results import gather, held_out_warnings, last_rows, with_ratio
 from experiments.tracking import TRACKERS, Trackers, check_trackers
-from experiments.training import FINISHED, INTERRUPTED, Trainer, Watch, restore, train
+from experiments.training import FINISHED, INTERRUPTED, NOT_STARTED, Trainer, Watch, restore, train
 
 SMOKE_POINTS = 20
 
@@ -174,7 +174,7 @@ def _close(
             return
         rows = with_ratio(last_rows(table))
         ended = [
-            outcomes.get(f"{r.optimizer}/seed{r.seed}", "not started") for r in rows.itertuples()
+            outcomes.get(f"{r.optimizer}/seed{r.seed}", NOT_STARTED) for r in rows.itertuples()
         ]
         rows = rows.assign(outcome=ended)
         columns = ["optimizer", "seed", "step", "seconds", "loss", "held_out_loss"]

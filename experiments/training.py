@@ -31,6 +31,7 @@ from pinncurv.problems import Errors, ResidualBased, Windows, warn_unless_period
 METRICS = "metrics.csv"
 CURRENT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 FINISHED, INTERRUPTED, PRUNED = "finished", "interrupted", "pruned"
+NOT_STARTED = "not started"
 
 # Seeds of what all trainings share, far from those that trainings draw their points with. The CPU's
 # generator takes their lower 32 bits alone.

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -86,6 +87,24 @@ def test_what_a_job_runs(tmp_path):
     own = paper.Job("ablations", "unmerged", tmp_path, (1,), 30.0, 7)
     assert own.command()[4] == "unmerged=paper/channels.py:kfac_star_unmerged"
     assert "1e+06" in own.command()
+
+
+def test_what_is_done_is_not_begun_again(tmp_path, capsys):
+    folder = tmp_path / "poisson2d_257/adam"
+    folder.mkdir(parents=True)
+    config = {"steps": 3, "seconds": 1e6, "seeds": [1, 2]}
+    (folder / "config.json").write_text(json.dumps(config))
+    job = paper.Job("poisson2d_257", "adam", tmp_path, (1, 2), 60.0, 3)
+    assert not job.is_done()
+    (folder / "summary.csv").write_text("seed,outcome\n1,finished\n2,interrupted\n")
+    assert not job.is_done()
+    (folder / "summary.csv").write_text("seed,outcome\n1,finished\n2,MemoryError: too large\n")
+    assert job.is_done()
+    assert not replace(job, steps=4).is_done()
+    assert not replace(job, seeds=(1, 2, 3)).is_done()
+    options = ["--steps", "3", "--seeds", "1", "2", "--optimizers", "adam", "--runs", tmp_path]
+    assert program("poisson2d_257", *options, "--store", tmp_path / "store") == 0
+    assert "done before" in capsys.readouterr().out
 
 
 def test_published_steps():
