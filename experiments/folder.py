@@ -27,8 +27,9 @@ from experiments.objects import UserError
 
 CONFIG = "config.json"
 ENVIRONMENT = "environment.json"
+SUMMARY = "summary.csv"
 PARTIAL = ".partial"  # ends the name of a file that is being written
-_LOCK = ".lock"
+LOCK = ".lock"
 _PACKAGES = ("pinncurv", "torch", "curvlinops-for-pytorch", "numpy", "scipy")
 
 
@@ -49,7 +50,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock = FileLock(path / _LOCK)
+        self._lock = FileLock(path / LOCK)
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
@@ -73,7 +74,7 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             folder = cls(path)
             # all that a run leaves behind that is killed before it has written its settings
-            used = any(entry.name not in (_LOCK, CONFIG + PARTIAL) for entry in path.iterdir())
+            used = any(entry.name not in (LOCK, CONFIG + PARTIAL) for entry in path.iterdir())
         except OSError as error:
             raise _cannot("create", path, error) from error
         if used:
@@ -103,6 +104,7 @@ class RunFolder:
         earlier = read_json(self.path / ENVIRONMENT)
         history = earlier if isinstance(earlier, list) else []
         try:
+            (self.path / SUMMARY).unlink(missing_ok=True)  # of settings that are no longer its own
             write_json(self.path / CONFIG, dataclasses.asdict(settings))
             write_json(self.path / ENVIRONMENT, [*history, describe_environment(device)])
         except OSError as error:

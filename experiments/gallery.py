@@ -28,7 +28,7 @@ if __name__ == "__main__":  # `experiments` is not installed: the script sees th
 from experiments import catalog, figures
 from experiments.command import ExitCode, main_of, own_names, refuse_own_code, resumed
 from experiments.exhibits import EXHIBITS, Exhibit
-from experiments.folder import CONFIG, ENVIRONMENT, read_json, write_atomically
+from experiments.folder import CONFIG, ENVIRONMENT, SUMMARY, read_json, write_atomically
 from experiments.objects import UserError, near_misses, short
 from experiments.results import gather, held_out_warnings, last_rows, with_ratio
 from experiments.train import run
@@ -218,7 +218,7 @@ class Result:
     def _unfinished(self) -> list[str]:
         """Return what ended before its time, and why."""
         try:
-            summary = pd.read_csv(self.folder / "summary.csv")
+            summary = pd.read_csv(self.folder / SUMMARY)
         except (OSError, ValueError):
             return []
         ended = summary[summary["outcome"] != FINISHED]

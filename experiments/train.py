@@ -23,7 +23,7 @@ from experiments.command import (
     set_up_device,
 )
 from experiments.experiment import Experiment
-from experiments.folder import RunFolder, write_atomically
+from experiments.folder import SUMMARY, RunFolder, write_atomically
 from experiments.objects import UserError, arguments, evaluate, resolve, told
 from experiments.results import gather, held_out_warnings, last_rows, with_ratio
 from experiments.tracking import TRACKERS, Trackers, check_trackers
@@ -189,9 +189,7 @@ def _close(
         )
         for line in held_out_warnings(table):
             print(line)
-        write_atomically(
-            path / "summary.csv", rows.to_csv(index=False).encode(errors="backslashreplace")
-        )
+        write_atomically(path / SUMMARY, rows.to_csv(index=False).encode(errors="backslashreplace"))
         trained = {
             label: t.model for label, t in first.items() if f"{label}/seed{t.seed}" in outcomes
         }
