@@ -68,10 +68,8 @@ def numbers(
                     found[f"{key}/{place}"] = count(line[name])
             if pd.notna(line["ms_per_step"]):
                 found[f"ms/{place}"] = amount(line["ms_per_step"])
-    for table in others:
-        if table["budget"].iloc[0].endswith(" steps"):
-            for _, line in table.dropna(subset="rmse").iterrows():
-                found[f"final/{line['row']}/{line['optimizer']}"] = f"${in_formula(line['rmse'])}$"
+    for _, line in _as_published(others).iterrows():
+        found[f"final/{line['row']}/{line['optimizer']}"] = f"${in_formula(line['rmse'])}$"
     made = {made_with(store, *table[["study", "budget"]].iloc[0]): None for table in ablations}
     if made:
         found["made/ablations"] = latex("; and ".join(made))
@@ -116,8 +114,8 @@ def _tallies(
         if column in store.trainings:
             values = sorted(store.trainings[column].dropna().astype(str).unique())
             found[f"tally/{key}"] = latex(", ".join(values))
-    if steps := [table for table in others if table["budget"].iloc[0].endswith(" steps")]:
-        found |= _compared("steps", pd.concat(steps), "rmse", "published_rmse")
+    if len(steps := _as_published(others)):
+        found |= _compared("steps", steps, "rmse", "published_rmse")
     if not tables:
         return found
     every = pd.concat(tables, ignore_index=True)
@@ -137,6 +135,14 @@ def _tallies(
         found[f"tally/{key}-least"] = f"${in_formula(ratio.min())}$"
         found[f"tally/{key}-most"] = f"${in_formula(ratio.max())}$"
     return found
+
+
+def _as_published(others: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Return what was trained for the published number of steps."""
+    if not others:
+        return pd.DataFrame()
+    every = pd.concat(others, ignore_index=True).dropna(subset=["rmse", "published_steps"])
+    return every[every["budget"] == every["published_steps"].map("{:.0f} steps".format)]
 
 
 def _compared(kind: str, table: pd.DataFrame, ours: str, published: str) -> dict[str, str]:

@@ -39,7 +39,7 @@ def error(value: float) -> str:
         return "inf"
     if value == 0:
         return "0"
-    if 0.01 <= value < 100:
+    if 0.01 <= value < 99.5:  # which is 100 to two digits
         return f"{value:#.2g}".rstrip(".")
     return re.sub(r"e([+-])0*", lambda m: "e" + m[1].strip("+"), f"{value:.1e}")
 

@@ -12,7 +12,7 @@ from experiments.command import run_program
 from experiments.paper import ROWS
 from experiments.presets import PRESETS
 from experiments.reporting import published
-from experiments.reporting.macros import used
+from experiments.reporting.macros import numbers, used
 from experiments.reporting.quotes import QUOTES, Quote
 from experiments.reporting.tables import (
     NAMES,
@@ -45,7 +45,7 @@ def trained(study, optimizer, errors, steps=100, budget="60 s", outcome="finishe
         trainings.append(
             {**key, **cost, "rmse": rmse, "relative_error": 2 * rmse, "outcome": outcome, **made}
         )
-        for step in (0, 1, 10, steps):
+        for step in sorted({0, 1, 10, steps}):
             last = rmse * steps / step if step else 1.0
             curves.append({**key, "step": step, "seconds": 0.6 * step, "loss": 1.0, "rmse": last})
     return Store(pd.DataFrame(trainings), pd.DataFrame(curves))
@@ -153,6 +153,13 @@ def test_budgets_other_than_the_one_of_equal_time_have_a_table_of_their_own(stor
     (line,) = first.to_dict("records")
     assert (line["row"], line["optimizer"], line["steps"]) == ("poisson2d_257", "kfac_star", 34944)
     assert (line["rmse"], line["published_rmse"]) == (2e-7, 1.99e-7)
+
+
+def test_only_runs_of_the_published_steps_are_compared_with_published_ends(store):
+    fewer = store.merged(trained("poisson2d_257", "kfac_star", [0.5], steps=5, budget="5 steps"))
+    found = numbers(fewer, [], other_tables(fewer), [])
+    assert found["final/poisson2d_257/kfac_star"] == r"$2.0\cdot 10^{-7}$"
+    assert (found["tally/steps-compared"], found["tally/steps-met"]) == ("1", "0")
 
 
 def test_the_summary_has_the_best(store):
@@ -278,7 +285,7 @@ def test_a_table_in_markdown_and_latex():
 
 
 def test_numbers_as_they_are_written():
-    shown = [error(value) for value in (0, 0.01, 0.0099, 38.6, 100, np.inf, np.nan, 1e-10)]
+    shown = [error(value) for value in (0, 0.01, 0.0099, 38.6, 99.6, np.inf, np.nan, 1e-10)]
     assert shown == ["0", "0.010", "9.9e-3", "39", "1.0e2", "inf", "", "1.0e-10"]
     assert in_formula(1.26e-6) == r"1.3\cdot 10^{-6}"
     assert in_formula(0.5) == "0.50"
