@@ -28,8 +28,8 @@ from experiments.objects import UserError, is_own, near_misses, short
 from experiments.presets import PRESETS
 from experiments.reporting.published import ENDS, ends
 from experiments.results import run_folders
-from experiments.store import RESOURCES, STORE, Store, collect, outcomes
-from experiments.training import INTERRUPTED, NOT_STARTED
+from experiments.store import RESOURCES, STORE, Store, collect, origin, outcomes
+from experiments.training import INTERRUPTED
 
 # The experiments of the paper that have a table of their own, in its order.
 ROWS = (
@@ -71,29 +71,49 @@ class Job:
         """The run folder."""
         return self.folder / self.study / self.label
 
+    @property
+    def _begun(self) -> bool:
+        return (self.path / CONFIG).is_file()
+
     def command(self) -> list[str]:
         """Return the command of the training, or of what is left of it."""
-        name = next(o for o in PRESETS[self.study].optimizers if _label(o) == self.label)
-        own = name.partition("=")[2] or name
-        begun = (self.path / CONFIG).is_file()
-        start = ["--resume", str(self.path), *(["--optimizers", name] if is_own(own) else [])]
+        target = PRESETS[self.study].labels[self.label]
+        name = target if short(target) == self.label else f"{self.label}={target}"
+        start = ["--resume", str(self.path), *(["--optimizers", name] if is_own(target) else [])]
         new = ["--preset", self.study, "--optimizers", name, "--run-folder", str(self.path)]
-        budget = ["--seconds", f"{_FOREVER if self.steps else self.seconds:g}"]
+        budget = ["--seconds", f"{_FOREVER if self.steps else self.seconds:.12g}"]
         budget += ["--steps", str(self.steps)] if self.steps else []
         seeds = ["--seeds", *map(str, self.seeds)]
         train = os.path.relpath(Path(__file__).with_name("train.py"))
-        return [train, *(start if begun else new), *budget, *seeds, "--threads", "1"]
+        return [train, *(start if self._begun else new), *budget, *seeds, "--threads", "1"]
+
+    def check(self) -> None:
+        """Check that what there is can become what is asked for.
+
+        Raises:
+            UserError: If it was made with other settings, or with a larger or another budget.
+        """
+        if not self._begun:
+            return
+        was = origin(self.path)
+        kind, has = ("steps", was.steps) if was.steps else ("seconds", was.seconds)
+        wanted = getattr(self, kind)
+        if bool(was.steps) != bool(self.steps) or (has or 0) > wanted:
+            raise UserError(
+                f"{self.path} was trained for {has:g} {kind}. Ask for more {kind}, or choose other "
+                "--runs."
+            )
 
     def is_done(self) -> bool:
         """Whether nothing is left to train, so that what it was made with stays as it was."""
-        config = read_json(self.path / CONFIG) or {}
+        if not self._begun:
+            return False
+        was = origin(self.path)
         seconds = _FOREVER if self.steps else self.seconds
-        wanted = {"steps": self.steps, "seconds": seconds, "seeds": list(self.seeds)}
-        if wanted != {key: config.get(key) for key in wanted}:
+        if (was.steps, was.seconds) != (self.steps, seconds) or set(self.seeds) - set(was.seeds):
             return False
         ended = outcomes(self.path)
-        unfinished = (INTERRUPTED, NOT_STARTED)
-        return all(ended.get(seed, NOT_STARTED) not in unfinished for seed in self.seeds)
+        return all(ended.get(seed, INTERRUPTED) != INTERRUPTED for seed in self.seeds)
 
     def run(self, interruption: Interruption) -> int:
         """Train, and note what the process needed; an interruption is passed on to it."""
@@ -108,24 +128,28 @@ class Job:
                 start_new_session=True,  # so that Ctrl-C comes once, from here
             )
             asked = False
-            while True:
-                pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-                if pid:
-                    break
+            while (ended := _ended(process)) is None:
                 if interruption.requested and not asked:
                     process.terminate()
                     asked = True
                 time.sleep(_POLL_SECONDS)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if (self.path / CONFIG).is_file():
-            content = {"peak_memory_mb": round(usage.ru_maxrss / 1024, 1)}
+        process.returncode, peak = ended
+        if self._begun and peak is not None:
+            # a process that only ends what another one began needs less
+            before = (read_json(self.path / RESOURCES) or {}).get("peak_memory_mb", 0.0)
+            content = {"peak_memory_mb": round(max(before, peak), 1)}
             write_atomically(self.path / RESOURCES, json.dumps(content).encode())
-        return process.returncode
+        # one that had not learned to stop yet when it was asked to was interrupted all the same
+        return ExitCode.INTERRUPTED if asked and process.returncode < 0 else process.returncode
 
 
-def _label(optimizer: str) -> str:
-    label, separator, _ = optimizer.partition("=")
-    return label if separator else short(optimizer)
+def _ended(process: subprocess.Popen[bytes]) -> tuple[int, float | None] | None:
+    """Return code and peak memory in MB of a process that ended; None while it runs."""
+    if not hasattr(os, "wait4"):  # Windows, where the memory of others is not known
+        return None if process.poll() is None else (process.returncode, None)
+    pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, kilobytes elsewhere
+    return (os.waitstatus_to_exitcode(status), usage.ru_maxrss / unit) if pid else None
 
 
 def published_steps(study: str, label: str) -> int | None:
@@ -140,25 +164,30 @@ def jobs(options: argparse.Namespace) -> Iterator[Job]:
     Raises:
         UserError: If there is no such study or optimizer.
     """
-    studies = [n for word in options.studies for n in (ROWS if word == "rows" else (word,))]
+    words = [n for word in options.studies for n in (ROWS if word == "rows" else (word,))]
+    studies = list(dict.fromkeys(words))
+    known = {label for n in studies if n in PRESETS for label in PRESETS[n].labels}
+    unknown = set(options.optimizers or ()) - known
     for study in studies:
         if study not in PRESETS:
             raise UserError(
                 f"There is no study {study!r}.{near_misses(study, PRESETS)} It must be rows, or "
                 f"one of {', '.join(PRESETS)}."
             )
-        labels = [_label(name) for name in PRESETS[study].optimizers]
+        labels = list(PRESETS[study].labels)
         chosen = [label for label in labels if label in (options.optimizers or labels)]
-        if not chosen:
+        if unknown or not chosen:
             raise UserError(
                 f"--optimizers must be some of {', '.join(labels)} for {study}, got "
-                f"{', '.join(options.optimizers)}."
+                f"{', '.join(sorted(unknown) or options.optimizers)}."
             )
         for label in chosen:
             steps = published_steps(study, label) if options.published_steps else options.steps
             if options.published_steps and steps is None:
                 raise UserError(f"--published-steps: {ENDS.name} has none of {label} for {study}.")
-            yield Job(study, label, options.runs, tuple(options.seeds), options.seconds, steps)
+            job = Job(study, label, options.runs, tuple(options.seeds), options.seconds, steps)
+            job.check()
+            yield job
 
 
 def main(arguments: Sequence[str]) -> ExitCode:
@@ -202,13 +231,17 @@ def main(arguments: Sequence[str]) -> ExitCode:
     for name in ("seconds", "steps", "workers"):
         if (value := getattr(options, name)) is not None and not value > 0:
             raise UserError(f"--{name} must be positive, got {value}.")
+    if options.steps and options.published_steps:
+        raise UserError("--steps and --published-steps are two numbers of steps; drop one.")
     by_steps = options.published_steps or options.steps
     options.runs = options.runs or Path("runs/paper_steps" if by_steps else "runs/paper")
-    code = ExitCode.SUCCESS
-    if not options.collect:
-        code = _train(list(jobs(options)), options)
-    added = collect(run_folders([options.runs]))
-    Store.read(options.store).merged(added).write(options.store)
+    Store.read(options.store)  # what is no store is found out before anything is trained
+    try:
+        code = ExitCode.SUCCESS if options.collect else _train(list(jobs(options)), options)
+        added = collect(run_folders([options.runs]))
+        added.add_to(options.store)
+    except OSError as error:
+        raise UserError(f"cannot read or write {error.filename}: {error.strerror}.") from error
     print(f"store: {options.store}, {len(added.trainings)} trainings from {options.runs}")
     return code
 

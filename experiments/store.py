@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,22 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from filelock import FileLock
 
-from experiments.folder import CONFIG, ENVIRONMENT, read_json, write_atomically
+from experiments.experiment import Experiment, from_json
+from experiments.folder import (
+    CONFIG,
+    ENVIRONMENT,
+    LOCK,
+    SUMMARY,
+    read_config,
+    read_json,
+    write_atomically,
+)
 from experiments.objects import UserError
+from experiments.presets import PRESETS
 from experiments.results import gather, last_rows
+from experiments.training import INTERRUPTED, NOT_STARTED, check_identity
 
 STORE = Path(__file__).resolve().parents[1] / "paper/results"
 TRAININGS, CURVES = "trainings.csv", "curves.csv"
@@ -27,9 +40,15 @@ TRAININGS, CURVES = "trainings.csv", "curves.csv"
 # What tells a training from others: preset, label, budget and seed.
 KEY = ["study", "optimizer", "budget", "seed"]
 
+# What tables are made of.
+_REACHED = ["step", "seconds", "rmse", "relative_error", "ms_per_step", "memory_mb", "outcome"]
+
 # The curve of a training is kept at this many steps, at equal distances of their logarithms.
 _POINTS = 40
 _QUANTITIES = ["step", "seconds", "loss", "rmse"]
+
+# Eight digits of a commit may look like a number, such as 1234e567.
+_WORDS = {"commit": str, "torch": str, "python": str}
 
 # Beside a run folder's own files: what its process needed, see ``paper.py``.
 RESOURCES = "resources.json"
@@ -55,25 +74,38 @@ class Store:
             UserError: If a file of it cannot be read.
         """
         tables = []
-        for name, columns in ((TRAININGS, KEY), (CURVES, [*KEY, *_QUANTITIES])):
+        for name, columns, unique in (
+            (TRAININGS, [*KEY, *_REACHED], KEY),
+            (CURVES, [*KEY, *_QUANTITIES], [*KEY, "step"]),
+        ):
             path = folder / name
             try:
-                tables.append(pd.read_csv(path) if path.exists() else pd.DataFrame(columns=columns))
+                empty = pd.DataFrame(columns=columns)
+                table = pd.read_csv(path, dtype=_WORDS) if path.exists() else empty
             except (OSError, ValueError) as error:
                 raise UserError(f"{path} is no table of results ({error}).") from error
-            if missing := set(columns) - set(tables[-1].columns):
+            if missing := set(columns) - set(table.columns):
                 raise UserError(f"{path} must have the columns {', '.join(sorted(missing))}.")
+            if (twice := table.duplicated(unique)).any():
+                row = ", ".join(map(str, table.loc[twice, unique].iloc[0]))
+                raise UserError(f"{path} must have every training once, got two rows of {row}.")
+            tables.append(table)
         return cls(*tables)
 
     def merged(self, newer: Store) -> Store:
-        """Return the store with newer trainings in the place of those of the same key."""
+        """Return the store with newer trainings in the place of those of the same key.
+
+        One that was interrupted takes the place of no other.
+        """
+        if self.trainings.empty or newer.trainings.empty:
+            return newer if self.trainings.empty else self
+        ended = self.trainings[self.trainings["outcome"] != INTERRUPTED]
+        cut = newer.trainings[newer.trainings["outcome"] == INTERRUPTED]
+        lost = _keys(cut).intersection(_keys(ended))
         tables = []
-        for old, new in ((self.trainings, newer.trainings), (self.curves, newer.curves)):
-            if old.empty or new.empty:
-                tables.append(new if old.empty else old)
-                continue
-            replaced = old.set_index(KEY).index.isin(new.set_index(KEY).index)
-            both = pd.concat([old[~replaced], new], ignore_index=True)
+        for old, every in ((self.trainings, newer.trainings), (self.curves, newer.curves)):
+            new = every[~_keys(every).isin(lost)]
+            both = pd.concat([old[~_keys(old).isin(_keys(new))], new], ignore_index=True)
             tables.append(both.sort_values(KEY, kind="stable", ignore_index=True))
         return Store(*tables)
 
@@ -85,9 +117,45 @@ class Store:
             table.to_csv(buffer, index=False, float_format="%.4g")
             write_atomically(folder / name, buffer.getvalue().encode())
 
+    def add_to(self, folder: Path = STORE) -> None:
+        """Merge these trainings into the store of a folder, which other programs may do, too."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / LOCK):
+            Store.read(folder).merged(self).write(folder)
+
+
+def _keys(table: pd.DataFrame) -> pd.MultiIndex:
+    return pd.MultiIndex.from_frame(table[KEY])
+
+
+def origin(folder: Path) -> Experiment:
+    """Return the experiment of a run folder .../STUDY/OPTIMIZER.
+
+    Raises:
+        UserError: If it is not what the study trains.
+    """
+    study, label, path = folder.parent.name, folder.name, folder / CONFIG
+    experiment = from_json(read_config(path, "--runs"), str(path))
+    if study not in PRESETS or list(experiment.labels) != [label]:
+        raise UserError(f"{path} must be of the one optimizer {label} of a preset {study}.")
+    check_identity(path, _identity(experiment, label), _identity(PRESETS[study].checked(), label))
+    return experiment
+
+
+def _identity(experiment: Experiment, label: str) -> dict[str, Any]:
+    """Return what makes the numbers of an optimizer, but for its budget; no file is read."""
+    names = ("problem", "network", "dtype", "resample_every", "candidates", "windows")
+    return {
+        **{name: getattr(experiment, name) for name in names},
+        "optimizer": experiment.labels.get(label),
+        "settings": {target: experiment.of(target) for target in ("problem", "network", label)},
+    }
+
 
 def collect(folders: Iterable[Path]) -> Store:
     """Return what run folders hold, each of one optimizer, in a folder of its study's name.
+
+    What is not of its study is left out, and named.
 
     Args:
         folders: Folders .../STUDY/OPTIMIZER.
@@ -95,14 +163,21 @@ def collect(folders: Iterable[Path]) -> Store:
     trainings: list[dict[str, Any]] = []
     curves: list[pd.DataFrame] = []
     for folder in folders:
+        try:
+            experiment = origin(folder)
+        except UserError as error:
+            print(f"left out: {error}", file=sys.stderr)
+            continue
         table = gather([folder])
         if table.empty:
             continue
-        about = _about(folder)
-        for seed, rows in table.groupby("seed"):
+        about, ended = _about(folder, experiment), outcomes(folder)
+        by_steps = experiment.steps is not None
+        budget = f"{experiment.steps} steps" if by_steps else f"{experiment.seconds:g} s"
+        for seed, rows in table.astype({"step": int}).groupby("seed"):
             last = last_rows(rows).iloc[0]
             key = {"study": folder.parent.name, "optimizer": folder.name}
-            key |= {"budget": about["budget"], "seed": seed}
+            key |= {"budget": budget, "seed": seed}
             steps, seconds = last["step"], last["seconds"]
             trainings.append(
                 {
@@ -112,15 +187,16 @@ def collect(folders: Iterable[Path]) -> Store:
                     "best_rmse": rows["rmse"].min(),
                     "ms_per_step": 1e3 * seconds / steps if steps else np.nan,
                     "rejected": last.get("rejected"),
-                    "outcome": about["outcomes"].get(int(seed), "interrupted"),
-                    **about["columns"],
+                    "outcome": ended.get(int(seed), INTERRUPTED),
+                    **about,
                 }
             )
             curves.append(thinned(rows).assign(**key)[[*KEY, *_QUANTITIES]])
-    empty = Store(pd.DataFrame(columns=KEY), pd.DataFrame(columns=[*KEY, *_QUANTITIES]))
     if not trainings:
-        return empty
-    return empty.merged(Store(pd.DataFrame(trainings), pd.concat(curves, ignore_index=True)))
+        return Store(
+            pd.DataFrame(columns=[*KEY, *_REACHED]), pd.DataFrame(columns=[*KEY, *_QUANTITIES])
+        )
+    return Store(pd.DataFrame(trainings), pd.concat(curves, ignore_index=True))
 
 
 def thinned(rows: pd.DataFrame) -> pd.DataFrame:
@@ -131,36 +207,35 @@ def thinned(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def outcomes(folder: Path) -> dict[int, str]:
-    """Return how the trainings of a run folder of one optimizer ended, by their seeds."""
-    if not (path := folder / "summary.csv").is_file():
+    """Return how the trainings of a run folder of one optimizer ended, by their seeds.
+
+    One that was not begun again before the run was interrupted was interrupted, too.
+    """
+    try:
+        summary = pd.read_csv(folder / SUMMARY)
+        ended = summary["outcome"].replace(NOT_STARTED, INTERRUPTED)
+        return dict(zip(summary["seed"].astype(int), ended, strict=True))
+    except (OSError, ValueError, KeyError):
         return {}
-    summary = pd.read_csv(path)
-    return dict(zip(summary["seed"].astype(int), summary["outcome"], strict=True))
 
 
-def _about(folder: Path) -> dict[str, Any]:
+def _about(folder: Path, experiment: Experiment) -> dict[str, Any]:
     """Return what a run folder says of all its trainings."""
-    config, history = read_json(folder / CONFIG), read_json(folder / ENVIRONMENT)
+    history, label = read_json(folder / ENVIRONMENT), folder.name
     last = history[-1] if isinstance(history, list) and history else {}
     packages, resources = last.get("packages") or {}, read_json(folder / RESOURCES) or {}
-    by_steps = config["steps"] is not None
-    budget = f"{config['steps']} steps" if by_steps else f"{config['seconds']:g} s"
-    own = {k: v for k, v in config["settings"].items() if k.startswith(f"{folder.name}.")}
+    own = {f"{label}.{argument}": text for argument, text in experiment.of(label).items()}
     return {
-        "budget": budget,
-        "outcomes": outcomes(folder),
-        "columns": {
-            "memory_mb": resources.get("peak_memory_mb"),
-            "settings": json.dumps(own),
-            "resample_every": own.get(f"{folder.name}.resample_every", config["resample_every"]),
-            "dtype": config["dtype"],
-            "device": last.get("device_name"),
-            "threads": last.get("threads"),
-            "torch": packages.get("torch"),
-            "python": last.get("python"),
-            "commit": str(last.get("commit"))[:8],
-            "changed": last.get("uncommitted_changes"),
-            "started": last.get("started"),
-            "command": " ".join(map(str, last.get("command", []))),
-        },
+        "memory_mb": resources.get("peak_memory_mb"),
+        "settings": json.dumps(own),
+        "resample_every": own.get(f"{label}.resample_every", experiment.resample_every),
+        "dtype": experiment.dtype,
+        "device": last.get("device_name"),
+        "threads": last.get("threads"),
+        "torch": packages.get("torch"),
+        "python": last.get("python"),
+        "commit": str(last.get("commit"))[:8],
+        "changed": last.get("uncommitted_changes"),
+        "started": last.get("started"),
+        "command": " ".join(map(str, last.get("command", []))),
     }
