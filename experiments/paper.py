@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 if __name__ == "__main__":  # `experiments` is not installed: the script sees the repository instead
@@ -162,7 +162,7 @@ def jobs(options: argparse.Namespace) -> Iterator[Job]:
     """Yield what is asked for, study by study.
 
     Raises:
-        UserError: If there is no such study or optimizer.
+        UserError: If there is no such study, optimizer or seed, or what there is stands against it.
     """
     words = [n for word in options.studies for n in (ROWS if word == "rows" else (word,))]
     studies = list(dict.fromkeys(words))
@@ -174,7 +174,7 @@ def jobs(options: argparse.Namespace) -> Iterator[Job]:
                 f"There is no study {study!r}.{near_misses(study, PRESETS)} It must be rows, or "
                 f"one of {', '.join(PRESETS)}."
             )
-        labels = list(PRESETS[study].labels)
+        labels = list(replace(PRESETS[study], seeds=tuple(options.seeds)).checked().labels)
         chosen = [label for label in labels if label in (options.optimizers or labels)]
         if unknown or not chosen:
             raise UserError(

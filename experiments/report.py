@@ -112,8 +112,11 @@ def main(arguments: Sequence[str]) -> ExitCode:
         raise UserError(
             f"{options.store} has no results. Train first: python experiments/paper.py --help"
         )
-    make(store, options.store, options.output, options.main)
-    return _pdf(options.output) if options.pdf else ExitCode.SUCCESS
+    try:
+        make(store, options.store, options.output, options.main)
+        return _pdf(options.output) if options.pdf else ExitCode.SUCCESS
+    except OSError as error:
+        raise UserError(f"cannot read or write {error.filename}: {error.strerror}.") from error
 
 
 def make(store: Store, folder: Path, output: Path, main_row: str) -> None:

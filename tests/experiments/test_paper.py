@@ -251,6 +251,7 @@ def test_published_steps():
         (["poisson2d_257", "--published-steps"], "published.csv has none of engd_w"),
         (["poisson2d_257", "--optimizers", "adam", "muon"], "must be some of .* got muon"),
         (["poisson2d_257", "--steps", "2", "--published-steps"], "two numbers of steps"),
+        (["poisson2d_257", "--seeds", "1", "1"], "--seeds must be different numbers from 1 on"),
         (["poisson2d_257", "--steps", "0"], "--steps must be positive, got 0"),
         ([], "Name a study"),
     ],
@@ -258,6 +259,14 @@ def test_published_steps():
 def test_what_cannot_be_is_said_before_anything_is_trained(arguments, message, tmp_path, capsys):
     assert program(*arguments, "--runs", tmp_path / "r", "--store", tmp_path / "s") == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_what_cannot_be_written_is_said(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    (tmp_path / "runs").mkdir()
+    options = ["--collect", "--runs", tmp_path / "runs", "--store", tmp_path / "file"]
+    assert program(*options) == 2
+    assert re.search("cannot read or write .*file: File exists", capsys.readouterr().err)
 
 
 def test_a_run_folder_without_results_is_left_out(tmp_path):

@@ -231,6 +231,13 @@ def test_what_is_refused(arguments, message, tmp_path, capsys):
     assert re.search(message, capsys.readouterr().err)
 
 
+def test_what_cannot_be_written_is_said(store, tmp_path, capsys):
+    store.write(tmp_path / "store")
+    (tmp_path / "file").touch()
+    assert program("--store", tmp_path / "store", "--output", tmp_path / "file") == 2
+    assert re.search(r"cannot read or write .*generated: Not a directory", capsys.readouterr().err)
+
+
 def test_the_text_names_what_there_may_be():
     keys = used(report.SOURCE)
     kinds = (
