@@ -13,7 +13,7 @@ from experiments.experiment import Experiment
 
 DEFAULT = "default"
 
-# KFAC* on the middle network, with the settings that the paper found for it.
+# KFAC* on the middle network, with the damping and decay that the paper found for it.
 _PROBLEM = {
     "problem.n_interior": "900",
     "problem.n_boundary": "120",
@@ -22,7 +22,7 @@ _PROBLEM = {
 _KFAC_STAR = {
     "curvature": "KFAC()",
     "inverse": "FactorDamping(2.989e-13)",
-    "average": "ExponentialAverage(0.6258)",
+    "average": "ExponentialAverage(0.6258)",  # from zero, where the paper starts from the identity
     "step_size": "QuadraticModel()",
 }
 _SECONDS = 30.0
@@ -98,7 +98,7 @@ ABLATIONS: dict[str, Ablation] = {
             "no_average": {"average": "None"},
             "longer": {"average": "ExponentialAverage(0.95)"},
             "longest": {"average": "ExponentialAverage(0.99)"},
-            "from_zero": {"average": "ExponentialAverage(0.6258, from_zero)"},
+            "from_identity": {"average": "ExponentialAverage(0.6258, from_identity)"},
             "from_first": {"average": "ExponentialAverage(0.6258, from_first)"},
         },
     ),
