@@ -19,10 +19,12 @@ _PROBLEM = {
     "problem.n_boundary": "120",
     "network.widths": "(64, 64, 48, 48)",
 }
+_DAMPING, _DECAY = "2.989e-13", "0.6258"
 _KFAC_STAR = {
     "curvature": "KFAC()",
-    "inverse": "FactorDamping(2.989e-13)",
-    "average": "ExponentialAverage(0.6258)",  # from zero, where the paper starts from the identity
+    "inverse": f"FactorDamping({_DAMPING})",
+    # from zero, where the paper starts from the identity
+    "average": f"ExponentialAverage({_DECAY})",
     "step_size": "QuadraticModel()",
 }
 _SECONDS = 30.0
@@ -63,7 +65,7 @@ def experiment_of(*ablations: Ablation) -> Experiment:
     )
 
 
-_ON_CHANNELS = {"damping": "2.989e-13", "decay": "0.6258"}
+_ON_CHANNELS = {"damping": _DAMPING, "decay": _DECAY}
 
 ABLATIONS: dict[str, Ablation] = {
     "sharing": Ablation(
@@ -79,11 +81,11 @@ ABLATIONS: dict[str, Ablation] = {
     "damping": Ablation(
         "How does λ enter the inverse?",
         {
-            "trace_norm": {"inverse": "FactorDamping(2.989e-13, trace_norm)"},
+            "trace_norm": {"inverse": f"FactorDamping({_DAMPING}, trace_norm)"},
             # with one product for both terms there is a closed form, with two there is none
             "exact_merged": {
                 "curvature": "KFAC(merge_terms=True)",
-                "inverse": "Damped(2.989e-13)",
+                "inverse": f"Damped({_DAMPING})",
             },
             "exact_merged_larger": {
                 "curvature": "KFAC(merge_terms=True)",
@@ -98,8 +100,8 @@ ABLATIONS: dict[str, Ablation] = {
             "no_average": {"average": "None"},
             "longer": {"average": "ExponentialAverage(0.95)"},
             "longest": {"average": "ExponentialAverage(0.99)"},
-            "from_identity": {"average": "ExponentialAverage(0.6258, from_identity)"},
-            "from_first": {"average": "ExponentialAverage(0.6258, from_first)"},
+            "from_identity": {"average": f"ExponentialAverage({_DECAY}, from_identity)"},
+            "from_first": {"average": f"ExponentialAverage({_DECAY}, from_first)"},
         },
     ),
     "intervals": Ablation(

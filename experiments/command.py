@@ -340,6 +340,15 @@ def surviving_streams() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
+@contextmanager
+def files_told() -> Iterator[None]:
+    """Say of a file that cannot be read or written which one it is, and why."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot read or write {error.filename}: {error.strerror}.") from error
+
+
 class Interruption:
     """Turns Ctrl-C, SIGTERM and SIGHUP into a request; the second one stops at once."""
 

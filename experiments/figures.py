@@ -15,9 +15,11 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import NullFormatter
+from PIL import Image
 from torch import nn
 
 from experiments.folder import write_atomically
+from experiments.objects import UserError
 from pinncurv.problems import Interior, Problem
 
 # Okabe and Ito's colours, which remain distinct for the colour-blind; the line styles help in grey.
@@ -29,6 +31,10 @@ STYLE: dict[Any, Any] = {
     "grid.alpha": 0.3,
     "axes.titlesize": 10,
 }
+
+# A figure is drawn with ever fewer dots and colours until it fits.
+MOST_BYTES = 60_000
+_SIZES = ((120, 256), (110, 128), (90, 96), (70, 64), (50, 32))
 
 _FEW = 10  # curves of fewer points show them
 _RESOLUTION = 200  # points of the maps along each axis
@@ -46,6 +52,28 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
+def save_small(figure: Figure, path: Path, most: int | None = None) -> None:
+    """Write a figure with as many dots and colours as its size allows.
+
+    Args:
+        figure: The figure.
+        path: Where to write it.
+        most: Its largest size in bytes; ``MOST_BYTES`` by default.
+
+    Raises:
+        UserError: If even the smallest is larger.
+    """
+    most = most or MOST_BYTES
+    for dpi, colours in _SIZES:
+        buffer, small = io.BytesIO(), io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=dpi)
+        Image.open(buffer).convert("RGB").quantize(colours).save(small, "png", optimize=True)
+        if len(small.getvalue()) <= most:
+            write_atomically(path, small.getvalue())
+            return
+    raise UserError(f"{path} must have at most {most} bytes, got {len(small.getvalue())}.")
+
+
 def style_of(i: int) -> dict[str, Any]:
     """Return colour and line of the i-th curve."""
     return {
@@ -53,6 +81,11 @@ def style_of(i: int) -> dict[str, Any]:
         "linestyle": LINES[i % len(LINES)],
         "linewidth": 1.8,
     }
+
+
+def _style_among(i: int, name: Any, order: Sequence[str]) -> dict[str, Any]:
+    """Return the style of a curve: by its place in an order that names it, else of the i-th."""
+    return style_of(order.index(name) if name in order else i)
 
 
 def draw_run(
@@ -118,7 +151,7 @@ def draw_optimizers(
         # the start, at no time and no steps, has no place on a logarithmic axis
         trainings = rows[rows["step"] > 0].groupby(["run", "seed"])
         curves = [c[[x, quantity]].dropna() for _, c in trainings]
-        style = style_of(order.index(name) if name in order else i)
+        style = _style_among(i, name, order)
         _draw_bundle(axis, [c for c in curves if len(c)], str(name), style)
     axis.set(xscale="log", yscale="log")
     axis.xaxis.set_minor_formatter(NullFormatter())  # labels of less than a decade overlap
@@ -128,7 +161,7 @@ def draw_published(axis: Axes, published: pd.DataFrame, x: str, order: Sequence[
     """Draw published curves, thin and pale, in the colours of the same optimizers of ours."""
     later = published[published["step"] > 0]
     for i, (name, rows) in enumerate(later.groupby("optimizer", sort=False)):
-        colour = style_of(order.index(name) if name in order else i)["color"]
+        colour = _style_among(i, name, order)["color"]
         label = f"published: {name}"
         axis.plot(rows[x], rows["rmse"], color=colour, alpha=0.45, linewidth=1, label=label)
 

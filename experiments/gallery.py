@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
-import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,6 @@ import matplotlib as mpl
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
 from scipy.spatial import KDTree
 
 if __name__ == "__main__":  # `experiments` is not installed: the script sees the repository instead
@@ -37,10 +35,6 @@ from pinncurv.problems import Interior, Problem
 
 OPTIMIZERS = ("auto", "kfac_star", "levenberg_marquardt", "subspace_gauss_newton", "adam")
 SECONDS = 60.0
-
-# A figure is drawn with ever fewer dots and colours until it fits.
-MOST_BYTES = 60_000
-_SIZES = ((120, 256), (110, 128), (90, 96), (70, 64), (50, 32))
 
 _LABELS = {
     "rmse": "RMSE of u",
@@ -280,7 +274,7 @@ def draw(path: Path, result: Result) -> None:
         if exhibit.published is not None:
             curves.axhline(exhibit.published.error, color="gray", ls=":", label="best published")
         curves.legend(loc="best", fontsize=7, framealpha=0.6)
-        save_small(figure, path)
+        figures.save_small(figure, path)
 
 
 @torch.no_grad()
@@ -323,28 +317,6 @@ def _plane(problem: Problem, like: torch.Tensor, axes: tuple[int, int]) -> Any:
     spacing = float((upper - lower).prod() / len(x)) ** 0.5
     distances, _ = KDTree(x.numpy()).query(points.cpu().double().numpy())
     return extent, points, torch.from_numpy(distances > 2 * spacing)
-
-
-def save_small(figure: Figure, path: Path, most: int | None = None) -> None:
-    """Write a figure with as many dots and colours as its size allows.
-
-    Args:
-        figure: The figure.
-        path: Where to write it.
-        most: Its largest size in bytes; ``MOST_BYTES`` by default.
-
-    Raises:
-        UserError: If even the smallest is larger.
-    """
-    most = most or MOST_BYTES
-    for dpi, colours in _SIZES:
-        buffer, small = io.BytesIO(), io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=dpi)
-        Image.open(buffer).convert("RGB").quantize(colours).save(small, "png", optimize=True)
-        if len(small.getvalue()) <= most:
-            write_atomically(path, small.getvalue())
-            return
-    raise UserError(f"{path} must have at most {most} bytes, got {len(small.getvalue())}.")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ what run folders hold.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -22,24 +21,14 @@ from pathlib import Path
 if __name__ == "__main__":  # `experiments` is not installed: the script sees the repository instead
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from experiments.command import ExitCode, Interruption, main_of
-from experiments.folder import CONFIG, read_json, write_atomically
+from experiments.command import ExitCode, Interruption, files_told, main_of
+from experiments.folder import CONFIG, read_json, write_json
 from experiments.objects import UserError, is_own, near_misses, short
-from experiments.presets import PRESETS
+from experiments.presets import PRESETS, ROWS
 from experiments.reporting.published import ENDS, ends
 from experiments.results import run_folders
 from experiments.store import RESOURCES, STORE, Store, collect, origin, outcomes
 from experiments.training import INTERRUPTED
-
-# The experiments of the paper that have a table of their own, in its order.
-ROWS = (
-    *("poisson2d_257", "poisson2d_9873", "poisson2d_116097"),
-    *("poisson5d_449", "poisson5d_10065", "poisson5d_116865"),
-    *("poisson10d_118145", "poisson100d_1325057_bayes"),
-    *("heat1d_257", "heat1d_9873", "heat1d_116097"),
-    *("heat4d_449", "heat4d_10065", "heat4d_116865"),
-    "log_fokker_planck9d_118145",
-)
 
 # Beyond any budget: what ends a training that is asked for in steps.
 _FOREVER = 1e6
@@ -138,7 +127,7 @@ class Job:
             # a process that only ends what another one began needs less
             before = (read_json(self.path / RESOURCES) or {}).get("peak_memory_mb", 0.0)
             content = {"peak_memory_mb": round(max(before, peak), 1)}
-            write_atomically(self.path / RESOURCES, json.dumps(content).encode())
+            write_json(self.path / RESOURCES, content)
         # one that had not learned to stop yet when it was asked to was interrupted all the same
         return ExitCode.INTERRUPTED if asked and process.returncode < 0 else process.returncode
 
@@ -174,7 +163,9 @@ def jobs(options: argparse.Namespace) -> Iterator[Job]:
                 f"There is no study {study!r}.{near_misses(study, PRESETS)} It must be rows, or "
                 f"one of {', '.join(PRESETS)}."
             )
-        labels = list(replace(PRESETS[study], seeds=tuple(options.seeds)).checked().labels)
+        budget = {"seconds": options.seconds, "steps": options.steps}
+        asked = replace(PRESETS[study], seeds=tuple(options.seeds), **budget).checked()
+        labels = list(asked.labels)
         chosen = [label for label in labels if label in (options.optimizers or labels)]
         if unknown or not chosen:
             raise UserError(
@@ -228,20 +219,17 @@ def main(arguments: Sequence[str]) -> ExitCode:
     options = parser.parse_args(arguments)
     if not options.studies and not options.collect:
         raise UserError("Name a study, or give --collect. See --help.")
-    for name in ("seconds", "steps", "workers"):
-        if (value := getattr(options, name)) is not None and not value > 0:
-            raise UserError(f"--{name} must be positive, got {value}.")
+    if options.workers <= 0:
+        raise UserError(f"--workers must be positive, got {options.workers}.")
     if options.steps and options.published_steps:
         raise UserError("--steps and --published-steps are two numbers of steps; drop one.")
     by_steps = options.published_steps or options.steps
     options.runs = options.runs or Path("runs/paper_steps" if by_steps else "runs/paper")
     Store.read(options.store)  # what is no store is found out before anything is trained
-    try:
+    with files_told():
         code = ExitCode.SUCCESS if options.collect else _train(list(jobs(options)), options)
         added = collect(run_folders([options.runs]))
         added.add_to(options.store)
-    except OSError as error:
-        raise UserError(f"cannot read or write {error.filename}: {error.strerror}.") from error
     print(f"store: {options.store}, {len(added.trainings)} trainings from {options.runs}")
     return code
 

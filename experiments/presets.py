@@ -78,3 +78,13 @@ PRESETS: dict[str, Experiment] = {
     **{f"ablation_{name}": experiment_of(ablation) for name, ablation in ABLATIONS.items()},
     **{name: _row(name) for name in _PUBLISHED},
 }
+
+# The experiments of the paper that have a table of their own, in its order.
+ROWS = (
+    *("poisson2d_257", "poisson2d_9873", "poisson2d_116097"),
+    *("poisson5d_449", "poisson5d_10065", "poisson5d_116865"),
+    *("poisson10d_118145", "poisson100d_1325057_bayes"),
+    *("heat1d_257", "heat1d_9873", "heat1d_116097"),
+    *("heat4d_449", "heat4d_10065", "heat4d_116865"),
+    "log_fokker_planck9d_118145",
+)

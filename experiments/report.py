@@ -21,10 +21,10 @@ import pandas as pd
 if __name__ == "__main__":  # `experiments` is not installed: the script sees the repository instead
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from experiments.command import ExitCode, main_of
+from experiments.command import ExitCode, files_told, main_of
 from experiments.folder import write_atomically
 from experiments.objects import UserError, near_misses
-from experiments.paper import ROWS
+from experiments.presets import ROWS
 from experiments.reporting.macros import as_macros, numbers, used
 from experiments.reporting.pictures import (
     Panel,
@@ -112,11 +112,9 @@ def main(arguments: Sequence[str]) -> ExitCode:
         raise UserError(
             f"{options.store} has no results. Train first: python experiments/paper.py --help"
         )
-    try:
+    with files_told():
         make(store, options.store, options.output, options.main)
         return _pdf(options.output) if options.pdf else ExitCode.SUCCESS
-    except OSError as error:
-        raise UserError(f"cannot read or write {error.filename}: {error.strerror}.") from error
 
 
 def make(store: Store, folder: Path, output: Path, main_row: str) -> None:

@@ -17,9 +17,9 @@ if __name__ == "__main__":  # `experiments` is not installed: the script sees th
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from experiments import figures
-from experiments.command import ExitCode, main_of
+from experiments.command import ExitCode, files_told, main_of
 from experiments.experiment import from_json
-from experiments.folder import CONFIG, ENVIRONMENT, read_json
+from experiments.folder import CONFIG, ENVIRONMENT, read_json, write_atomically
 from experiments.objects import UserError, short
 from experiments.training import METRICS, whole_lines
 from pinncurv.optim import exhausted
@@ -113,6 +113,11 @@ def _metrics(path: Path) -> pd.DataFrame | None:
     return table.assign(**numbers).dropna(subset="step")
 
 
+def write_table(path: Path, table: pd.DataFrame) -> None:
+    """Write a table of results as CSV with four digits, whole or not at all."""
+    write_atomically(path, table.to_csv(index=False, float_format="%.4g").encode())
+
+
 def curves_of(table: pd.DataFrame) -> pd.DataFrame:
     """Return the table with optimizers told apart that differ in settings, or repeat a seed."""
 
@@ -177,10 +182,8 @@ def main(arguments: Sequence[str]) -> ExitCode:
     options = parser.parse_args(arguments)
     if options.network and not options.figure:
         raise UserError("--network has no effect without --figure.")
-    try:
+    with files_told():
         return _show(options)
-    except OSError as error:
-        raise UserError(f"cannot read or write {error.filename}: {error.strerror}.") from error
 
 
 def _show(options: argparse.Namespace) -> ExitCode:

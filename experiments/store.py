@@ -7,7 +7,6 @@ figures of the paper are made of.
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 from collections.abc import Iterable
@@ -27,11 +26,10 @@ from experiments.folder import (
     SUMMARY,
     read_config,
     read_json,
-    write_atomically,
 )
 from experiments.objects import UserError
 from experiments.presets import PRESETS
-from experiments.results import gather, last_rows
+from experiments.results import gather, last_rows, write_table
 from experiments.training import INTERRUPTED, NOT_STARTED, check_identity
 
 STORE = Path(__file__).resolve().parents[1] / "paper/results"
@@ -113,9 +111,7 @@ class Store:
         """Write both files, each whole or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
         for name, table in ((TRAININGS, self.trainings), (CURVES, self.curves)):
-            buffer = io.StringIO()
-            table.to_csv(buffer, index=False, float_format="%.4g")
-            write_atomically(folder / name, buffer.getvalue().encode())
+            write_table(folder / name, table)
 
     def add_to(self, folder: Path = STORE) -> None:
         """Merge these trainings into the store of a folder, which other programs may do, too."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.paper import ROWS
+from experiments.presets import ROWS
 from experiments.reporting.published import ends
 from experiments.reporting.quotes import QUOTES
 from experiments.reporting.tables import NAMES, made_with

@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from experiments import figures
-from experiments.gallery import save_small
 from experiments.reporting.published import curves as published_curves
 from experiments.reporting.tables import FIRST_ORDER, NAMES
 from experiments.store import Store
@@ -120,7 +119,7 @@ def draw_panel(path: Path, shown: Panel) -> None:
         figures.draw_curves(figure, shown.table, shown.published, shown.order)
         _limit(figure.axes[0], shown)
         figure.suptitle(shown.title)
-        save_small(figure, path)
+        figures.save_small(figure, path)
 
 
 def _limit(axis: Axes, shown: Panel) -> None:
@@ -160,4 +159,4 @@ def draw_page(path: Path, panels: Sequence[Panel], one_legend: bool = False) -> 
             figure.legend(handles.values(), list(handles), loc="outside upper center", ncols=4)
         figure.supxlabel("time of the optimizer's steps [s]")
         figure.supylabel("RMSE of u on fresh points")
-        save_small(figure, path, _MOST_BYTES)
+        figures.save_small(figure, path, _MOST_BYTES)

@@ -7,17 +7,15 @@ those who have not.
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from experiments import catalog
-from experiments.folder import write_atomically
 from experiments.objects import evaluate, resolve
 from experiments.presets import PRESETS
-from experiments.results import published_curves
+from experiments.results import published_curves, write_table
 
 ENDS = Path(__file__).parents[1] / "published.csv"
 AT_STEPS = "published_at_steps.csv"
@@ -89,7 +87,5 @@ def at_steps(wanted: pd.DataFrame, folder: Path) -> pd.DataFrame:
             found.at[i, "rmse"] = interpolated(curve, found.at[i, "steps"])
     kept = found.dropna(subset="rmse").astype({"steps": int}).sort_values(_KEY)
     if found["rmse"][missing].notna().any():
-        buffer = io.StringIO()
-        kept.to_csv(buffer, index=False, float_format="%.4g")
-        write_atomically(path, buffer.getvalue().encode())
+        write_table(path, kept)
     return found

@@ -6,7 +6,6 @@ step or were interrupted do not count; what became of them is in the column ``ou
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.ablations import ABLATIONS, DEFAULT
-from experiments.paper import ROWS
-from experiments.presets import PRESETS
+from experiments.presets import PRESETS, ROWS
 from experiments.reporting.published import at_steps, ends, interpolated
 from experiments.reporting.typeset import Column, amount, count, text
 from experiments.results import PAPERS_NAMES
@@ -91,15 +89,8 @@ ABLATION = (
 
 def title_of(row: str) -> str:
     """Return the words for a row of the paper."""
-    problem, parameters, _ = split(row)
-    return f"{problem}, {parameters:,}"
-
-
-def split(row: str) -> tuple[str, int, str]:
-    """Return problem, number of parameters and kind of search of a row's name."""
-    found = re.fullmatch(r"(.+?)_(\d+)(?:_(\w+))?", row)
-    assert found is not None
-    return found[1], int(found[2]), found[3] or "random"
+    problem, _, parameters = row.removesuffix("_bayes").rpartition("_")
+    return f"{problem}, {int(parameters):,}"
 
 
 def time_budgets(store: Store, study: str) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from experiments.folder import write_atomically
+from experiments.results import write_table
 
 # What pdfLaTeX does not know by itself, or takes for a command.
 _LATEX = {
@@ -118,9 +118,7 @@ class Table:
 
     def write(self, folder: Path) -> None:
         """Write the numbers as CSV, and what is shown as LaTeX."""
-        buffer = io.StringIO()
-        self.data.to_csv(buffer, index=False, float_format="%.4g")
-        write_atomically(folder / f"{self.name}.csv", buffer.getvalue().encode())
+        write_table(folder / f"{self.name}.csv", self.data)
         write_atomically(folder / f"{self.name}.tex", self.latex().encode())
 
     def shown(self) -> list[Column]:

@@ -7,7 +7,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from experiments import catalog, gallery
+from experiments import catalog, figures, gallery
 from experiments.command import run_program
 from experiments.exhibits import EXHIBITS, Exhibit, Published
 from experiments.experiment import Experiment
@@ -73,7 +73,7 @@ def test_a_page_is_made_continued_and_made_anew(tmp_path, capsys):
     pictures = re.findall(r"!\[\w+\]\((.*)\)", text)
     assert pictures == ["figures/gallery_tiny.png", "figures/gallery_slice.png"]
     for picture in pictures:
-        assert 5_000 < (page.parent / picture).stat().st_size <= gallery.MOST_BYTES
+        assert 5_000 < (page.parent / picture).stat().st_size <= figures.MOST_BYTES
 
     assert program(*problems[:2], *common, "--runs", runs, "--steps", 5) == 0
     assert column(runs / "tiny", "adam", "step", 2) == [0, 1, 2, 3, 4, 5]
@@ -125,15 +125,15 @@ def test_a_figure_that_does_not_fit_gets_fewer_dots_and_colours(tmp_path, monkey
     figure.subplots().imshow(noise.numpy())
     sizes = []
     for most in (200_000, 30_000):
-        monkeypatch.setattr(gallery, "MOST_BYTES", most)
-        gallery.save_small(figure, tmp_path / "noise.png")
+        monkeypatch.setattr(figures, "MOST_BYTES", most)
+        figures.save_small(figure, tmp_path / "noise.png")
         with Image.open(tmp_path / "noise.png") as picture:
             sizes.append(picture.size[0])
         assert (tmp_path / "noise.png").stat().st_size <= most
     assert sizes[0] > sizes[1]
-    monkeypatch.setattr(gallery, "MOST_BYTES", 100)
+    monkeypatch.setattr(figures, "MOST_BYTES", 100)
     with pytest.raises(UserError, match="must have at most 100 bytes, got"):
-        gallery.save_small(figure, tmp_path / "noise.png")
+        figures.save_small(figure, tmp_path / "noise.png")
 
 
 def test_the_optimizers_of_the_gallery_have_names():

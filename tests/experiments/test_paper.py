@@ -18,7 +18,7 @@ from experiments.ablations import ABLATIONS, DEFAULT
 from experiments.command import Interruption, run_program
 from experiments.folder import RunFolder, read_json, write_json
 from experiments.objects import UserError
-from experiments.presets import PRESETS
+from experiments.presets import PRESETS, ROWS
 from experiments.reporting.published import ENDS
 from experiments.results import run_folders
 from experiments.store import KEY, Store, collect, origin, thinned
@@ -299,6 +299,6 @@ def test_every_row_has_every_optimizer_and_its_published_figures():
     optimizers = set(PRESETS["poisson2d_257"].labels)
     assert len(optimizers) == 16
     assert set(published["row"]) <= set(PRESETS)
-    for row in paper.ROWS:
+    for row in ROWS:
         assert set(PRESETS[row].labels) == optimizers
     assert set(published["optimizer"]) <= optimizers

@@ -9,8 +9,7 @@ import pytest
 
 from experiments import report
 from experiments.command import run_program
-from experiments.paper import ROWS
-from experiments.presets import PRESETS
+from experiments.presets import PRESETS, ROWS
 from experiments.reporting import published
 from experiments.reporting.macros import numbers, used
 from experiments.reporting.quotes import QUOTES, Quote
