@@ -18,7 +18,7 @@ from pinncurv.curvature import (
 )
 from pinncurv.curvature.iterative import PreconditionedCG
 from pinncurv.curvature.woodbury import Woodbury
-from pinncurv.linops import Damped, FactorDamping, same, trace_norm
+from pinncurv.linops import Damped, FactorDamping, PseudoInverse, same, trace_norm
 from pinncurv.linops.cg import RelativeProgress
 from pinncurv.optim import (
     ConstantDamping,
@@ -48,6 +48,7 @@ def composition(optimizer: CurvatureOptimizer) -> tuple:
     part = optimizer.preconditioner
     assert part.intervals == Intervals()
     assert optimizer.max_halvings == 30
+    assert optimizer.monotone
     assert optimizer.defaults == {"lr": 1.0}
     return (
         part.curvature,
@@ -137,6 +138,7 @@ GRID = GridLineSearch(-30, 0)
             (BlockDiagonalGaussNewton(), Damped(1e-10), GRID, None, None, adapts(1e-10)),
         ),
         (presets.engd_diagonal, {}, (DiagonalGaussNewton(), Damped(1e-6), GRID, None, None)),
+        (presets.engd, {"damping": 0.0}, (GaussNewton(), PseudoInverse(), GRID, None, None)),
         *[
             (
                 build,
@@ -344,6 +346,17 @@ def test_defaults_train(name):
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < losses[0]
     assert all(parameter.isfinite().all() for parameter in values(model))
+
+
+@pytest.mark.parametrize("name", ["engd", "engd_per_layer", "engd_diagonal"])
+def test_a_singular_matrix_needs_no_damping(name):
+    """More parameters than residuals."""
+    model = network()
+    objective = poisson(model, n=2)
+    optimizer = getattr(presets, name)(model.parameters(), damping=0.0)
+    before = objective.loss().item()
+    assert all(optimizer.step(objective).accepted for _ in range(3))
+    assert objective.loss().item() < before
 
 
 @pytest.mark.parametrize("name", BUILDS)

@@ -45,8 +45,11 @@ def ends(row: str) -> pd.DataFrame:
 def curves(row: str) -> pd.DataFrame | None:
     """Return the published curves of a row of the paper, where the reference data is present.
 
+    Steps are counted from zero there, and the error is the one after the step: of what is step k
+    there, k + 1 updates were taken, and that is its step here. The loss is the one before it.
+
     Returns:
-        Columns optimizer, step, seconds, rmse; each curve ends where ``ends`` says.
+        Columns optimizer, step, seconds, loss, rmse; each curve ends where ``ends`` says.
     """
     experiment = PRESETS[row]
     widths = evaluate(experiment.settings["network.widths"])
@@ -55,11 +58,12 @@ def curves(row: str) -> pd.DataFrame | None:
     if found is None:
         return None
     search = "bayes" if row.endswith("_bayes") else "random"
-    columns = ["optimizer", "step", "seconds", "rmse"]
+    columns = ["optimizer", "step", "seconds", "loss", "rmse"]
     found = found.loc[found["search"] == search, columns]
     last = ends(row).dropna(subset="steps").rename(columns={"steps": "step"}).reset_index()
-    last = last[last["optimizer"].isin(found["optimizer"])][columns]
+    last = last[last["optimizer"].isin(found["optimizer"])].reindex(columns=columns)
     both = pd.concat([found, last]).drop_duplicates(["optimizer", "step"])
+    both = both.assign(step=both["step"] + 1)
     return both.sort_values(["optimizer", "step"], ignore_index=True)
 
 

@@ -15,6 +15,7 @@ from pinncurv.linops import (
     FactorizationError,
     KroneckerBasis,
     KroneckerEigenLinearOperator,
+    PseudoInverse,
     flat_positions,
 )
 from tests.conformance import check_operator
@@ -188,3 +189,38 @@ def test_a_damping_below_the_resolution_warns(factor, generator):
         Damped(enough / 1e3)(C)
     Damped(enough)(C)  # warnings are errors here
     Damped(enough / 1e3)(DenseLinearOperator(C.matrix.double(), C.shapes))
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+@pytest.mark.parametrize("build", [dense, block_diagonal, diagonal])
+def test_the_pseudo_inverse_solves_least_squares_of_least_norm(build, rank, generator):
+    operator = build((2, 3, 1), True, generator, rank)
+    inverse = PseudoInverse()(operator)
+    C, got = operator.to_dense(), inverse.to_dense()
+    # an independent route: the singular values of the whole matrix
+    torch.testing.assert_close(got, torch.linalg.pinv(C, rtol=1e-12), rtol=1e-6, atol=1e-9)
+    if rank is None:
+        torch.testing.assert_close(got, Damped(0.0)(operator).to_dense(), rtol=1e-8, atol=1e-10)
+
+
+def test_the_tolerance_of_a_pseudo_inverse_drops_small_eigenvalues(generator):
+    operator = DiagonalLinearOperator([torch.tensor([4.0, 2.0, 1e-3, 0.0], dtype=torch.float64)])
+    expected = torch.tensor([0.25, 0.5, 0, 0], dtype=torch.float64)
+    assert torch.equal(PseudoInverse(1e-2)(operator).diagonal(), expected)
+    matrix = DenseLinearOperator(operator.to_dense(), [(4,)])
+    inverse = PseudoInverse(1e-2)(matrix)
+    torch.testing.assert_close(inverse.diagonal(), expected)
+    (report,) = inverse.reports
+    assert (report.method, report.clipped) == ("pseudo-inverse by eigh", 2)
+
+
+def test_a_pseudo_inverse_refuses_what_it_cannot_invert(generator):
+    with pytest.raises(TypeError, match=r"operator of dense matrices, .* got KroneckerEigen"):
+        PseudoInverse()(eigenform((2, 3, 1), True, generator))
+    for bad in (-0.1, 1.0, math.nan):
+        with pytest.raises(ValueError, match=r"tolerance must be in \[0, 1\), got"):
+            PseudoInverse(bad)
+    nan = torch.full((4,), math.nan, dtype=torch.float64)
+    for operator in (DiagonalLinearOperator([nan]), DenseLinearOperator(nan.diag(), [(4,)])):
+        with pytest.raises(FactorizationError, match="must be finite"):
+            PseudoInverse()(operator)

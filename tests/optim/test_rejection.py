@@ -337,3 +337,25 @@ def test_a_record_prints_on_one_line(name, step):
     assert line.startswith(f"loss {record.loss:.6g} -> {record.new_loss:.6g} [interior ")
     assert f"damping {record.damping:.3g}" in line
     assert record.reason in line
+
+
+def test_a_step_that_need_not_descend_takes_what_raises_the_loss():
+    model = network()
+    before = values(model)
+    obstacle = Obstacle(poisson(model), lambda loss, d: loss + 1e9)
+    record = fixed(model.parameters(), 1e-2, monotone=False).step(obstacle)
+    assert record.accepted
+    assert record.new_loss > 1e9 > record.loss
+    assert (record.scale, record.reason) == (1, "")
+    assert not same(before, values(model))
+
+
+@pytest.mark.parametrize("worst", [math.nan, math.inf])
+def test_a_step_that_need_not_descend_stays_finite(worst):
+    model = network()
+    obstacle = Obstacle(poisson(model), lambda loss, d: loss + 1e9 if d < 1e-3 else worst)
+    optimizer = fixed(model.parameters(), 0.1, monotone=False)
+    record = optimizer.step(obstacle)
+    assert record.accepted
+    assert 0 < record.scale < 1
+    assert record.new_loss > 1e9

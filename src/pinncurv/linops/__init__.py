@@ -101,6 +101,7 @@ from pinncurv.linops.psd import (
     factorize_from as factorize_from,
     symmetrize as symmetrize,
 )
+from pinncurv.linops.pseudo_inverse import PseudoInverse as PseudoInverse
 from pinncurv.linops.reading import (
     all_finite as all_finite,
     check as check,

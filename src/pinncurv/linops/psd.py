@@ -31,8 +31,9 @@ class FactorizationReport:
 
     Attributes:
         name: What the matrix is.
-        method: ``"cholesky"``, ``"eigh"``, or ``"shifted eigh"``.
-        floor: The lower bound that eigenvalues were clipped to, a number or on the device.
+        method: ``"cholesky"``, ``"eigh"``, ``"shifted eigh"``, or ``"pseudo-inverse by eigh"``.
+        floor: The lower bound that eigenvalues were clipped to, or below which a pseudo-inverse
+            dropped them, a number or on the device.
         eigenvalues: The eigenvalues before clipping, ``None`` after a Cholesky factorization.
     """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, ClassVar
 
 from pinncurv.optim.protocols import StepRecord
@@ -238,10 +238,13 @@ def check_adaption(
             f"The damping must be set by one part, got the step size {step_size} and the "
             f"damping rule {rule}. Leave the rule out."
         )
-    if (adapts or sets) and not is_dataclass(inverse):
+    if (adapts or sets) and not (
+        is_dataclass(inverse) and "damping" in {field.name for field in fields(inverse)}
+    ):
         raise TypeError(
             "With a damping that adapts, the inverse must be a dataclass with a field damping, "
-            f"got {type(inverse).__name__}. Decorate it with @dataclass(frozen=True)."
+            f"got {type(inverse).__name__}. Take one that has, such as Damped(1e-3), or decorate "
+            "your own with @dataclass(frozen=True)."
         )
 
 

@@ -74,6 +74,9 @@ class CurvatureOptimizer(Optimizer):
             all points in any case.
         max_halvings: How often an update that raises the loss is halved before it is rejected; 30
             by default. A rule that retries with more damping does not halve.
+        monotone: Whether updates that raise the loss are shortened and rejected at all. The
+            published methods without a line search take every update; False takes those after which
+            the loss is finite.
         lr: Default for the groups' ``lr``.
 
     Raises:
@@ -94,6 +97,7 @@ class CurvatureOptimizer(Optimizer):
         max_halvings: int | None = None,
         lr: float = 1.0,
         batch: GrowingBatch | None = None,
+        monotone: bool = True,
     ) -> None:
         if hasattr(params, "parameters"):
             raise TypeError(
@@ -119,6 +123,7 @@ class CurvatureOptimizer(Optimizer):
         if batch is not None:
             self.preconditioner.state["rows"] = batch.rows
         self.max_halvings = 30 if max_halvings is None else max_halvings
+        self.monotone = monotone
         self._last: Trial | None = None
         self._loaded = False
         self._progress = Progress()
@@ -186,7 +191,9 @@ class CurvatureOptimizer(Optimizer):
                     del linearized  # frees Z and G before the loss is evaluated
                 if not left:
                     self.preconditioner.release()  # which may hold them, too
-                record = trial.take(record, update, gradient, state["halvings"], halvings)
+                record = trial.take(
+                    record, update, gradient, state["halvings"], halvings, self.monotone
+                )
                 record = replace(record, predicted_decrease=share * record.predicted_decrease)
                 if self.damping_rule.adapts and not record.stalled:
                     state["damping"] = self.damping_rule.after(record)
@@ -396,7 +403,8 @@ class CurvatureOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy needs: torch's attributes and those of this class."""
-        names = ("preconditioner", "step_size", "momentum", "damping_rule", "max_halvings", "batch")
+        names = ["preconditioner", "step_size", "momentum", "damping_rule", "batch"]
+        names += ["max_halvings", "monotone"]
         mine = {name: getattr(self, name) for name in names}
         own = {"_last": None, "_loaded": self._loaded, "_progress": Progress()}
         return {**super().__getstate__(), **mine, **own}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -106,6 +107,7 @@ class Trial:
         gradient: Sequence[Tensor],
         start: int,
         halvings: int,
+        monotone: bool = True,
     ) -> StepRecord:
         """Apply an update; shorten it while the loss rises, or reject it.
 
@@ -116,20 +118,22 @@ class Trial:
             gradient: ∇L.
             start: How often it is halved at first, if not after a search.
             halvings: How often it is halved at most.
+            monotone: Whether the loss may not rise; else it has to be finite alone.
 
         Returns:
             The record of what was done.
         """
         loss, promised = proposed.loss, proposed.predicted_decrease
+        highest = loss if monotone else sys.float_info.max
         first = 0 if math.isfinite(proposed.new_loss) else min(start, halvings)
         scale, new_loss = 1.0, math.nan
         for halving in range(first, halvings + 1):
             scale = 0.5**halving
-            new_loss = self.move(update, scale, limit=loss if scale < 1 else None)
-            if new_loss <= loss:  # False for NaN
+            new_loss = self.move(update, scale, limit=highest if scale < 1 else None)
+            if new_loss <= highest:  # False for NaN
                 break
         moved = new_loss < loss or self.moved
-        if moved and math.isfinite(new_loss) and new_loss <= loss:
+        if moved and math.isfinite(new_loss) and new_loss <= highest:
             if scale < 1:
                 promised = float(scale**2 * promised - scale * (1 - scale) * dot(gradient, update))
             return replace(

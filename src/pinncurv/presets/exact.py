@@ -14,7 +14,7 @@ from pinncurv.curvature import (
     SubspaceGaussNewton,
     uniform_points,
 )
-from pinncurv.linops import Damped
+from pinncurv.linops import Damped, PseudoInverse
 from pinncurv.optim import (
     Curvature,
     CurvatureOptimizer,
@@ -46,7 +46,7 @@ def _engd(
     return CurvatureOptimizer(
         groups,
         curvature=curvature,
-        inverse=Damped(number),
+        inverse=Damped(number) if number else PseudoInverse(),
         step_size=step_size or GridLineSearch(),
         average=ExponentialAverage(decay, start) if decay else None,
         damping_rule=rule,
@@ -66,6 +66,7 @@ def engd(
     Args:
         params: Parameters or parameter groups.
         damping: λ of (JᵀJ + λI)⁻¹, constant; by default it starts at 1e-10 in float64, else 1e-4.
+            Zero takes the pseudo-inverse, see ``PseudoInverse``.
         decay: β of the matrix's moving average; 0 for none.
         start: What the moving average starts from.
         step_size: The step size; the grid line search by default.
