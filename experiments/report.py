@@ -25,6 +25,7 @@ from experiments.command import ExitCode, files_told, main_of
 from experiments.folder import write_atomically
 from experiments.objects import UserError, near_misses
 from experiments.presets import ROWS
+from experiments.reporting import followed
 from experiments.reporting.macros import as_macros, numbers, used
 from experiments.reporting.pictures import (
     Panel,
@@ -67,6 +68,10 @@ _EQUAL = (
     "At equal steps: the largest number of steps that every seed of ours and the published run "
     "took, and both errors there."
 )
+_FOLLOWED = """The last step up to which loss and error agree with the published run to two percent,
+of how many were compared, from the same network on the same points (`tox run -e reproduce`). KFAC*
+here withholds its first update and takes every other one, as its published runs did.
+"""
 _PAGE = f"""# The experiments of the paper, ours beside the published ones
 
 Made by `tox run -e report` from `paper/results`, and as CSV, with hardware and source, in
@@ -135,10 +140,13 @@ def make(store: Store, folder: Path, output: Path, main_row: str) -> None:
     tables, others = every[: len(tables)], every[len(tables) :]
     ablations = list(ablation_tables(store))
     text = _PAGE + _rows(store, tables, others, generated)
+    runs = followed.read(folder)
+    text += "" if runs is None else _followed(runs, generated)
     text += _ablations(store, ablations, generated)
     for quote in QUOTES:
         _write(generated / f"{quote.name}.tex", quote.table().latex())
     found, keys = numbers(store, tables, others, ablations), used(SOURCE)
+    found |= {} if runs is None else followed.tallies(runs)
     _write(generated / "numbers.tex", as_macros({k: v for k, v in found.items() if k in keys}))
     for table in tables:
         if table["row"].iloc[0] == main_row:
@@ -193,6 +201,13 @@ def _rows(
         parts.append(f"Not trained for equal time yet: {', '.join(missing)}.\n")
     _write(generated / "rows.tex", "\n".join(floats) + "\n")
     return "\n".join(parts) + "\n"
+
+
+def _followed(runs: pd.DataFrame, generated: Path) -> str:
+    """Write the table of published runs that were followed, and return its part of the page."""
+    table = followed.table(runs)
+    table.write(generated)
+    return f"## {table.title}\n\n{_FOLLOWED}\n{table.markdown()}\n"
 
 
 def _ablations(store: Store, ablations: Sequence[pd.DataFrame], generated: Path) -> str:

@@ -28,18 +28,13 @@ from experiments.experiment import Experiment
 from experiments.folder import describe_environment
 from experiments.objects import UserError, first_line
 from experiments.presets import PRESETS, ROWS
+from experiments.reporting.followed import FOLLOWED, KEY, summary
 from experiments.reporting.published import curves
 from experiments.results import PUBLISHED, write_table
 from experiments.store import STORE
 from experiments.training import Trainer, progress
 from pinncurv.optim import Proposal, QuadraticModel, Situation, StepSize
 from pinncurv.problems import Faces, Fixed, Interior, Product, Union
-
-REPRODUCED = "reproduced.csv"
-KEY = ["row", "optimizer", "step"]
-
-# Where loss and error differ by less, three published digits and settings of four say the same.
-_TOLERANCE = 0.02
 
 # A step size that moves no parameter that float64 can tell, but has a direction.
 _NOTHING = 1e-13
@@ -183,32 +178,6 @@ def _relative(ours: float, published: float) -> float:
     return ours / published - 1 if math.isfinite(ours) else math.inf
 
 
-def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """Return for each run how far it was followed, and up to which step it agrees.
-
-    Args:
-        table: Lines of ``follow``, of any number of runs.
-
-    Returns:
-        Columns row, optimizer, steps, agrees (the last step up to which loss and error differ by
-        less than two percent, 0 if they never do), and the greatest difference up to step 9.
-    """
-    lines = []
-    for (row, label), run in table.groupby(KEY[:2], sort=False):
-        differs = run[["loss_differs", "rmse_differs"]].abs().max(axis=1)
-        good = (differs < _TOLERANCE).cumprod().astype(bool)
-        lines.append(
-            {
-                "row": row,
-                "optimizer": label,
-                "steps": run["step"].max(),
-                "agrees": run.loc[good, "step"].max() if good.any() else 0,
-                "differs": differs[run["step"] <= 9].max(),
-            }
-        )
-    return pd.DataFrame(lines)
-
-
 def main(arguments: Sequence[str]) -> ExitCode:
     """Run the program.
 
@@ -286,7 +255,7 @@ def _follow_all(
 
 def keep(lines: pd.DataFrame, store: Path) -> None:
     """Put what was found into the store, in the place of earlier lines of the same runs."""
-    path = store / REPRODUCED
+    path = store / FOLLOWED
     if path.is_file():
         old = pd.read_csv(path, dtype={"commit": str, "torch": str})
         runs = (pd.MultiIndex.from_frame(table[KEY[:2]]) for table in (old, lines))

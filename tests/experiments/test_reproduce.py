@@ -13,7 +13,9 @@ from torch import nn
 from experiments import reproduce
 from experiments.command import run_program
 from experiments.presets import PRESETS
-from experiments.reproduce import REPRODUCED, PublishedStart, drawn, follow, keep, summary
+from experiments.reporting import followed
+from experiments.reporting.followed import FOLLOWED, summary
+from experiments.reproduce import PublishedStart, drawn, follow, keep
 from pinncurv.optim import QuadraticModel
 from pinncurv.problems import Box, Drawn, Faces, Interior
 
@@ -96,6 +98,11 @@ def test_how_far_a_run_is_followed():
     lines = summary(table).set_index("optimizer")
     assert lines["agrees"].to_dict() == {"good": 9, "late": 3, "bad": 0}
     assert lines["differs"].to_dict() == {"good": 0.01, "late": 0.5, "bad": 1.0}
+    page = followed.table(
+        lines.reset_index().replace({"good": "kfac", "late": "engd", "bad": "sgd"})
+    )
+    assert "| poisson2d, 257 | 9 | 3 of 9 | 0 of 9 |" in page.markdown()
+    assert followed.tallies(lines.reset_index())["tally/followed-whole"] == "1"
     table.loc[table["optimizer"] == "good", "rmse_differs"] = math.inf  # of one that diverged
     assert summary(table).set_index("optimizer")["agrees"]["good"] == 0
 
@@ -104,7 +111,7 @@ def test_what_is_followed_again_takes_the_place_of_what_was(tmp_path):
     for optimizer, loss in (("a", 1.0), ("b", 2.0), ("a", 3.0)):
         line = {"row": ROW, "optimizer": optimizer, "step": 1, "loss": loss, "commit": "12345678"}
         keep(pd.DataFrame([line]), tmp_path)
-    kept = pd.read_csv(tmp_path / REPRODUCED, dtype={"commit": str})
+    kept = pd.read_csv(tmp_path / FOLLOWED, dtype={"commit": str})
     assert dict(zip(kept["optimizer"], kept["loss"], strict=True)) == {"a": 3.0, "b": 2.0}
 
 
@@ -114,7 +121,7 @@ def test_the_program(tmp_path, monkeypatch, capsys):
     assert program(ROW, "--steps", 3, "--store", tmp_path) == 0
     words = capsys.readouterr().out
     assert "adam: agrees with the published run up to step 3 of 3" in words
-    kept = pd.read_csv(tmp_path / REPRODUCED)
+    kept = pd.read_csv(tmp_path / FOLLOWED)
     assert kept["step"].tolist() == [1, 3]
     assert {"commit", "torch", "threads"} <= set(kept)
 

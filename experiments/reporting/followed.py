@@ -1,0 +1,76 @@
+"""Published runs that were followed from where they started: how far ours take the same steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from experiments.presets import ROWS
+from experiments.reporting.tables import NAMES, title_of
+from experiments.reporting.typeset import Column, Table, text
+
+FOLLOWED = "reproduced.csv"
+KEY = ["row", "optimizer", "step"]
+
+# Published are three digits, of runs with settings of which four digits are known.
+TOLERANCE = 0.02
+
+_FIRST = 9  # steps, before rounding and what is left out of settings has grown
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Return for each run how far it was followed, and up to which step it agrees.
+
+    Args:
+        table: ``KEY``, and by which share loss and error differ from the published ones, for every
+            step that was compared.
+
+    Returns:
+        Columns row, optimizer, steps, agrees (the last step up to which loss and error differ by
+        less than two percent, 0 if they never do), and the greatest difference up to step 9.
+    """
+    lines = []
+    for (row, label), run in table.groupby(KEY[:2], sort=False):
+        differs = run[["loss_differs", "rmse_differs"]].abs().max(axis=1)
+        good = (differs < TOLERANCE).cumprod().astype(bool)
+        lines.append(
+            {
+                "row": row,
+                "optimizer": label,
+                "steps": run["step"].max(),
+                "agrees": run.loc[good, "step"].max() if good.any() else 0,
+                "differs": differs[run["step"] <= _FIRST].max(),
+            }
+        )
+    return pd.DataFrame(lines)
+
+
+def read(store: Path) -> pd.DataFrame | None:
+    """Return the summary of what a store has, if it has any."""
+    path = store / FOLLOWED
+    return summary(pd.read_csv(path)) if path.is_file() else None
+
+
+def table(found: pd.DataFrame) -> Table:
+    """Return a line for every row of the paper, with a column for every optimizer."""
+    words = [
+        f"{line.agrees}" if line.agrees == line.steps else f"{line.agrees} of {line.steps}"
+        for line in found.itertuples()
+    ]
+    data = found.assign(words=words).pivot(index="row", columns="optimizer", values="words")
+    data = data.reindex([row for row in ROWS if row in data.index]).reset_index()
+    data.insert(1, "title", data["row"].map(title_of))
+    shown = [Column(label, NAMES[label], text) for label in NAMES if label in data]
+    columns = (Column("title", "row", text), *shown)
+    return Table("followed", "Published runs, followed from where they started", data, columns)
+
+
+def tallies(found: pd.DataFrame) -> dict[str, str]:
+    """Return what is counted over all runs."""
+    return {
+        "tally/followed": str(len(found)),
+        "tally/followed-whole": str((found["agrees"] == found["steps"]).sum()),
+        "tally/followed-nine": str((found["differs"] < TOLERANCE).sum()),
+        "tally/followed-optimizers": str(found["optimizer"].nunique()),
+    }
