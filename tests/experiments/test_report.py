@@ -79,10 +79,13 @@ def _no_curves(monkeypatch):
 
 @pytest.fixture
 def _curves(monkeypatch):
-    """Have published curves of KFAC* on every row, 1 / step over the first 1,000 steps."""
-    steps = [0, 1, 10, 1000]
+    """Have published curves of KFAC* on every row, 1 / k after the first k = 1,000 steps.
+
+    Published steps count from zero, with the error after each.
+    """
+    steps = [0, 9, 999]
     curve = {"optimizer": "kfac_star", "step": steps, "seconds": [1.0 * s for s in steps]}
-    table = pd.DataFrame({**curve, "rmse": [2.0, 1.0, 0.1, 1e-3], "search": "random"})
+    table = pd.DataFrame({**curve, "loss": 1.0, "rmse": [1.0, 0.1, 1e-3], "search": "random"})
     monkeypatch.setattr(published, "published_curves", lambda *_: table)
 
 
@@ -134,7 +137,7 @@ def test_errors_are_compared_at_equal_steps_and_kept(store, tmp_path, monkeypatc
 @pytest.mark.usefixtures("_curves")
 def test_a_published_curve_ends_where_the_published_run_does():
     curve = published.curves(ROW)
-    assert curve["step"].tolist() == [0, 1, 10, 1000, 11567]
+    assert curve["step"].tolist() == [1, 10, 1000, 11568]
     assert curve["rmse"].iloc[-1] == 7.89e-7
     assert published.curves("poisson100d_1325057_bayes").empty  # that was another search
     assert published.interpolated(curve, 100) == pytest.approx(1e-2)
