@@ -70,7 +70,7 @@ _EQUAL = (
 )
 _FOLLOWED = """The last step up to which loss and error agree with the published run to two percent,
 of how many were compared, from the same network on the same points (`tox run -e reproduce`). KFAC*
-here withholds its first update and takes every other one, as its published runs did.
+here withholds its first update and takes all later ones, as its published runs did.
 """
 _PAGE = f"""# The experiments of the paper, ours beside the published ones
 

@@ -32,6 +32,9 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     """
     lines = []
     for (row, label), run in table.groupby(KEY[:2], sort=False):
+        run = run.dropna(subset="loss_differs")  # the end of a published run has no loss
+        if run.empty:
+            continue
         differs = run[["loss_differs", "rmse_differs"]].abs().max(axis=1)
         good = (differs < TOLERANCE).cumprod().astype(bool)
         lines.append(
@@ -68,9 +71,11 @@ def table(found: pd.DataFrame) -> Table:
 
 def tallies(found: pd.DataFrame) -> dict[str, str]:
     """Return what is counted over all runs."""
+    long = found[found["steps"] >= _FIRST]
     return {
         "tally/followed": str(len(found)),
+        "tally/followed-long": str(len(long)),
         "tally/followed-whole": str((found["agrees"] == found["steps"]).sum()),
-        "tally/followed-nine": str((found["differs"] < TOLERANCE).sum()),
+        "tally/followed-nine": str((long["differs"] < TOLERANCE).sum()),
         "tally/followed-optimizers": str(found["optimizer"].nunique()),
     }

@@ -214,6 +214,12 @@ def test_the_tolerance_of_a_pseudo_inverse_drops_small_eigenvalues(generator):
     assert (report.method, report.clipped) == ("pseudo-inverse by eigh", 2)
 
 
+def test_small_entries_of_a_diagonal_are_no_rounding():
+    entries = torch.logspace(0, -30, 10_000, dtype=torch.float32)
+    inverse = PseudoInverse()(DiagonalLinearOperator([entries]))
+    torch.testing.assert_close(inverse.diagonal(), entries.reciprocal())
+
+
 def test_a_pseudo_inverse_refuses_what_it_cannot_invert(generator):
     with pytest.raises(TypeError, match=r"operator of dense matrices, .* got KroneckerEigen"):
         PseudoInverse()(eigenform((2, 3, 1), True, generator))

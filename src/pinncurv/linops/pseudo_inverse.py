@@ -34,8 +34,8 @@ class PseudoInverse:
     Takes dense matrices, those with dense blocks, each of which has its own max m, and diagonals.
 
     Attributes:
-        tolerance: τ in [0, 1); by default n ε for n eigenvalues, with ε of the data type that C is
-            known in.
+        tolerance: τ in [0, 1); by default n ε for n eigenvalues, at most 1e-3, with ε of the data
+            type that C is known in, and 0 for a diagonal, whose entries have no rounding of others.
 
     Raises:
         ValueError: If τ is out of range.
@@ -75,8 +75,9 @@ class PseudoInverse:
         )
 
     def _cutoff(self, largest: float, n: int, dtype: torch.dtype) -> float:
-        tolerance = n * torch.finfo(dtype).eps if self.tolerance is None else self.tolerance
-        return tolerance * largest
+        if self.tolerance is not None:
+            return self.tolerance * largest
+        return min(1e-3, n * torch.finfo(dtype).eps) * largest
 
     def _truncated(self, whole: EigenFactorization, dtype: torch.dtype) -> EigenFactorization:
         """Return the factorization that solves with C⁺."""
@@ -91,6 +92,6 @@ class PseudoInverse:
             raise FactorizationError(
                 "The diagonal must be finite to be inverted. Look for a diverged loss."
             )
-        cutoff = self._cutoff(max(0.0, c.max().item()), len(c), operator.dtype)
+        cutoff = (self.tolerance or 0.0) * max(0.0, c.max().item())
         inverses = [d.reciprocal().masked_fill(d <= cutoff, 0.0) for d in operator.diagonals]
         return DiagonalLinearOperator(inverses)

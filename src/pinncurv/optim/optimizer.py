@@ -84,6 +84,8 @@ class CurvatureOptimizer(Optimizer):
         ValueError: If a setting is out of range, or ``max_halvings`` would not act.
     """
 
+    monotone = True  # of one that was pickled without it
+
     def __init__(
         self,
         params: Iterable[Any],
