@@ -31,10 +31,8 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
         less than two percent, 0 if they never do), and the greatest difference up to step 9.
     """
     lines = []
-    for (row, label), run in table.groupby(KEY[:2], sort=False):
-        run = run.dropna(subset="loss_differs")  # the end of a published run has no loss
-        if run.empty:
-            continue
+    known = table.dropna(subset="loss_differs")  # the end of a published run has no loss
+    for (row, label), run in known.groupby(KEY[:2], sort=False):
         differs = run[["loss_differs", "rmse_differs"]].abs().max(axis=1)
         good = (differs < TOLERANCE).cumprod().astype(bool)
         lines.append(
