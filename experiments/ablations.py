@@ -23,8 +23,7 @@ _DAMPING, _DECAY = "2.989e-13", "0.6258"
 _KFAC_STAR = {
     "curvature": "KFAC()",
     "inverse": f"FactorDamping({_DAMPING})",
-    # from zero, where the paper starts from the identity
-    "average": f"ExponentialAverage({_DECAY})",
+    "average": f"ExponentialAverage({_DECAY}, from_identity)",
     "step_size": "QuadraticModel()",
 }
 _SECONDS = 30.0
@@ -98,9 +97,9 @@ ABLATIONS: dict[str, Ablation] = {
         "What does the moving average of the factors bring, and what may it start from?",
         {
             "no_average": {"average": "None"},
-            "longer": {"average": "ExponentialAverage(0.95)"},
-            "longest": {"average": "ExponentialAverage(0.99)"},
-            "from_identity": {"average": f"ExponentialAverage({_DECAY}, from_identity)"},
+            "longer": {"average": "ExponentialAverage(0.95, from_identity)"},
+            "longest": {"average": "ExponentialAverage(0.99, from_identity)"},
+            "from_zero": {"average": f"ExponentialAverage({_DECAY})"},
             "from_first": {"average": f"ExponentialAverage({_DECAY}, from_first)"},
         },
     ),
@@ -128,6 +127,8 @@ ABLATIONS: dict[str, Ablation] = {
         {
             "line_search": {"step_size": "GridLineSearch()"},
             "no_momentum": {"step_size": "QuadraticModel(False)"},
+            # as published: an update is taken even if it raises the loss
+            "not_monotone": {"monotone": "False"},
             "levenberg_marquardt": {"damping_rule": "LevenbergMarquardt()"},
         },
     ),
