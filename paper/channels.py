@@ -16,7 +16,7 @@ from pinncurv.curvature import KFAC, reduce
 from pinncurv.diffops import Derivative, DifferentialOperator
 from pinncurv.linearization import Linearization, linearize
 from pinncurv.linops import FactorDamping, PyTorchLinearOperator
-from pinncurv.optim import Curvature, CurvatureOptimizer, ExponentialAverage
+from pinncurv.optim import Curvature, CurvatureOptimizer, ExponentialAverage, from_identity
 
 # Directions that differ by that part are not merged. Derivatives are scaled back.
 _DIFFERENCE = 2.0**-20
@@ -132,5 +132,5 @@ def _kfac_star(
     params: Iterable[Any], curvature: Curvature, damping: float, decay: float
 ) -> CurvatureOptimizer:
     """Compose KFAC* with factors on other channels, for which every term is linearized again."""
-    average = ExponentialAverage(decay)
+    average = ExponentialAverage(decay, from_identity)
     return CurvatureOptimizer(params, curvature, FactorDamping(damping), average=average)
