@@ -46,6 +46,7 @@ class Job:
         seeds: Its seeds.
         seconds: Its budget in seconds.
         steps: Its budget in steps instead, if it has one.
+        compiled: Whether it is begun with compiled passes, for a long one.
     """
 
     study: str
@@ -54,6 +55,7 @@ class Job:
     seeds: tuple[int, ...]
     seconds: float
     steps: int | None
+    compiled: bool = False
 
     @property
     def path(self) -> Path:
@@ -70,6 +72,7 @@ class Job:
         name = target if short(target) == self.label else f"{self.label}={target}"
         start = ["--resume", str(self.path), *(["--optimizers", name] if is_own(target) else [])]
         new = ["--preset", self.study, "--optimizers", name, "--run-folder", str(self.path)]
+        new += ["--compile"] if self.compiled else []
         budget = ["--seconds", f"{_FOREVER if self.steps else self.seconds:.12g}"]
         budget += ["--steps", str(self.steps)] if self.steps else []
         seeds = ["--seeds", *map(str, self.seeds)]
@@ -176,7 +179,8 @@ def jobs(options: argparse.Namespace) -> Iterator[Job]:
             steps = published_steps(study, label) if options.published_steps else options.steps
             if options.published_steps and steps is None:
                 raise UserError(f"--published-steps: {ENDS.name} has none of {label} for {study}.")
-            job = Job(study, label, options.runs, tuple(options.seeds), options.seconds, steps)
+            seeds, compiled = tuple(options.seeds), options.published_steps
+            job = Job(study, label, options.runs, seeds, options.seconds, steps, compiled)
             job.check()
             yield job
 
@@ -203,7 +207,7 @@ def main(arguments: Sequence[str]) -> ExitCode:
     )
     parser.add_argument("--steps", metavar="K", type=int, help="the same in steps instead")
     parser.add_argument(
-        "--published-steps", action="store_true", help="as many steps as the paper's own run"
+        "--published-steps", action="store_true", help="as many as the paper's own run, compiled"
     )
     parser.add_argument("--seeds", metavar="I", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--workers", metavar="K", type=int, default=1, help="of one thread each")

@@ -151,10 +151,17 @@ def held_out_warnings(table: pd.DataFrame) -> Iterator[str]:
 
 
 def published_curves(problem: str, network: str) -> pd.DataFrame | None:
-    """Return published curves of a problem and network, where the reference data is present."""
+    """Return published curves of a problem and network, where the reference data is present.
+
+    The reference counts steps from zero, with the error after each: of what is step k there, k + 1
+    updates were taken, and that is its step here. The loss is the one before it. Where two runs
+    have one name there, the second is left out.
+    """
     if not PUBLISHED.is_file():
         return None
     curves = pd.read_csv(PUBLISHED)
+    second = (curves.groupby("run")["step"].diff() < 0).groupby(curves["run"]).cummax()
+    curves = curves[~second].assign(step=lambda table: table["step"] + 1)
     parts = curves["run"].str.split("/", expand=True)
     chosen = curves.assign(
         problem=parts[0],

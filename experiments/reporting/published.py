@@ -37,16 +37,19 @@ def interpolated(curve: pd.DataFrame, step: float) -> float:
 
 
 def ends(row: str) -> pd.DataFrame:
-    """Return where the published runs of a row ended: by optimizer, rmse, steps, seconds, ..."""
+    """Return where the published runs of a row ended: by optimizer, rmse, steps, seconds, ...
+
+    Steps are counted as updates, one more than the number of the last step in ``published.csv``.
+    """
     table = pd.read_csv(ENDS)
+    table = table.assign(steps=table["steps"] + 1)
     return table[table["row"] == row].set_index("optimizer")
 
 
 def curves(row: str) -> pd.DataFrame | None:
     """Return the published curves of a row of the paper, where the reference data is present.
 
-    Steps are counted from zero there, and the error is the one after the step: of what is step k
-    there, k + 1 updates were taken, and that is its step here. The loss is the one before it.
+    A step is that after as many updates, the error the one after it, the loss the one before it.
 
     Returns:
         Columns optimizer, step, seconds, loss, rmse; each curve ends where ``ends`` says.
@@ -63,7 +66,6 @@ def curves(row: str) -> pd.DataFrame | None:
     last = ends(row).dropna(subset="steps").rename(columns={"steps": "step"}).reset_index()
     last = last[last["optimizer"].isin(found["optimizer"])].reindex(columns=columns)
     both = pd.concat([found, last]).drop_duplicates(["optimizer", "step"])
-    both = both.assign(step=both["step"] + 1)
     return both.sort_values(["optimizer", "step"], ignore_index=True)
 
 

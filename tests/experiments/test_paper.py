@@ -141,6 +141,8 @@ def test_what_a_job_runs(tmp_path):
     own = paper.Job("ablations", "unmerged", tmp_path, (1,), 30.0, 7)
     assert own.command()[4] == "unmerged=paper/channels.py:kfac_star_unmerged"
     assert "1000000" in own.command()
+    assert "--compile" not in own.command()
+    assert "--compile" in replace(own, compiled=True).command()
 
 
 def test_what_is_done_is_not_begun_again(tmp_path, capsys):
@@ -241,7 +243,7 @@ def test_what_a_process_needed(system, tmp_path, monkeypatch):
 
 
 def test_published_steps():
-    assert paper.published_steps("heat1d_257", "kfac_star") == 33984
+    assert paper.published_steps("heat1d_257", "kfac_star") == 33985
     assert paper.published_steps("heat1d_257", "auto") is None
 
 

@@ -164,6 +164,23 @@ def test_the_index_draws_medians_and_published_curves(tmp_path, monkeypatch):
     assert len(pd.read_csv(tmp_path / "all.csv")) == 26
 
 
+def test_published_steps_are_updates_and_the_second_run_of_a_name_is_left_out(
+    tmp_path, monkeypatch
+):
+    """The reference counts from zero, and holds two Hessian-free runs on heat4d under one name."""
+    curves = tmp_path / "curves.csv"
+    rows = ["a,0,1,1,1", "b,0,1,9,9", "a,2,2,.5,.5", "b,2,2,8,8", "a,0,1,7,7", "a,4,3,7,7"]
+    text = "\n".join(["run,step,time,loss,l2_error", *rows])
+    for name, run in (("a", "heat4d/5-64-1/HessianFree/random"), ("b", "heat1d/2-64-1/SGD/random")):
+        text = text.replace(f"\n{name},", f"\n{run},")
+    curves.write_text(text)
+    monkeypatch.setattr(results, "PUBLISHED", curves)
+    found = results.published_curves("heat4d", "5-64-1")
+    assert found[["step", "rmse"]].to_numpy().tolist() == [[1, 1], [3, 0.5]]
+    assert len(results.published_curves("heat1d", "2-64-1")) == 2
+    assert results.published_curves("heat1d", "2-64-64-1") is None
+
+
 def test_two_runs_are_two_curves_and_half_a_number_is_none(tmp_path, monkeypatch):
     for name, lr in (("a", "1e-3"), ("b", "1e-2")):
         run = tmp_path / name
