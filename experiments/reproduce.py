@@ -12,12 +12,14 @@ import argparse
 import dataclasses
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
+from filelock import FileLock
 from torch import Generator, Tensor, nn
 
 if __name__ == "__main__":  # `experiments` is not installed: the script sees the repository instead
@@ -26,17 +28,17 @@ if __name__ == "__main__":  # `experiments` is not installed: the script sees th
 from experiments.command import ExitCode, Interruption, files_told, main_of
 from experiments.experiment import Experiment
 from experiments.folder import describe_environment
-from experiments.objects import UserError, first_line
+from experiments.objects import UserError, first_line, near_misses
 from experiments.presets import PRESETS, ROWS
-from experiments.reporting.followed import FOLLOWED, KEY, summary
+from experiments.reporting.followed import FIRST, FOLLOWED, KEY, summary
 from experiments.reporting.published import curves
 from experiments.results import PUBLISHED, write_table
-from experiments.store import STORE
+from experiments.store import LOCK, STORE
 from experiments.training import Trainer, progress
 from pinncurv.optim import Proposal, QuadraticModel, Situation, StepSize
 from pinncurv.problems import Faces, Fixed, Interior, Product, Union
 
-# A step size that moves no parameter that float64 can tell, but has a direction.
+# A share of a step that changes no digit that was published, but has a direction.
 _NOTHING = 1e-13
 
 
@@ -137,7 +139,7 @@ def drawn(sampler: object, stream: Generator) -> Tensor:
 
 def follow(
     row: str, label: str, published: pd.DataFrame, steps: int, seconds: float
-) -> pd.DataFrame:
+) -> Iterator[dict[str, Any]]:
     """Take the first steps of a published run.
 
     Args:
@@ -147,7 +149,7 @@ def follow(
         steps: How many at most.
         seconds: For how long at most.
 
-    Returns:
+    Yields:
         A line for every step that is on the curve: ``KEY``, loss, rmse, and by which share both
         differ from the published ones.
     """
@@ -156,22 +158,18 @@ def follow(
         trainer.optimizer.step_size = FirstWithheld()
         trainer.optimizer.monotone = False
     known = published.set_index("step")
-    lines = []
     while trainer.step < steps and trainer.seconds < seconds:
         loss = trainer.advance().loss
         if trainer.step in known.index:
             there = known.loc[trainer.step]
             rmse = float(trainer.measure()["rmse"])
-            lines.append(
-                {
-                    **dict(zip(KEY, (row, label, trainer.step), strict=True)),
-                    "loss": loss,
-                    "rmse": rmse,
-                    "loss_differs": _relative(loss, there["loss"]),
-                    "rmse_differs": _relative(rmse, there["rmse"]),
-                }
-            )
-    return pd.DataFrame(lines)
+            yield {
+                **dict(zip(KEY, (row, label, trainer.step), strict=True)),
+                "loss": loss,
+                "rmse": rmse,
+                "loss_differs": _relative(loss, there["loss"]),
+                "rmse_differs": _relative(rmse, there["rmse"]),
+            }
 
 
 def _relative(ours: float, published: float) -> float:
@@ -205,7 +203,19 @@ def main(arguments: Sequence[str]) -> ExitCode:
         raise UserError(
             f"rows must be some of {', '.join(ROWS)}, got {', '.join(sorted(unknown))}."
         )
-    found = {row: curves(row) for row in options.rows or ROWS}
+    for name in ("steps", "seconds"):
+        if not getattr(options, name) > 0:
+            raise UserError(f"--{name} must be positive, got {getattr(options, name)}.")
+    rows = options.rows or list(ROWS)
+    known = sorted({label for row in rows for label in PRESETS[row].labels})
+    for label in set(options.optimizers or ()) - set(known):
+        raise UserError(
+            f"There is no optimizer {label!r}.{near_misses(label, known)} It must be one of "
+            f"{', '.join(known)}."
+        )
+    if not PUBLISHED.is_file():
+        raise UserError(f"The published curves are not here: {PUBLISHED} must be there.")
+    found = {row: curves(row) for row in rows}
     jobs = [
         (row, label, curve)
         for row, table in found.items()
@@ -214,7 +224,7 @@ def main(arguments: Sequence[str]) -> ExitCode:
         if label in (options.optimizers or PRESETS[row].labels)
     ]
     if not jobs:
-        raise UserError(f"There is no published curve of these: {PUBLISHED} must be there.")
+        raise UserError("No run of these was published: choose other rows or optimizers.")
     return _follow_all(jobs, options)
 
 
@@ -228,6 +238,7 @@ def _follow_all(
         "threads": made["threads"],
         "torch": made["packages"]["torch"],
         "commit": str(made["commit"])[:8],
+        "changed": made["uncommitted_changes"],
     }
     failed = False
     with Interruption() as interruption, progress(total=len(jobs)) as bar:
@@ -235,34 +246,45 @@ def _follow_all(
             if interruption.requested:
                 return ExitCode.INTERRUPTED
             bar.set_description(f"{row}, {label}")
+            lines = []
             try:
-                lines = follow(row, label, curve, options.steps, options.seconds).assign(**origin)
-            except (ArithmeticError, ValueError, RuntimeError, MemoryError) as error:
+                for line in follow(row, label, curve, options.steps, options.seconds):
+                    lines.append({**line, **origin})
+            except (ArithmeticError, ValueError, RuntimeError, MemoryError, UserError) as error:
                 bar.write(f"{row}, {label}: stopped: {first_line(error)}")
                 failed = True
+            bar.update()
+            if not lines:
                 continue
-            finally:
-                bar.update()
             with files_told():
-                keep(lines, options.store)
-            for line in summary(lines).itertuples():
-                bar.write(
-                    f"{row}, {label}: agrees with the published run up to step {line.agrees} of "
-                    f"{line.steps}, and to {line.differs:.1%} up to step 9"
-                )
+                kept = keep(pd.DataFrame(lines), options.store)
+            (run,) = summary(pd.DataFrame(lines)).itertuples()
+            bar.write(
+                f"{row}, {label}: agrees with the published run up to step {run.agrees} of "
+                f"{run.steps}, and to {run.differs:.1%} up to step {min(run.steps, FIRST)}"
+                + ("" if kept else f"; {options.store} keeps more steps of an earlier one")
+            )
     return ExitCode.FAILURE if failed else ExitCode.SUCCESS
 
 
-def keep(lines: pd.DataFrame, store: Path) -> None:
-    """Put what was found into the store, in the place of earlier lines of the same runs."""
+def keep(run: pd.DataFrame, store: Path) -> bool:
+    """Put a run into the store, unless that has more steps of it; say whether it was.
+
+    Args:
+        run: The lines of one run, one at least.
+        store: The store, to which other programs may write, too.
+    """
     path = store / FOLLOWED
-    if path.is_file():
-        old = pd.read_csv(path, dtype={"commit": str, "torch": str})
-        runs = (pd.MultiIndex.from_frame(table[KEY[:2]]) for table in (old, lines))
-        old_runs, new_runs = runs
-        lines = pd.concat([old[~old_runs.isin(new_runs)], lines], ignore_index=True)
     store.mkdir(parents=True, exist_ok=True)
-    write_table(path, lines.sort_values(KEY, ignore_index=True))
+    with FileLock(store / LOCK):
+        if path.is_file():
+            old = pd.read_csv(path, dtype={"commit": str, "torch": str})
+            same = (old[KEY[:2]] == run[KEY[:2]].iloc[0]).all(axis=1)
+            if old.loc[same, "step"].max() > run["step"].max():
+                return False
+            run = pd.concat([old[~same], run])
+        write_table(path, run.sort_values(KEY, ignore_index=True))
+    return True
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ KEY = ["row", "optimizer", "step"]
 # Published are three digits, of runs with settings of which four digits are known.
 TOLERANCE = 0.02
 
-_FIRST = 9  # steps, before rounding and what is left out of settings has grown
+FIRST = 9  # steps, before rounding and what is left out of settings has grown
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
@@ -41,7 +41,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
                 "optimizer": label,
                 "steps": run["step"].max(),
                 "agrees": run.loc[good, "step"].max() if good.any() else 0,
-                "differs": differs[run["step"] <= _FIRST].max(),
+                "differs": differs[run["step"] <= FIRST].max(),
             }
         )
     return pd.DataFrame(lines)
@@ -69,7 +69,7 @@ def table(found: pd.DataFrame) -> Table:
 
 def tallies(found: pd.DataFrame) -> dict[str, str]:
     """Return what is counted over all runs."""
-    long = found[found["steps"] >= _FIRST]
+    long = found[found["steps"] >= FIRST]
     return {
         "tally/followed": str(len(found)),
         "tally/followed-long": str(len(long)),

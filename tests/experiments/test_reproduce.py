@@ -4,6 +4,7 @@ Source: the recorded runs of arXiv 2405.15603, poisson2d with 257 parameters.
 """
 
 import math
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -12,14 +13,16 @@ from torch import nn
 
 from experiments import reproduce
 from experiments.command import run_program
+from experiments.objects import UserError
 from experiments.presets import PRESETS
 from experiments.reporting import followed
-from experiments.reporting.followed import FOLLOWED, summary
+from experiments.reporting.followed import FOLLOWED, KEY, summary
 from experiments.reproduce import PublishedStart, drawn, follow, keep
-from pinncurv.optim import QuadraticModel
 from pinncurv.problems import Box, Drawn, Faces, Interior
 
 ROW = "poisson2d_257"
+FILE = Path(__file__)  # stands for the published curves
+DIFFERS = {"loss_differs": 0.0, "rmse_differs": 0.0}
 
 
 def program(*arguments):
@@ -61,7 +64,7 @@ def test_network_and_points_are_those_of_torch_s_own_stream():
     ],
 )
 def test_an_optimizer_takes_the_published_steps(label, lines):
-    found = follow(ROW, label, published(*lines), 5, 60)
+    found = pd.DataFrame(follow(ROW, label, published(*lines), 5, 60))
     assert found["step"].tolist() == [1, 3, 5]
     # three digits, of settings of four
     assert found[["loss_differs", "rmse_differs"]].abs().max(axis=None) < 0.006
@@ -69,8 +72,21 @@ def test_an_optimizer_takes_the_published_steps(label, lines):
 
 def test_points_are_drawn_anew_from_the_same_stream():
     """Of poisson5d with 449 parameters, a new batch in every step."""
-    found = follow("poisson5d_449", "adam", published((1, 122.0, 1.57), (3, 122.0, 1.55)), 3, 60)
-    assert found["loss_differs"].abs().max() < 0.005
+    trainer = PublishedStart(PRESETS["poisson5d_449"], "adam")
+    stream = torch.Generator().manual_seed(1)
+    torch.rand(449, generator=stream)  # the network
+    draw_batch(stream)
+    torch.rand(30_000, 5, generator=stream)  # the points that errors are measured on
+    trainer.advance()
+    trainer.advance()
+    assert all(map(torch.equal, trainer.objective.points, draw_batch(stream)))
+
+
+def draw_batch(stream):
+    interior, boundary = (torch.rand(n, 5, generator=stream) for n in (3000, 500))
+    axis, side = (torch.randint(0, high, (500,), generator=stream) for high in (5, 2))
+    boundary[torch.arange(500), axis] = side.float()
+    return [interior.double(), boundary.double()]
 
 
 def test_an_axis_with_time_and_a_box_that_is_not_the_unit_cube():
@@ -115,30 +131,69 @@ def test_what_is_followed_again_takes_the_place_of_what_was(tmp_path):
     assert dict(zip(kept["optimizer"], kept["loss"], strict=True)) == {"a": 3.0, "b": 2.0}
 
 
+def test_fewer_steps_do_not_take_the_place_of_more(tmp_path):
+    for steps, loss in ((3, 1.0), (1, 2.0), (3, 4.0)):
+        line = {"row": ROW, "optimizer": "a", "loss": loss, "commit": "12345678"}
+        kept = keep(pd.DataFrame([{**line, "step": s} for s in range(1, steps + 1, 2)]), tmp_path)
+        assert kept == (steps == 3)
+    assert pd.read_csv(tmp_path / FOLLOWED)["loss"].tolist() == [4.0, 4.0]
+
+
 def test_the_program(tmp_path, monkeypatch, capsys):
     curve = published((1, 48.9, 0.376), (3, 48.5, 0.333)).assign(optimizer="adam")
+    monkeypatch.setattr(reproduce, "PUBLISHED", FILE)
     monkeypatch.setattr(reproduce, "curves", lambda row: curve)
     assert program(ROW, "--steps", 3, "--store", tmp_path) == 0
     words = capsys.readouterr().out
-    assert "adam: agrees with the published run up to step 3 of 3" in words
+    assert (
+        "adam: agrees with the published run up to step 3 of 3, and to 0.1% up to step 3" in words
+    )
     kept = pd.read_csv(tmp_path / FOLLOWED)
     assert kept["step"].tolist() == [1, 3]
     assert {"commit", "torch", "threads"} <= set(kept)
 
 
-def test_what_is_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(reproduce, "curves", lambda row: None)
-    assert program("poisson2d_1", "--store", tmp_path) == 2
-    assert "must be some of poisson2d_257" in capsys.readouterr().err
+def test_what_was_followed_up_to_a_failure_is_kept(tmp_path, monkeypatch, capsys):
+    curve = published((1, 48.9, 0.376), (3, 48.5, 0.333))
+    both = pd.concat(curve.assign(optimizer=name) for name in ("adam", "sgd"))
+    monkeypatch.setattr(reproduce, "PUBLISHED", FILE)
+    monkeypatch.setattr(reproduce, "curves", lambda row: both)
+
+    def failing(row, label, *_):
+        yield {**dict(zip(KEY, (row, label, 1), strict=True)), "loss": 1.0, "rmse": 1.0} | DIFFERS
+        if label == "adam":
+            raise UserError("no more")
+
+    monkeypatch.setattr(reproduce, "follow", failing)
+    assert program(ROW, "--store", tmp_path) == 1
+    assert "adam: stopped: no more" in capsys.readouterr().out
+    assert pd.read_csv(tmp_path / FOLLOWED)["optimizer"].tolist() == ["adam", "sgd"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["poisson2d_1"], "must be some of poisson2d_257"),
+        ([ROW, "--optimizers", "adma"], "There is no optimizer 'adma'. Perhaps you meant adam"),
+        ([ROW, "--steps", "0"], "--steps must be positive, got 0"),
+        ([ROW, "--seconds", "nan"], "--seconds must be positive, got nan"),
+        ([ROW, "--optimizers", "auto"], "No run of these was published"),
+    ],
+)
+def test_what_is_refused(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(reproduce, "PUBLISHED", FILE)
+    monkeypatch.setattr(reproduce, "curves", lambda row: published().assign(optimizer="adam"))
+    assert program(*arguments, "--store", tmp_path) == 2
+    assert message in capsys.readouterr().err
+    monkeypatch.setattr(reproduce, "PUBLISHED", tmp_path / "none.csv")
     assert program(ROW, "--store", tmp_path) == 2
-    assert "no published curve" in capsys.readouterr().err
+    assert "The published curves are not here: " in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
 def test_the_first_update_is_withheld_and_remembered():
     trainer = PublishedStart(PRESETS[ROW], "kfac_star")
     trainer.optimizer.step_size = reproduce.FirstWithheld()
-    assert trainer.optimizer.step_size.model == QuadraticModel()
     before = [p.detach().clone() for p in trainer.network.parameters()]
     trainer.advance()
     after = list(trainer.network.parameters())

@@ -359,3 +359,12 @@ def test_a_step_that_need_not_descend_stays_finite(worst):
     assert record.accepted
     assert 0 < record.scale < 1
     assert record.new_loss > 1e9
+    assert "(more made the loss non-finite)" in record.reason
+
+
+def test_a_rule_that_waits_for_rejections_needs_steps_that_descend():
+    model = network()
+    with pytest.raises(ValueError, match=r"monotone must be True .* LevenbergMarquardt"):
+        fixed(model.parameters(), 0.1, monotone=False, damping_rule=LevenbergMarquardt())
+    rule = LevenbergMarquardt(max_retries=0)
+    fixed(model.parameters(), 0.1, monotone=False, damping_rule=rule).step(poisson(model))

@@ -210,7 +210,11 @@ class LossDamping(DampingRule):
 
 
 def check_adaption(
-    rule: DampingRule | None, step_size: Any, inverse: Any, max_halvings: int | None
+    rule: DampingRule | None,
+    step_size: Any,
+    inverse: Any,
+    max_halvings: int | None,
+    monotone: bool = True,
 ) -> None:
     """Check that at most one part of an optimizer sets the damping, and that it can be set.
 
@@ -219,10 +223,12 @@ def check_adaption(
         step_size: The step size, which may set it, too.
         inverse: The damped inverse.
         max_halvings: How often to halve an update; None leaves that to the rule.
+        monotone: Whether updates that raise the loss are rejected.
 
     Raises:
         TypeError: If the damping is to adapt but cannot be set.
-        ValueError: If two parts set it, or ``max_halvings`` is negative or would not act.
+        ValueError: If two parts set it, ``max_halvings`` is negative or would not act, or the rule
+            acts on rejections and there are none.
     """
     if max_halvings is not None and max_halvings < 0:
         raise ValueError(f"max_halvings must be at least 0, got {max_halvings}.")
@@ -231,6 +237,12 @@ def check_adaption(
             "max_halvings must be left out with a damping rule that tries a rejected step "
             f"again with more damping instead, got {max_halvings} and {rule}. Give "
             "the rule no retries, for instance LevenbergMarquardt(max_retries=0)."
+        )
+    if not monotone and rule is not None and rule.retries:
+        raise ValueError(
+            "monotone must be True with a damping rule that tries a rejected step again with more "
+            f"damping, as none that raises the loss would be rejected, got {rule}. Give the rule "
+            "no retries, for instance LevenbergMarquardt(max_retries=0)."
         )
     adapts, sets = rule is not None and rule.adapts, getattr(step_size, "sets_damping", False)
     if adapts and sets:

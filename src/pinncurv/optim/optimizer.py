@@ -75,13 +75,14 @@ class CurvatureOptimizer(Optimizer):
         max_halvings: How often an update that raises the loss is halved before it is rejected; 30
             by default. A rule that retries with more damping does not halve.
         monotone: Whether updates that raise the loss are shortened and rejected at all. The
-            published methods without a line search take every update; False takes those after which
-            the loss is finite.
+            published methods without a line search take every update; False shortens and rejects
+            those alone after which the loss is not finite.
         lr: Default for the groups' ``lr``.
 
     Raises:
         TypeError: If the damping is to adapt but cannot be set, or a part is none.
-        ValueError: If a setting is out of range, or ``max_halvings`` would not act.
+        ValueError: If a setting is out of range, or ``max_halvings`` or a damping rule's retries
+            would not act.
     """
 
     monotone = True  # of one that was pickled without it
@@ -113,7 +114,7 @@ class CurvatureOptimizer(Optimizer):
         asked = ("adapts", "needs_ratio", "retries", "after")
         check_part("damping_rule", damping_rule, "optim.LevenbergMarquardt()", *asked)
         check_part("batch", batch, "optim.GrowingBatch()", "linearize", "grown")
-        check_adaption(damping_rule, step_size, inverse, max_halvings)
+        check_adaption(damping_rule, step_size, inverse, max_halvings, monotone)
         super().__init__(params, {"lr": lr})
         self.preconditioner = Preconditioner(
             curvature, inverse, average, Intervals() if intervals is None else intervals

@@ -125,6 +125,7 @@ class Trial:
         """
         loss, promised = proposed.loss, proposed.predicted_decrease
         highest = loss if monotone else sys.float_info.max
+        longer = "raised the loss" if monotone else "made the loss non-finite"
         first = 0 if math.isfinite(proposed.new_loss) else min(start, halvings)
         scale, new_loss = 1.0, math.nan
         for halving in range(first, halvings + 1):
@@ -143,9 +144,7 @@ class Trial:
                 momentum=scale * proposed.momentum,
                 predicted_decrease=promised,
                 scale=scale * proposed.scale,
-                reason=f"shortened to {scale:g} of its length (more raised the loss)"
-                if scale < 1
-                else "",
+                reason=f"shortened to {scale:g} of its length (more {longer})" if scale < 1 else "",
             )
         self.restore()
         what = "raised the loss" if math.isfinite(new_loss) else "made the loss non-finite"
