@@ -212,6 +212,17 @@ def test_the_tolerance_of_a_pseudo_inverse_drops_small_eigenvalues(generator):
     torch.testing.assert_close(inverse.diagonal(), expected)
     (report,) = inverse.reports
     assert (report.method, report.clipped) == ("pseudo-inverse by eigh", 2)
+    assert torch.equal(PseudoInverse(0.5)(operator).diagonal(), expected)
+
+
+@pytest.mark.parametrize("tolerance", [None, 0.0, 0.5])
+def test_the_pseudo_inverse_of_zero_is_zero(tolerance):
+    zero = torch.zeros(3, 3, dtype=torch.float64)
+    inverse = PseudoInverse(tolerance)(DenseLinearOperator(zero, [(3,)]))
+    assert torch.equal(inverse.to_dense(), zero)
+    assert inverse.reports[0].clipped == 3
+    of_diagonal = PseudoInverse(tolerance)(DiagonalLinearOperator([zero]))
+    assert not of_diagonal.diagonal().any()
 
 
 def test_small_entries_of_a_diagonal_are_no_rounding():

@@ -36,6 +36,13 @@ _INSTEAD = (
 )
 
 
+def _check_fits(matrix: Float[Tensor, "n n"], name: str) -> None:
+    """Check that a factorization fits into the memory."""
+    n = len(matrix)
+    what = f"the factorization of {name} of {n:,} parameters"
+    check_memory(what, 2 * n * n, FACTORIZATION_DTYPE, matrix.device, _INSTEAD)
+
+
 def _damped(
     matrix: Float[Tensor, "n n"],
     name: str,
@@ -44,6 +51,7 @@ def _damped(
 ) -> Factorization:
     """Factorize C + λI, by the eigendecomposition of C unless that takes too long."""
     if damping > 0 and len(matrix) > policy.LARGEST_EIGH:
+        _check_fits(matrix, name)
         shifted = symmetrize(matrix, name)
         shifted.diagonal().add_(damping)
         factorization = cholesky(shifted, name, damping)
@@ -103,6 +111,7 @@ class DenseLinearOperator(SymmetricLinearOperator):
     @cached_property
     def eigh(self) -> EigenFactorization:
         """The eigendecomposition C = V diag(max(m, 0)) Vᵀ, computed once, in float64."""
+        _check_fits(self.matrix, _NAME)
         return eigh(symmetrize(self.matrix, _NAME), _NAME)
 
     def inverse(self, damping: float) -> FactorizedInverseLinearOperator:
@@ -117,9 +126,6 @@ class DenseLinearOperator(SymmetricLinearOperator):
             FactorizationError: If the damping is zero and the matrix is numerically singular.
             NotEnoughMemoryError: If a factorization does not fit into the memory.
         """
-        n = len(self.matrix)
-        what = f"the factorization of {_NAME} of {n:,} parameters"
-        check_memory(what, 2 * n * n, FACTORIZATION_DTYPE, self.device, _INSTEAD)
         damped = _damped(self.matrix, _NAME, check_damping(damping), lambda: self.eigh)
         return FactorizedInverseLinearOperator(damped, self._in_shape, self.dtype)
 
@@ -194,6 +200,7 @@ class DenseBlockDiagonalLinearOperator(LayerwiseLinearOperator):
         """The eigendecomposition of one layer's block, computed once, in float64."""
         if layer not in self._eigh:
             name = self._name(layer)
+            _check_fits(self.matrices[layer], name)
             self._eigh[layer] = eigh(symmetrize(self.matrices[layer], name), name)
         return self._eigh[layer]
 
@@ -207,6 +214,7 @@ class DenseBlockDiagonalLinearOperator(LayerwiseLinearOperator):
 
         Raises:
             FactorizationError: If the damping is zero and a block is numerically singular.
+            NotEnoughMemoryError: If a factorization does not fit into the memory.
         """
         damping = check_damping(damping)
         damped = [

@@ -25,7 +25,7 @@ from pinncurv.linops.psd import EigenFactorization, FactorizationError
 class PseudoInverse:
     """The Moore-Penrose inverse of a dense symmetric positive semidefinite operator.
 
-    C = Σ_i m_i v_i v_iᵀ ↦ C⁺ = Σ_i v_i v_iᵀ / m_i, over all m_i > τ max_j m_j
+    C = Σ_i m_i v_i v_iᵀ ↦ C⁺ = Σ_i v_i v_iᵀ / m_i, over all m_i >= τ max_j m_j, m_i > 0
 
     Of a system C x = b it gives the solution of least squares and least norm, where ``Damped(0)``
     refuses a numerically singular C. What is dropped does not move: eigenvalues just above τ are
@@ -56,6 +56,7 @@ class PseudoInverse:
         Raises:
             TypeError: If the operator is not dense.
             FactorizationError: If an entry is not finite.
+            NotEnoughMemoryError: If an eigendecomposition does not fit into the memory.
         """
         if isinstance(operator, DenseLinearOperator):
             whole = self._truncated(operator.eigh, operator.precision)
@@ -74,17 +75,18 @@ class PseudoInverse:
             "Take Damped(damping) instead."
         )
 
-    def _cutoff(self, largest: float, n: int, dtype: torch.dtype) -> float:
-        if self.tolerance is not None:
-            return self.tolerance * largest
-        return min(1e-3, n * torch.finfo(dtype).eps) * largest
+    def _cutoff(self, tolerance: float, largest: float, dtype: torch.dtype) -> float:
+        """Return below what eigenvalues are dropped, positive."""
+        chosen = tolerance if self.tolerance is None else self.tolerance
+        return max(chosen * largest, torch.finfo(dtype).tiny)
 
     def _truncated(self, whole: EigenFactorization, dtype: torch.dtype) -> EigenFactorization:
         """Return the factorization that solves with C⁺."""
         m = whole.eigenvalues
-        cutoff = self._cutoff(max(0.0, m[-1].item()), len(m), dtype)
+        rounding = min(1e-3, len(m) * torch.finfo(dtype).eps)
+        cutoff = self._cutoff(rounding, m[-1].item(), m.dtype)
         report = replace(whole.report, method="pseudo-inverse by eigh", floor=cutoff)
-        return replace(whole, eigenvalues=m.masked_fill(m <= cutoff, math.inf), report=report)
+        return replace(whole, eigenvalues=m.masked_fill(m < cutoff, math.inf), report=report)
 
     def _of_diagonal(self, operator: DiagonalLinearOperator) -> DiagonalLinearOperator:
         c = operator.diagonal()
@@ -92,6 +94,6 @@ class PseudoInverse:
             raise FactorizationError(
                 "The diagonal must be finite to be inverted. Look for a diverged loss."
             )
-        cutoff = (self.tolerance or 0.0) * max(0.0, c.max().item())
-        inverses = [d.reciprocal().masked_fill(d <= cutoff, 0.0) for d in operator.diagonals]
+        cutoff = self._cutoff(0.0, c.max().item(), c.dtype)
+        inverses = [d.reciprocal().masked_fill(d < cutoff, 0.0) for d in operator.diagonals]
         return DiagonalLinearOperator(inverses)
