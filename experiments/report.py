@@ -112,7 +112,9 @@ def main(arguments: Sequence[str]) -> ExitCode:
             f"--main must be one of {', '.join(ROWS)}, got {options.main!r}."
             f"{near_misses(options.main, ROWS)}"
         )
-    store = Store.read(options.store)
+    store, others = Store.read(options.store).current()
+    if others:
+        print(f"left out, their settings have changed: {', '.join(others)}", file=sys.stderr)
     if store.trainings.empty:
         raise UserError(
             f"{options.store} has no results. Train first: python experiments/paper.py --help"

@@ -1,8 +1,8 @@
 """The results that are kept: a row for every training, and its curve, in two files of ``paper``.
 
 ``trainings.csv`` has what a training reached, with all that is needed to repeat it; ``curves.csv``
-its errors along the way. Both are made of run folders by ``collect``, and are all that tables and
-figures of the paper are made of.
+its errors along the way. Both are made of run folders by ``collect``; with ``reproduced.csv``, made
+by ``reproduce.py``, they are all of ours that tables and figures of the paper are made of.
 """
 
 from __future__ import annotations
@@ -107,6 +107,26 @@ class Store:
             tables.append(both.sort_values(KEY, kind="stable", ignore_index=True))
         return Store(*tables)
 
+    def current(self) -> tuple[Store, list[str]]:
+        """Return what was trained with the settings that its study has now, and what was not.
+
+        Returns:
+            The store of the former, and the latter as STUDY/OPTIMIZER.
+        """
+        if "settings" not in self.trainings:
+            return self, []
+        named = self.trainings[[*KEY[:2], "settings"]].drop_duplicates()
+        stale = {
+            (study, label)
+            for study, label, settings in named.itertuples(index=False)
+            if study not in PRESETS or settings != _own(PRESETS[study].checked(), label)
+        }
+        tables = []
+        for table in (self.trainings, self.curves):
+            keys = pd.MultiIndex.from_frame(table[KEY[:2]])
+            tables.append(table[~keys.isin(stale)].reset_index(drop=True))
+        return Store(*tables), sorted("/".join(key) for key in stale)
+
     def write(self, folder: Path = STORE) -> None:
         """Write both files, each whole or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -122,6 +142,13 @@ class Store:
 
 def _keys(table: pd.DataFrame) -> pd.MultiIndex:
     return pd.MultiIndex.from_frame(table[KEY])
+
+
+def _own(experiment: Experiment, label: str) -> str | None:
+    """Return the settings of an optimizer as a store keeps them; None if there is none."""
+    if label not in experiment.labels:
+        return None
+    return json.dumps({f"{label}.{name}": text for name, text in experiment.of(label).items()})
 
 
 def origin(folder: Path) -> Experiment:
@@ -220,11 +247,11 @@ def _about(folder: Path, experiment: Experiment) -> dict[str, Any]:
     history, label = read_json(folder / ENVIRONMENT), folder.name
     last = history[-1] if isinstance(history, list) and history else {}
     packages, resources = last.get("packages") or {}, read_json(folder / RESOURCES) or {}
-    own = {f"{label}.{argument}": text for argument, text in experiment.of(label).items()}
+    resampled = experiment.of(label).get("resample_every", experiment.resample_every)
     return {
         "memory_mb": resources.get("peak_memory_mb"),
-        "settings": json.dumps(own),
-        "resample_every": own.get(f"{label}.resample_every", experiment.resample_every),
+        "settings": _own(experiment, label),
+        "resample_every": resampled,
         "dtype": experiment.dtype,
         "device": last.get("device_name"),
         "threads": last.get("threads"),

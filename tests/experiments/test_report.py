@@ -1,5 +1,6 @@
 """The report: its tables have the numbers of the store, and it is made of what there is."""
 
+import json
 import re
 import shutil
 
@@ -166,6 +167,21 @@ def test_the_summary_has_the_best(store):
     assert (line["best_name"], line["best_rmse"], line["kfac_star"]) == ("KFAC*", 2e-5, 2e-5)
     assert (line["first_order_name"], line["first_order"]) == ("Adam", 5e-2)
     assert (line["published_name"], line["published_rmse"]) == ("KFAC*", 7.89e-7)
+
+
+def test_what_was_trained_with_other_settings_than_today_s_is_left_out(store):
+    def with_settings(optimizer, settings):
+        part = trained("ablations", optimizer, [1e-3])
+        return Store(part.trainings.assign(settings=settings), part.curves)
+
+    today = PRESETS["ablations"].checked().of("reduce")
+    own = json.dumps({f"reduce.{name}": text for name, text in today.items()})
+    both = with_settings("reduce", own).merged(with_settings("merged", '{"merged.lr": "1"}'))
+    both = both.merged(with_settings("dropped", "{}"))
+    current, left_out = both.current()
+    assert left_out == ["ablations/dropped", "ablations/merged"]
+    assert set(current.trainings["optimizer"]) == set(current.curves["optimizer"]) == {"reduce"}
+    assert store.current() == (store, [])  # of which no settings are known
 
 
 def test_an_ablation_is_compared_with_its_default(store):

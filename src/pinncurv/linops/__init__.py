@@ -15,6 +15,7 @@ so blocks of n = d_in d_out, and D parameters in all; sums over layers are left 
 - ``eigenform``: operators that are diagonal in a Kronecker-factored basis (EKFAC, inverses).
 - ``dense``: dense, dense block-diagonal and diagonal operators.
 - ``inverses``, ``kronecker_inverse``: the inverse (C + λ I)⁻¹.
+- ``pseudo_inverse``: the inverse of singular dense operators without damping.
 - ``restriction``: operators on some layers, and operators made of several such.
 - ``factor_damping``, ``simultaneous``: the inverse with damping in every Kronecker factor.
 - ``cg``, ``cg_inverse``: preconditioned conjugate gradients, and the inverse by them.

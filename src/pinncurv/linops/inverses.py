@@ -27,7 +27,8 @@ class Damped:
 
     Not the same as ``FactorDamping``, which adds λ to every Kronecker factor. It is the operator's
     own ``inverse``, at its cost, or conjugate gradients where there is none. Where λ is below what
-    rounding makes of a dense C or block of it, it warns with the damping that is not.
+    rounding makes of a dense C or block of it, it warns with the damping that is not. With λ = 0 a
+    numerically singular C is refused, see ``PseudoInverse``.
 
     Attributes:
         damping: The damping λ, a finite number >= 0.
