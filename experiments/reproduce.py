@@ -27,13 +27,13 @@ if __name__ == "__main__":  # `experiments` is not installed: the script sees th
 
 from experiments.command import ExitCode, Interruption, files_told, main_of
 from experiments.experiment import Experiment
-from experiments.folder import describe_environment
+from experiments.folder import LOCK, describe_environment
 from experiments.objects import UserError, first_line, near_misses
 from experiments.presets import PRESETS, ROWS
 from experiments.reporting.followed import FIRST, FOLLOWED, KEY, summary
 from experiments.reporting.published import curves
 from experiments.results import PUBLISHED, write_table
-from experiments.store import LOCK, STORE
+from experiments.store import STORE
 from experiments.training import Trainer, progress
 from pinncurv.optim import Proposal, QuadraticModel, Situation, StepSize
 from pinncurv.problems import Faces, Fixed, Interior, Product, Union

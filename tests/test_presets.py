@@ -21,6 +21,7 @@ from pinncurv.curvature.woodbury import Woodbury
 from pinncurv.linops import Damped, FactorDamping, PseudoInverse, same, trace_norm
 from pinncurv.linops.cg import RelativeProgress
 from pinncurv.optim import (
+    ArmijoLineSearch,
     ConstantDamping,
     CurvatureOptimizer,
     ExponentialAverage,
@@ -232,7 +233,13 @@ GRID = GridLineSearch(-30, 0)
         ),
         (
             presets.hessian_free,
-            {"damping": 1e-2, "decay": 0.5, "max_iterations": 9, "curvature": KFAC()},
+            {
+                "damping": 1e-2,
+                "decay": 0.5,
+                "max_iterations": 9,
+                "curvature": KFAC(),
+                "step_size": ArmijoLineSearch(0.5),
+            },
             (
                 MATRIX_FREE,
                 PreconditionedCG(
@@ -242,7 +249,7 @@ GRID = GridLineSearch(-30, 0)
                     stop=RelativeProgress(5e-4),
                     spacing=1.3,
                 ),
-                CGBacktracking(),
+                ArmijoLineSearch(0.5),
                 None,
                 WarmStart(0.5),
                 LevenbergMarquardt(shrink=1.5, grow=1.5, reject=1.5, minimum=1e-12),

@@ -17,6 +17,7 @@ from pinncurv.curvature.iterative import PreconditionedCG
 from pinncurv.linops import Damped, DenseLinearOperator, FactorDamping, trace_norm
 from pinncurv.linops.cg import CGIterate, CGRecord, CGResult
 from pinncurv.optim import (
+    ArmijoLineSearch,
     CurvatureOptimizer,
     FixedStep,
     GridLineSearch,
@@ -230,7 +231,8 @@ def model_at(objective, update, damping):
 
 @pytest.mark.parametrize("rates", [(1.0, 1.0), (0.3, 0.3), (0.3, 0.7)])
 @pytest.mark.parametrize(
-    "step_size", [QuadraticModel(), FixedStep(0.02), GridLineSearch(-8), CGBacktracking()]
+    "step_size",
+    [QuadraticModel(), FixedStep(0.02), GridLineSearch(-8), ArmijoLineSearch(), CGBacktracking()],
 )
 def test_prediction_is_of_the_update_that_was_taken(step_size, rates):
     """Also with learning rates below one, and with step sizes that know no model."""

@@ -1,6 +1,7 @@
 """Step sizes: fixed, the grid, and the minimum of the quadratic model."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from pinncurv.curvature import GaussNewton, Objective
 from pinncurv.diffops import Partial, Value
 from pinncurv.linops import Damped
 from pinncurv.optim import (
+    ArmijoLineSearch,
     CurvatureOptimizer,
     FixedStep,
     GridLineSearch,
@@ -266,6 +268,46 @@ def test_not_finite_never_wins(bad):
 def test_grid_of_one_step():
     at = situation(poisson(network()), [], try_update=lambda update, scale: scale)
     assert GridLineSearch(-3, -3).propose(at).step_size == 0.125
+
+
+# --- the longest step that falls enough -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("decrease", "expected"),
+    [(0.0, 0.25), (0.01, 0.25), (0.7, 0.0625), (0.99, 2.0**-9)],
+)
+def test_the_longest_step_that_falls_enough(decrease, expected):
+    """Along L(α) - L(0) = -α + 3 α² + 2 α³, which must be at most -c α."""
+    at = along_gradient(lambda a: -a + 3 * a**2 + 2 * a**3)
+    proposal = ArmijoLineSearch(0.5, decrease).propose(at)
+    assert proposal.step_size == proposal.scale == expected
+    assert proposal.new_loss == at.try_update(at.direction, expected) < at.loss
+
+
+@pytest.mark.parametrize("rise", [1.0, math.nan, math.inf])
+def test_no_step_falls_enough(rise):
+    proposal = ArmijoLineSearch(0.5, trials=4).propose(along_gradient(lambda a: rise))
+    assert proposal.step_size == 0.125
+    assert not proposal.new_loss < math.inf or rise == 1
+
+
+def along_gradient(change):
+    """Return a situation whose direction has the slope -1, where the loss changes as is said."""
+    at = situation(poisson(network()), [])
+    square = sum(part.square().sum() for part in at.gradient)
+    direction = [-part / square for part in at.gradient]
+    return replace(at, direction=direction, try_update=lambda _, a: at.loss + change(a))
+
+
+def test_what_no_search_can_be():
+    for arguments, message in (
+        ({"factor": 1.0}, r"factor must be in \(0, 1\), got 1.0"),
+        ({"decrease": math.nan}, r"decrease must be in \[0, 1\), got nan"),
+        ({"trials": 0}, "trials must be at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ArmijoLineSearch(**arguments)
 
 
 # --- steps of bounded length ----------------------------------------------------------------------

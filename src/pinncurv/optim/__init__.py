@@ -49,6 +49,7 @@ from pinncurv.optim.protocols import (
 from pinncurv.optim.quasi_newton import SSBFGS as SSBFGS, SSBroyden as SSBroyden
 from pinncurv.optim.situation import Situation as Situation
 from pinncurv.optim.step_sizes import (
+    ArmijoLineSearch as ArmijoLineSearch,
     CGBacktracking as CGBacktracking,
     FixedStep as FixedStep,
     GridLineSearch as GridLineSearch,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pinncurv.linops import read
 from pinncurv.optim.protocols import offers
-from pinncurv.optim.situation import Situation
+from pinncurv.optim.situation import Situation, dot
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,45 @@ class GridLineSearch(StepSize):
             return Proposal(2.0**self.first, new_loss=math.nan, scale=2.0**self.first)
         best = min(finite, key=finite.__getitem__)
         return Proposal(best, new_loss=finite[best], scale=best)
+
+
+@dataclass(frozen=True)
+class ArmijoLineSearch(StepSize):
+    """The longest of ever shorter steps that falls by a share of what the slope promises.
+
+    α = βᵏ for the least k with L(θ + βᵏ Δ) <= L(θ) + c βᵏ ∇LᵀΔ
+
+    If none of the trials does, the last one is proposed.
+
+    Args:
+        factor: β in (0, 1).
+        decrease: c in [0, 1).
+        trials: How many losses are evaluated at most, at least one.
+
+    Source: Armijo 1966; Martens 2010, section 4.6, for β = 0.8, c = 0.01 and 60 trials.
+    """
+
+    factor: float = 0.8
+    decrease: float = 0.01
+    trials: int = 60
+
+    def __post_init__(self) -> None:
+        if not 0 < self.factor < 1:
+            raise ValueError(f"factor must be in (0, 1), got {self.factor}.")
+        if not 0 <= self.decrease < 1:
+            raise ValueError(f"decrease must be in [0, 1), got {self.decrease}.")
+        if not self.trials >= 1:
+            raise ValueError(f"trials must be at least 1, got {self.trials}.")
+
+    def propose(self, situation: Situation) -> Proposal:
+        slope = min(0.0, dot(situation.gradient, situation.direction))
+        step, loss = 1.0, math.nan
+        for k in range(self.trials):
+            step = self.factor**k
+            loss = situation.try_update(situation.direction, step)
+            if loss <= situation.loss + self.decrease * step * slope:  # False for NaN
+                break
+        return Proposal(step, new_loss=loss, scale=step)
 
 
 @dataclass(frozen=True)

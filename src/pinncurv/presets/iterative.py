@@ -17,6 +17,7 @@ from pinncurv.optim import (
     DampingRule,
     LevenbergMarquardt,
     QuadraticModel,
+    StepSize,
     WarmStart,
 )
 from pinncurv.presets.precision import default_damping, groups_of
@@ -69,6 +70,7 @@ def hessian_free(
     max_iterations: int = 250,
     curvature: Recipe | None = None,
     inverse: InverseRecipe | None = None,
+    step_size: StepSize | None = None,
 ) -> CurvatureOptimizer:
     """Return the Hessian-free method with Gauss-Newton products.
 
@@ -83,6 +85,8 @@ def hessian_free(
         max_iterations: Most products with JᵀJ per solve.
         curvature: What preconditions; None for nothing.
         inverse: Its inverse; by default factor damping ``trace_norm``, for KFAC.
+        step_size: How far to go; by default back over the iterates while the loss falls. Martens
+            shortens what comes out by ``ArmijoLineSearch()``.
 
     Source: Martens 2010.
     """
@@ -98,7 +102,7 @@ def hessian_free(
             stop=RelativeProgress(5e-4),
             spacing=1.3,
         ),
-        step_size=CGBacktracking(),
+        step_size=CGBacktracking() if step_size is None else step_size,
         momentum=WarmStart(decay),
         damping_rule=LevenbergMarquardt(shrink=1.5, grow=1.5, reject=1.5, minimum=1e-12),
     )
