@@ -23,7 +23,10 @@ def main(arguments: Sequence[str]) -> ExitCode:
         for name in arguments or PRESETS:
             start = time.monotonic()
             options = ["--preset", name, "--smoke", "--run-folder", str(Path(folder) / name)]
-            if train(options) != ExitCode.SUCCESS:
+            code = train(options)
+            if code == ExitCode.INTERRUPTED:
+                return code
+            if code != ExitCode.SUCCESS:
                 failed.append(name)
             print(f"{name}: {time.monotonic() - start:.1f} s\n", flush=True)
     print(f"{len(arguments or PRESETS)} presets, failed: {', '.join(failed) or 'none'}")
