@@ -141,19 +141,10 @@ ABLATIONS: dict[str, Ablation] = {
             "channels": {
                 "curvature": "ChannelKronecker(pairs=False)",
                 "inverse": "Damped(1e-4)",
-                "average": "None",
             },
-            "channel_pairs": {
-                "curvature": "ChannelKronecker()",
-                "inverse": "Damped(1e-4)",
-                "average": "None",
-            },
-            "one_product": {"inverse": "Damped(1e-4)", "average": "None"},
-            "exact": {
-                "curvature": "GaussNewton()",
-                "inverse": "Damped(1e-4)",
-                "average": "None",
-            },
+            "channel_pairs": {"curvature": "ChannelKronecker()", "inverse": "Damped(1e-4)"},
+            "one_product": {"inverse": "Damped(1e-4)"},
+            "exact": {"curvature": "GaussNewton()", "inverse": "Damped(1e-4)"},
         },
         # a sum over channels has no closed inverse, and a network of 9,873 parameters few steps
         problem={"network.widths": "(64,)"},
