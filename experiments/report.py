@@ -70,7 +70,9 @@ _EQUAL = (
 )
 _FOLLOWED = """The last step up to which loss and error agree with the published run to two percent,
 of how many were compared, from the same network on the same points (`tox run -e reproduce`). KFAC*
-here withholds its first update and takes all later ones, as its published runs did.
+here withholds its first update and takes all later ones, as its published runs did. At the last
+step that was compared, the ratio of our error to the published one is {ratio} in the median, and
+below 1.02 in {met} runs.
 """
 _PAGE = f"""# The experiments of the paper, ours beside the published ones
 
@@ -209,7 +211,11 @@ def _followed(runs: pd.DataFrame, generated: Path) -> str:
     """Write the table of published runs that were followed, and return its part of the page."""
     table = followed.table(runs)
     table.write(generated)
-    return f"## {table.title}\n\n{_FOLLOWED}\n{table.markdown()}\n"
+    tallies = followed.tallies(runs)
+    words = _FOLLOWED.format(
+        **{key.removeprefix("tally/followed-"): n for key, n in tallies.items()}
+    )
+    return f"## {table.title}\n\n{words}\n{table.markdown()}\n"
 
 
 def _ablations(store: Store, ablations: Sequence[pd.DataFrame], generated: Path) -> str:

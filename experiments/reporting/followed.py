@@ -28,7 +28,8 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         Columns row, optimizer, steps, agrees (the last step up to which loss and error differ by
-        less than two percent, 0 if they never do), and the greatest difference up to step 9.
+        less than two percent, 0 if they never do), the greatest difference up to step 9, and the
+        ratio of our error to the published one at the last step.
     """
     lines = []
     known = table.dropna(subset="loss_differs")  # the end of a published run has no loss
@@ -42,6 +43,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
                 "steps": run["step"].max(),
                 "agrees": run.loc[good, "step"].max() if good.any() else 0,
                 "differs": differs[run["step"] <= FIRST].max(),
+                "ratio": 1 + run["rmse_differs"].iloc[-1],
             }
         )
     return pd.DataFrame(lines)
@@ -75,5 +77,7 @@ def tallies(found: pd.DataFrame) -> dict[str, str]:
         "tally/followed-long": str(len(long)),
         "tally/followed-whole": str((found["agrees"] == found["steps"]).sum()),
         "tally/followed-nine": str((long["differs"] < TOLERANCE).sum()),
+        "tally/followed-ratio": f"{found['ratio'].median():.2f}",
+        "tally/followed-met": str((found["ratio"] < 1 + TOLERANCE).sum()),
         "tally/followed-optimizers": str(found["optimizer"].nunique()),
     }

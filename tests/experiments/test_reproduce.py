@@ -111,14 +111,17 @@ def test_how_far_a_run_is_followed():
         )
         for name, d in differs.items()
     )
+    table.iloc[-1, table.columns.get_loc("rmse_differs")] = 0.3
     lines = summary(table).set_index("optimizer")
     assert lines["agrees"].to_dict() == {"good": 9, "late": 3, "bad": 0}
     assert lines["differs"].to_dict() == {"good": 0.01, "late": 0.5, "bad": 1.0}
+    assert lines["ratio"].to_dict() == {"good": 1.0, "late": 1.0, "bad": 1.3}
     page = followed.table(
         lines.reset_index().replace({"good": "kfac", "late": "engd", "bad": "sgd"})
     )
     assert "| poisson2d, 257 | 9 | 3 of 9 | 0 of 9 |" in page.markdown()
-    assert followed.tallies(lines.reset_index())["tally/followed-whole"] == "1"
+    tallies = followed.tallies(lines.reset_index())
+    assert [tallies[f"tally/followed-{k}"] for k in ("whole", "ratio", "met")] == ["1", "1.00", "2"]
     table.loc[table["optimizer"] == "good", "rmse_differs"] = math.inf  # of one that diverged
     assert summary(table).set_index("optimizer")["agrees"]["good"] == 0
 
