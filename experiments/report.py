@@ -21,6 +21,7 @@ import pandas as pd
 if __name__ == "__main__":  # `experiments` is not installed: the script sees the repository instead
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from experiments.ablations import ABLATIONS
 from experiments.command import ExitCode, files_told, main_of
 from experiments.folder import write_atomically
 from experiments.objects import UserError, near_misses
@@ -70,9 +71,9 @@ _EQUAL = (
 )
 _FOLLOWED = """The last step up to which loss and error agree with the published run to two percent,
 of how many were compared, from the same network on the same points (`tox run -e reproduce`). KFAC*
-here withholds its first update and takes all later ones, as its published runs did. At the last
-step that was compared, the ratio of our error to the published one is {ratio} in the median, and
-below 1.02 in {met} runs.
+here withholds its first update and takes all later ones, as its published runs did. In {left} runs
+they differ in the end; there the ratio of our error to the published one, at the last step, is
+{left_ratio} in the median, and at most one in {left_met}.
 """
 _PAGE = f"""# The experiments of the paper, ours beside the published ones
 
@@ -212,9 +213,8 @@ def _followed(runs: pd.DataFrame, generated: Path) -> str:
     table = followed.table(runs)
     table.write(generated)
     tallies = followed.tallies(runs)
-    words = _FOLLOWED.format(
-        **{key.removeprefix("tally/followed-"): n for key, n in tallies.items()}
-    )
+    tallied = {key.partition("-")[2].replace("-", "_"): n for key, n in tallies.items()}
+    words = _FOLLOWED.format(**tallied)
     return f"## {table.title}\n\n{words}\n{table.markdown()}\n"
 
 
@@ -234,7 +234,9 @@ def _ablations(store: Store, ablations: Sequence[pd.DataFrame], generated: Path)
         )
         picture = f"![Error against time and steps]({GENERATED}/{name}.png)"
         made = made_with(store, first["study"], first["budget"])
-        text = f"{first['budget']}; {made}.\n\n{changes}{_ended(data)}\n{picture}\n"
+        apart = ABLATIONS[str(first["ablation"])].problem
+        where = "".join(f" Here `{name}={value}`." for name, value in apart.items())
+        text = f"{first['budget']}; {made}.{where}\n\n{changes}{_ended(data)}\n{picture}\n"
         parts.append(f"### {table.title}\n\n{table.markdown()}\n{text}")
     if not ablations:
         return ""

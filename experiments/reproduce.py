@@ -257,34 +257,29 @@ def _follow_all(
             if not lines:
                 continue
             with files_told():
-                kept = keep(pd.DataFrame(lines), options.store)
+                keep(pd.DataFrame(lines), options.store)
             (run,) = summary(pd.DataFrame(lines)).itertuples()
             bar.write(
                 f"{row}, {label}: agrees with the published run up to step {run.agrees} of "
                 f"{run.steps}, and to {run.differs:.1%} up to step {min(run.steps, FIRST)}"
-                + ("" if kept else f"; {options.store} keeps more steps of an earlier one")
             )
     return ExitCode.FAILURE if failed else ExitCode.SUCCESS
 
 
-def keep(run: pd.DataFrame, store: Path) -> bool:
-    """Put a run into the store, unless that has more steps of it; say whether it was.
+def keep(lines: pd.DataFrame, store: Path) -> None:
+    """Put what was found into the store, in the place of the same steps of the same runs.
 
     Args:
-        run: The lines of one run, one at least.
+        lines: Of steps, each with what it was made with.
         store: The store, to which other programs may write, too.
     """
     path = store / FOLLOWED
     store.mkdir(parents=True, exist_ok=True)
     with FileLock(store / LOCK):
         if path.is_file():
-            old = pd.read_csv(path, dtype={"commit": str, "torch": str})
-            same = (old[KEY[:2]] == run[KEY[:2]].iloc[0]).all(axis=1)
-            if old.loc[same, "step"].max() > run["step"].max():
-                return False
-            run = pd.concat([old[~same], run])
-        write_table(path, run.sort_values(KEY, ignore_index=True))
-    return True
+            lines = pd.concat([pd.read_csv(path, dtype={"commit": str, "torch": str}), lines])
+        newest = lines.drop_duplicates(KEY, keep="last")
+        write_table(path, newest.sort_values(KEY, ignore_index=True))
 
 
 if __name__ == "__main__":

@@ -108,24 +108,25 @@ class Store:
         return Store(*tables)
 
     def current(self) -> tuple[Store, list[str]]:
-        """Return what was trained with the settings that its study has now, and what was not.
+        """Return the trainings that today's presets would repeat, and which optimizers have others.
 
         Returns:
-            The store of the former, and the latter as STUDY/OPTIMIZER.
+            The store of the former; STUDY/OPTIMIZER of what had another problem, network, optimizer
+            or settings, or is no longer trained.
         """
         if "settings" not in self.trainings:
             return self, []
-        named = self.trainings[[*KEY[:2], "settings"]].drop_duplicates()
-        stale = {
-            (study, label)
-            for study, label, settings in named.itertuples(index=False)
-            if study not in PRESETS or settings != _own(PRESETS[study].checked(), label)
+        wanted = {
+            (study, label): identity(PRESETS[study].checked(), label)
+            for study in set(self.trainings["study"]) & set(PRESETS)
+            for label in PRESETS[study].labels
         }
-        tables = []
-        for table in (self.trainings, self.curves):
-            keys = pd.MultiIndex.from_frame(table[KEY[:2]])
-            tables.append(table[~keys.isin(stale)].reset_index(drop=True))
-        return Store(*tables), sorted("/".join(key) for key in stale)
+        had = self.trainings[[*KEY[:2], "settings"]].itertuples(index=False)
+        stale = np.array([wanted.get((study, label)) != text for study, label, text in had], bool)
+        others = self.trainings.loc[stale, KEY[:2]].itertuples(index=False)
+        curves = self.curves[~_keys(self.curves).isin(_keys(self.trainings[stale]))]
+        kept = self.trainings[~stale].reset_index(drop=True)
+        return Store(kept, curves.reset_index(drop=True)), sorted({"/".join(key) for key in others})
 
     def write(self, folder: Path = STORE) -> None:
         """Write both files, each whole or not at all."""
@@ -144,13 +145,6 @@ def _keys(table: pd.DataFrame) -> pd.MultiIndex:
     return pd.MultiIndex.from_frame(table[KEY])
 
 
-def _own(experiment: Experiment, label: str) -> str | None:
-    """Return the settings of an optimizer as a store keeps them; None if there is none."""
-    if label not in experiment.labels:
-        return None
-    return json.dumps({f"{label}.{name}": text for name, text in experiment.of(label).items()})
-
-
 def origin(folder: Path) -> Experiment:
     """Return the experiment of a run folder .../STUDY/OPTIMIZER.
 
@@ -163,6 +157,11 @@ def origin(folder: Path) -> Experiment:
         raise UserError(f"{path} must be of the one optimizer {label} of a preset {study}.")
     check_identity(path, _identity(experiment, label), _identity(PRESETS[study].checked(), label))
     return experiment
+
+
+def identity(experiment: Experiment, label: str) -> str:
+    """Return, as a store keeps it, what makes the numbers of an optimizer, but for its budget."""
+    return json.dumps(_identity(experiment, label), sort_keys=True)
 
 
 def _identity(experiment: Experiment, label: str) -> dict[str, Any]:
@@ -250,7 +249,7 @@ def _about(folder: Path, experiment: Experiment) -> dict[str, Any]:
     resampled = experiment.of(label).get("resample_every", experiment.resample_every)
     return {
         "memory_mb": resources.get("peak_memory_mb"),
-        "settings": _own(experiment, label),
+        "settings": identity(experiment, label),
         "resample_every": resampled,
         "dtype": experiment.dtype,
         "device": last.get("device_name"),

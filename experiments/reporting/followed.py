@@ -71,13 +71,14 @@ def table(found: pd.DataFrame) -> Table:
 
 def tallies(found: pd.DataFrame) -> dict[str, str]:
     """Return what is counted over all runs."""
-    long = found[found["steps"] >= FIRST]
+    long, left = found[found["steps"] >= FIRST], found[found["agrees"] < found["steps"]]
     return {
         "tally/followed": str(len(found)),
         "tally/followed-long": str(len(long)),
         "tally/followed-whole": str((found["agrees"] == found["steps"]).sum()),
         "tally/followed-nine": str((long["differs"] < TOLERANCE).sum()),
-        "tally/followed-ratio": f"{found['ratio'].median():.2f}",
-        "tally/followed-met": str((found["ratio"] < 1 + TOLERANCE).sum()),
+        "tally/followed-left": str(len(left)),
+        "tally/followed-left-ratio": f"{left['ratio'].median():.2f}",
+        "tally/followed-left-met": str((left["ratio"] <= 1).sum()),
         "tally/followed-optimizers": str(found["optimizer"].nunique()),
     }

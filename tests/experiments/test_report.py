@@ -1,8 +1,8 @@
 """The report: its tables have the numbers of the store, and it is made of what there is."""
 
-import json
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -25,7 +25,7 @@ from experiments.reporting.tables import (
     with_published_at_equal,
 )
 from experiments.reporting.typeset import Column, Table, count, error, in_formula, latex, text
-from experiments.store import Store
+from experiments.store import Store, identity
 
 ROW = "poisson2d_9873"
 REFUSED = "NotEnoughMemoryError: J of 9 x 9 numbers must fit into the memory"
@@ -170,17 +170,24 @@ def test_the_summary_has_the_best(store):
 
 
 def test_what_was_trained_with_other_settings_than_today_s_is_left_out(store):
-    def with_settings(optimizer, settings):
-        part = trained("ablations", optimizer, [1e-3])
+    def with_settings(optimizer, settings, budget):
+        part = trained("ablations", optimizer, [1e-3], budget=budget)
         return Store(part.trainings.assign(settings=settings), part.curves)
 
-    today = PRESETS["ablations"].checked().of("reduce")
-    own = json.dumps({f"reduce.{name}": text for name, text in today.items()})
-    both = with_settings("reduce", own).merged(with_settings("merged", '{"merged.lr": "1"}'))
-    both = both.merged(with_settings("dropped", "{}"))
+    today = PRESETS["ablations"].checked()
+    bigger = replace(today, settings={**today.settings, "problem.n_interior": "901"})
+    both = with_settings("reduce", identity(today, "reduce"), "30 s")
+    for label, settings, budget in (
+        ("reduce", identity(bigger, "reduce"), "60 s"),
+        ("merged", identity(today, "reduce"), "30 s"),
+        ("dropped", identity(today, "dropped"), "30 s"),
+    ):
+        both = both.merged(with_settings(label, settings, budget))
     current, left_out = both.current()
-    assert left_out == ["ablations/dropped", "ablations/merged"]
-    assert set(current.trainings["optimizer"]) == set(current.curves["optimizer"]) == {"reduce"}
+    assert left_out == ["ablations/dropped", "ablations/merged", "ablations/reduce"]
+    for table in (current.trainings, current.curves):
+        assert set(zip(table["optimizer"], table["budget"], strict=True)) == {("reduce", "30 s")}
+    assert current.current()[1] == []
     assert store.current() == (store, [])  # of which no settings are known
 
 

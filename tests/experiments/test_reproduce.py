@@ -121,7 +121,12 @@ def test_how_far_a_run_is_followed():
     )
     assert "| poisson2d, 257 | 9 | 3 of 9 | 0 of 9 |" in page.markdown()
     tallies = followed.tallies(lines.reset_index())
-    assert [tallies[f"tally/followed-{k}"] for k in ("whole", "ratio", "met")] == ["1", "1.00", "2"]
+    assert [tallies[f"tally/followed-{k}"] for k in ("left", "left-ratio", "left-met")] == [
+        "2",
+        "1.15",
+        "1",
+    ]
+    assert tallies["tally/followed-whole"] == "1"
     table.loc[table["optimizer"] == "good", "rmse_differs"] = math.inf  # of one that diverged
     assert summary(table).set_index("optimizer")["agrees"]["good"] == 0
 
@@ -134,12 +139,12 @@ def test_what_is_followed_again_takes_the_place_of_what_was(tmp_path):
     assert dict(zip(kept["optimizer"], kept["loss"], strict=True)) == {"a": 3.0, "b": 2.0}
 
 
-def test_fewer_steps_do_not_take_the_place_of_more(tmp_path):
-    for steps, loss in ((3, 1.0), (1, 2.0), (3, 4.0)):
-        line = {"row": ROW, "optimizer": "a", "loss": loss, "commit": "12345678"}
-        kept = keep(pd.DataFrame([{**line, "step": s} for s in range(1, steps + 1, 2)]), tmp_path)
-        assert kept == (steps == 3)
-    assert pd.read_csv(tmp_path / FOLLOWED)["loss"].tolist() == [4.0, 4.0]
+def test_fewer_steps_leave_the_later_ones_as_they_were(tmp_path):
+    for steps, commit in ((5, "aaaaaaaa"), (3, "bbbbbbbb")):
+        line = {"row": ROW, "optimizer": "a", "loss": 1.0, "commit": commit}
+        keep(pd.DataFrame([{**line, "step": s} for s in range(1, steps + 1, 2)]), tmp_path)
+    kept = pd.read_csv(tmp_path / FOLLOWED).set_index("step")["commit"]
+    assert kept.to_dict() == {1: "bbbbbbbb", 3: "bbbbbbbb", 5: "aaaaaaaa"}
 
 
 def test_the_program(tmp_path, monkeypatch, capsys):
