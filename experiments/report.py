@@ -120,18 +120,21 @@ def main(arguments: Sequence[str]) -> ExitCode:
         print(f"left out, their settings have changed: {', '.join(others)}", file=sys.stderr)
     if store.trainings.empty:
         raise UserError(
-            f"{options.store} has no results. Train first: python experiments/paper.py --help"
+            f"{options.store} has no results of today's presets. Train first: python "
+            "experiments/paper.py --help"
         )
+    runs = followed.read(options.store)
     with files_told():
-        make(store, options.store, options.output, options.main)
+        make(store, runs, options.store, options.output, options.main)
         return _pdf(options.output) if options.pdf else ExitCode.SUCCESS
 
 
-def make(store: Store, folder: Path, output: Path, main_row: str) -> None:
+def make(store: Store, runs: pd.DataFrame, folder: Path, output: Path, main_row: str) -> None:
     """Make tables, figures, numbers and the page.
 
     Args:
         store: The results.
+        runs: The published runs that were followed.
         folder: Where they are kept.
         output: Where what is made goes.
         main_row: The row of README's figure.
@@ -145,13 +148,15 @@ def make(store: Store, folder: Path, output: Path, main_row: str) -> None:
     tables, others = every[: len(tables)], every[len(tables) :]
     ablations = list(ablation_tables(store))
     text = _PAGE + _rows(store, tables, others, generated)
-    runs = followed.read(folder)
-    text += "" if runs is None else _followed(runs, generated)
+    found = {}
+    if len(runs):
+        followed_runs = followed.summary(runs)
+        found, text = followed.tallies(followed_runs), text + _followed(followed_runs, generated)
     text += _ablations(store, ablations, generated)
     for quote in QUOTES:
         _write(generated / f"{quote.name}.tex", quote.table().latex())
-    found, keys = numbers(store, tables, others, ablations), used(SOURCE)
-    found |= {} if runs is None else followed.tallies(runs)
+    keys = used(SOURCE)
+    found |= numbers(store, tables, others, ablations)
     _write(generated / "numbers.tex", as_macros({k: v for k, v in found.items() if k in keys}))
     for table in tables:
         if table["row"].iloc[0] == main_row:

@@ -30,7 +30,7 @@ from experiments.experiment import Experiment
 from experiments.folder import LOCK, describe_environment
 from experiments.objects import UserError, first_line, near_misses
 from experiments.presets import PRESETS, ROWS
-from experiments.reporting.followed import FIRST, FOLLOWED, KEY, summary
+from experiments.reporting.followed import FIRST, FOLLOWED, KEY, read, summary
 from experiments.reporting.published import curves
 from experiments.results import PUBLISHED, write_table
 from experiments.store import STORE
@@ -213,6 +213,7 @@ def main(arguments: Sequence[str]) -> ExitCode:
             f"There is no optimizer {label!r}.{near_misses(label, known)} It must be one of "
             f"{', '.join(known)}."
         )
+    read(options.store)  # what is no store is found out before anything is followed
     if not PUBLISHED.is_file():
         raise UserError(f"The published curves are not here: {PUBLISHED} must be there.")
     found = {row: curves(row) for row in rows}
@@ -240,16 +241,19 @@ def _follow_all(
         "commit": str(made["commit"])[:8],
         "changed": made["uncommitted_changes"],
     }
-    failed = False
+    failed = interrupted = False
     with Interruption() as interruption, progress(total=len(jobs)) as bar:
         for row, label, curve in jobs:
             if interruption.requested:
-                return ExitCode.INTERRUPTED
+                interrupted = True
+                break
             bar.set_description(f"{row}, {label}")
             lines = []
             try:
                 for line in follow(row, label, curve, options.steps, options.seconds):
                     lines.append({**line, **origin})
+                    if interruption.requested:
+                        break
             except (ArithmeticError, ValueError, RuntimeError, MemoryError, UserError) as error:
                 bar.write(f"{row}, {label}: stopped: {first_line(error)}")
                 failed = True
@@ -263,6 +267,8 @@ def _follow_all(
                 f"{row}, {label}: agrees with the published run up to step {run.agrees} of "
                 f"{run.steps}, and to {run.differs:.1%} up to step {min(run.steps, FIRST)}"
             )
+    if interrupted:
+        return ExitCode.INTERRUPTED
     return ExitCode.FAILURE if failed else ExitCode.SUCCESS
 
 
@@ -276,8 +282,8 @@ def keep(lines: pd.DataFrame, store: Path) -> None:
     path = store / FOLLOWED
     store.mkdir(parents=True, exist_ok=True)
     with FileLock(store / LOCK):
-        if path.is_file():
-            lines = pd.concat([pd.read_csv(path, dtype={"commit": str, "torch": str}), lines])
+        old = read(store)
+        lines = pd.concat([old, lines]) if len(old) else lines
         newest = lines.drop_duplicates(KEY, keep="last")
         write_table(path, newest.sort_values(KEY, ignore_index=True))
 

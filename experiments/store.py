@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from filelock import FileLock
+from pandas.api.types import is_numeric_dtype
 
 from experiments.experiment import Experiment, from_json
 from experiments.folder import (
@@ -46,7 +47,7 @@ _POINTS = 40
 _QUANTITIES = ["step", "seconds", "loss", "rmse"]
 
 # Eight digits of a commit may look like a number, such as 1234e567.
-_WORDS = {"commit": str, "torch": str, "python": str}
+_WORDS = dict.fromkeys(("study", "row", "optimizer", "budget", "commit", "torch", "python"), str)
 
 # Beside a run folder's own files: what its process needed, see ``paper.py``.
 RESOURCES = "resources.json"
@@ -76,18 +77,7 @@ class Store:
             (TRAININGS, [*KEY, *_REACHED], KEY),
             (CURVES, [*KEY, *_QUANTITIES], [*KEY, "step"]),
         ):
-            path = folder / name
-            try:
-                empty = pd.DataFrame(columns=columns)
-                table = pd.read_csv(path, dtype=_WORDS) if path.exists() else empty
-            except (OSError, ValueError) as error:
-                raise UserError(f"{path} is no table of results ({error}).") from error
-            if missing := set(columns) - set(table.columns):
-                raise UserError(f"{path} must have the columns {', '.join(sorted(missing))}.")
-            if (twice := table.duplicated(unique)).any():
-                row = ", ".join(map(str, table.loc[twice, unique].iloc[0]))
-                raise UserError(f"{path} must have every training once, got two rows of {row}.")
-            tables.append(table)
+            tables.append(read_table(folder / name, columns, unique))
         return cls(*tables)
 
     def merged(self, newer: Store) -> Store:
@@ -139,6 +129,36 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / LOCK):
             Store.read(folder).merged(self).write(folder)
+
+
+def read_table(path: Path, columns: Sequence[str], unique: Sequence[str]) -> pd.DataFrame:
+    """Read a table of results; an empty one if there is none.
+
+    Args:
+        path: The file.
+        columns: Those that it must have, beside others.
+        unique: Those whose values no two rows share, and none lacks.
+
+    Raises:
+        UserError: If it cannot be read, or is no such table.
+    """
+    try:
+        empty = pd.DataFrame(columns=list(columns))
+        table = pd.read_csv(path, dtype=_WORDS) if path.exists() else empty
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no table of results ({error}).") from error
+    if missing := set(columns) - set(table.columns):
+        raise UserError(f"{path} must have the columns {', '.join(sorted(missing))}.")
+    for name in (name for name in columns if name not in _WORDS and name != "outcome"):
+        if len(table) and not is_numeric_dtype(table[name]):
+            raise UserError(f"{path} must have numbers in the column {name}.")
+    for name in unique:
+        if table[name].isna().any():
+            raise UserError(f"{path} must have no row without {name}.")
+    if (twice := table.duplicated(list(unique))).any():
+        row = ", ".join(map(str, table.loc[twice, list(unique)].iloc[0]))
+        raise UserError(f"{path} must have every row once, got two of {row}.")
+    return table
 
 
 def _keys(table: pd.DataFrame) -> pd.MultiIndex:

@@ -247,7 +247,6 @@ GRID = GridLineSearch(-30, 0)
                     tolerance=1e-10,
                     max_iterations=9,
                     stop=RelativeProgress(5e-4),
-                    spacing=1.3,
                 ),
                 ArmijoLineSearch(0.5),
                 None,
@@ -367,6 +366,15 @@ def test_a_singular_matrix_needs_no_damping(name):
     before = objective.loss().item()
     assert all(optimizer.step(objective).accepted for _ in range(3))
     assert objective.loss().item() < before
+
+
+def test_a_constant_damping_of_zero_takes_the_pseudo_inverse():
+    params = list(network().parameters())
+    kinds = [
+        type(presets.engd(params, damping=0.0, damping_rule=rule).preconditioner.inverse)
+        for rule in (None, ConstantDamping(), ShortStepDamping())
+    ]
+    assert kinds == [PseudoInverse, PseudoInverse, Damped]
 
 
 @pytest.mark.parametrize("name", BUILDS)

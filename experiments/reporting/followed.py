@@ -9,9 +9,11 @@ import pandas as pd
 from experiments.presets import ROWS
 from experiments.reporting.tables import NAMES, title_of
 from experiments.reporting.typeset import Column, Table, text
+from experiments.store import read_table
 
 FOLLOWED = "reproduced.csv"
 KEY = ["row", "optimizer", "step"]
+_REACHED = ["loss", "rmse", "loss_differs", "rmse_differs"]
 
 # Published are three digits, of runs with settings of which four digits are known.
 TOLERANCE = 0.02
@@ -49,10 +51,13 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def read(store: Path) -> pd.DataFrame | None:
-    """Return the summary of what a store has, if it has any."""
-    path = store / FOLLOWED
-    return summary(pd.read_csv(path)) if path.is_file() else None
+def read(store: Path) -> pd.DataFrame:
+    """Return what a store has: ``KEY``, what was reached, and what it was made with.
+
+    Raises:
+        UserError: If its file cannot be read.
+    """
+    return read_table(store / FOLLOWED, [*KEY, *_REACHED], KEY)
 
 
 def table(found: pd.DataFrame) -> Table:

@@ -87,7 +87,7 @@ def test_a_store_that_is_none_is_refused(tmp_path):
     stored().write(tmp_path)
     lines = (tmp_path / "trainings.csv").read_text()
     (tmp_path / "trainings.csv").write_text(lines + lines.splitlines()[1] + "\n")
-    with pytest.raises(UserError, match="every training once, got two rows of a, b, 1 s, 1"):
+    with pytest.raises(UserError, match="every row once, got two of a, b, 1 s, 1"):
         Store.read(tmp_path)
 
 

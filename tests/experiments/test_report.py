@@ -244,7 +244,7 @@ def test_figures_are_drawn_and_small(store, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "has no results. Train first"),
+        ([], "has no results of today's presets. Train first"),
         (["--main", "poisson2d_9874"], "got 'poisson2d_9874'.*poisson2d_9873"),
     ],
 )

@@ -4,6 +4,7 @@ Source: the recorded runs of arXiv 2405.15603, poisson2d with 257 parameters.
 """
 
 import math
+import signal
 from pathlib import Path
 
 import pandas as pd
@@ -133,7 +134,8 @@ def test_how_far_a_run_is_followed():
 
 def test_what_is_followed_again_takes_the_place_of_what_was(tmp_path):
     for optimizer, loss in (("a", 1.0), ("b", 2.0), ("a", 3.0)):
-        line = {"row": ROW, "optimizer": optimizer, "step": 1, "loss": loss, "commit": "12345678"}
+        line = {"row": ROW, "optimizer": optimizer, "step": 1, "commit": "12345678"}
+        line |= {"loss": loss, "rmse": 1.0} | DIFFERS
         keep(pd.DataFrame([line]), tmp_path)
     kept = pd.read_csv(tmp_path / FOLLOWED, dtype={"commit": str})
     assert dict(zip(kept["optimizer"], kept["loss"], strict=True)) == {"a": 3.0, "b": 2.0}
@@ -141,7 +143,7 @@ def test_what_is_followed_again_takes_the_place_of_what_was(tmp_path):
 
 def test_fewer_steps_leave_the_later_ones_as_they_were(tmp_path):
     for steps, commit in ((5, "aaaaaaaa"), (3, "bbbbbbbb")):
-        line = {"row": ROW, "optimizer": "a", "loss": 1.0, "commit": commit}
+        line = {"row": ROW, "optimizer": "a", "loss": 1.0, "rmse": 1.0, "commit": commit} | DIFFERS
         keep(pd.DataFrame([{**line, "step": s} for s in range(1, steps + 1, 2)]), tmp_path)
     kept = pd.read_csv(tmp_path / FOLLOWED).set_index("step")["commit"]
     assert kept.to_dict() == {1: "bbbbbbbb", 3: "bbbbbbbb", 5: "aaaaaaaa"}
@@ -176,6 +178,31 @@ def test_what_was_followed_up_to_a_failure_is_kept(tmp_path, monkeypatch, capsys
     assert program(ROW, "--store", tmp_path) == 1
     assert "adam: stopped: no more" in capsys.readouterr().out
     assert pd.read_csv(tmp_path / FOLLOWED)["optimizer"].tolist() == ["adam", "sgd"]
+
+
+def test_what_was_followed_up_to_an_interruption_is_kept(tmp_path, monkeypatch):
+    curve = published((1, 48.9, 0.376), (3, 48.5, 0.333))
+    both = pd.concat(curve.assign(optimizer=name) for name in ("adam", "sgd"))
+    monkeypatch.setattr(reproduce, "PUBLISHED", FILE)
+    monkeypatch.setattr(reproduce, "curves", lambda row: both)
+
+    def interrupted(row, label, *_):
+        for step in (1, 3):
+            key = dict(zip(KEY, (row, label, step), strict=True))
+            yield {**key, "loss": 1.0, "rmse": 1.0} | DIFFERS
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(reproduce, "follow", interrupted)
+    assert program(ROW, "--store", tmp_path) == 130
+    kept = pd.read_csv(tmp_path / FOLLOWED)
+    assert kept[["optimizer", "step"]].to_numpy().tolist() == [["adam", 1], ["adam", 3]]
+
+
+@pytest.mark.parametrize("content", ["", "row,optimizer\n", "a,b\nc\n", "row,optimizer,step"])
+def test_a_store_that_is_none_is_refused_before_anything_is_followed(content, tmp_path, capsys):
+    (tmp_path / FOLLOWED).write_text(content)
+    assert program(ROW, "--store", tmp_path) == 2
+    assert FOLLOWED in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

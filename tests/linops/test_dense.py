@@ -212,7 +212,8 @@ def test_the_tolerance_of_a_pseudo_inverse_drops_small_eigenvalues(generator):
     torch.testing.assert_close(inverse.diagonal(), expected)
     (report,) = inverse.reports
     assert (report.method, report.clipped) == ("pseudo-inverse by eigh", 2)
-    assert torch.equal(PseudoInverse(0.5)(operator).diagonal(), expected)
+    for exactly in (operator, matrix):  # 2 = 0.5 · 4 is kept
+        torch.testing.assert_close(PseudoInverse(0.5)(exactly).diagonal(), expected)
 
 
 @pytest.mark.parametrize("tolerance", [None, 0.0, 0.5])
@@ -237,6 +238,11 @@ def test_a_pseudo_inverse_refuses_what_it_cannot_invert(generator):
     for bad in (-0.1, 1.0, math.nan):
         with pytest.raises(ValueError, match=r"tolerance must be in \[0, 1\), got"):
             PseudoInverse(bad)
+    huge = torch.full((2, 2), 1e308, dtype=torch.float64)  # the larger eigenvalue is 2e308
+    with pytest.raises(FactorizationError, match="must have finite eigenvalues"):
+        PseudoInverse()(DenseLinearOperator(huge, [(2,)]))
+    tiny = 1e-40 * torch.eye(2)  # whose reciprocal is no float32
+    assert not PseudoInverse()(DenseLinearOperator(tiny, [(2,)])).to_dense().any()
     nan = torch.full((4,), math.nan, dtype=torch.float64)
     for operator in (DiagonalLinearOperator([nan]), DenseLinearOperator(nan.diag(), [(4,)])):
         with pytest.raises(FactorizationError, match="must be finite"):

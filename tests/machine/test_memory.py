@@ -16,7 +16,13 @@ from pinncurv.curvature import (
     SubspaceGaussNewton,
     Woodbury,
 )
-from pinncurv.linops import DenseLinearOperator
+from pinncurv.linops import (
+    Block,
+    Damped,
+    DenseBlockDiagonalLinearOperator,
+    DenseLinearOperator,
+    PseudoInverse,
+)
 from pinncurv.machine import NotEnoughMemoryError, check_memory, free_memory, memory
 from tests.optim.cases import network, poisson
 
@@ -66,8 +72,11 @@ def test_large_matrices_are_refused_before_they_are_made(make, message):
 @pytest.mark.usefixtures("_little")
 def test_a_large_factorization_is_refused():
     dense = DenseLinearOperator(torch.eye(9), [(9,)])
-    with pytest.raises(NotEnoughMemoryError, match=r"factorization .* of 9 parameters.*KFAC"):
-        dense.inverse(1e-3)
+    blocks = DenseBlockDiagonalLinearOperator([dense.matrix], [Block("a", 0, None, 3, 3)], [(3, 3)])
+    for operator in (dense, blocks):
+        for inverse in (Damped(1e-3), PseudoInverse()):
+            with pytest.raises(NotEnoughMemoryError, match=r"factorization .* of 9 param.*KFAC"):
+                inverse(operator)
 
 
 def test_a_million_residuals_are_refused_at_once():

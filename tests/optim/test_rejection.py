@@ -19,6 +19,7 @@ from pinncurv.optim import (
     Intervals,
     LevenbergMarquardt,
     QuadraticModel,
+    ShortStepDamping,
     StepRecord,
 )
 from pinncurv.problems import Fixed, LossTerm
@@ -366,5 +367,7 @@ def test_a_rule_that_waits_for_rejections_needs_steps_that_descend():
     model = network()
     with pytest.raises(ValueError, match=r"monotone must be True .* LevenbergMarquardt"):
         fixed(model.parameters(), 0.1, monotone=False, damping_rule=LevenbergMarquardt())
+    with pytest.raises(ValueError, match=r"monotone must be True .* ShortStepDamping"):
+        fixed(model.parameters(), 0.1, monotone=False, damping_rule=ShortStepDamping())
     rule = LevenbergMarquardt(max_retries=0)
     fixed(model.parameters(), 0.1, monotone=False, damping_rule=rule).step(poisson(model))

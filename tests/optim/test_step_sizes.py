@@ -285,11 +285,12 @@ def test_the_longest_step_that_falls_enough(decrease, expected):
     assert proposal.new_loss == at.try_update(at.direction, expected) < at.loss
 
 
-@pytest.mark.parametrize("rise", [1.0, math.nan, math.inf])
+@pytest.mark.parametrize("rise", [1.0, math.nan, math.inf, -math.inf])
 def test_no_step_falls_enough(rise):
-    proposal = ArmijoLineSearch(0.5, trials=4).propose(along_gradient(lambda a: rise))
+    at = along_gradient(lambda a: rise)
+    proposal = ArmijoLineSearch(0.5, trials=4).propose(at)
     assert proposal.step_size == 0.125
-    assert not proposal.new_loss < math.inf or rise == 1
+    assert proposal.new_loss == pytest.approx(at.loss + rise, nan_ok=True)
 
 
 def along_gradient(change):
@@ -300,11 +301,30 @@ def along_gradient(change):
     return replace(at, direction=direction, try_update=lambda _, a: at.loss + change(a))
 
 
+@pytest.mark.parametrize("lr", [5.0, 0.1])
+@pytest.mark.parametrize("search", [ArmijoLineSearch(decrease=0.3), GridLineSearch(-10)])
+def test_a_search_is_along_the_update_that_is_taken(search, lr):
+    """With a learning rate, which multiplies the update."""
+    model = network(2, 8, 1)
+    objective = poisson(model)
+    optimizer = CurvatureOptimizer(
+        model.parameters(), GaussNewton(), Damped(1e-3), search, max_halvings=0, lr=lr
+    )
+    for _ in range(4):
+        before, gradient = flat(model), flat(objective.linearize().gradient())
+        record = optimizer.step(objective)
+        assert record.accepted
+        if isinstance(search, ArmijoLineSearch):
+            decrease = record.loss - record.new_loss
+            assert decrease >= 0.3 * -(gradient @ (flat(model) - before)).item() > 0
+
+
 def test_what_no_search_can_be():
     for arguments, message in (
+        ({"factor": 1e-10}, "factor must not vanish in as many powers as there are trials"),
         ({"factor": 1.0}, r"factor must be in \(0, 1\), got 1.0"),
         ({"decrease": math.nan}, r"decrease must be in \[0, 1\), got nan"),
-        ({"trials": 0}, "trials must be at least 1, got 0"),
+        ({"trials": 0}, "trials must be a whole number >= 1, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
             ArmijoLineSearch(**arguments)

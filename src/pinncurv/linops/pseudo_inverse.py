@@ -59,11 +59,11 @@ class PseudoInverse:
             NotEnoughMemoryError: If an eigendecomposition does not fit into the memory.
         """
         if isinstance(operator, DenseLinearOperator):
-            whole = self._truncated(operator.eigh, operator.precision)
+            whole = self._truncated(operator.eigh, operator)
             return FactorizedInverseLinearOperator(whole, operator.shapes, operator.dtype)
         if isinstance(operator, DenseBlockDiagonalLinearOperator):
             layers = range(len(operator.blocks))
-            parts = [self._truncated(operator.eigh(i), operator.precision) for i in layers]
+            parts = [self._truncated(operator.eigh(i), operator) for i in layers]
             return BlockFactorizedInverseLinearOperator(
                 parts, operator.blocks, operator.shapes, operator.dtype
             )
@@ -80,11 +80,18 @@ class PseudoInverse:
         chosen = tolerance if self.tolerance is None else self.tolerance
         return max(chosen * largest, torch.finfo(dtype).tiny)
 
-    def _truncated(self, whole: EigenFactorization, dtype: torch.dtype) -> EigenFactorization:
+    def _truncated(
+        self, whole: EigenFactorization, operator: PyTorchLinearOperator
+    ) -> EigenFactorization:
         """Return the factorization that solves with C⁺."""
         m = whole.eigenvalues
-        rounding = min(1e-3, len(m) * torch.finfo(dtype).eps)
-        cutoff = self._cutoff(rounding, m[-1].item(), m.dtype)
+        if not math.isfinite(largest := m[-1].item()):
+            raise FactorizationError(
+                f"{whole.report.name} must have finite eigenvalues to be inverted, got {largest}. "
+                "Scale the loss down."
+            )
+        rounding = min(1e-3, len(m) * torch.finfo(operator.precision).eps)
+        cutoff = self._cutoff(rounding, largest, operator.dtype)
         report = replace(whole.report, method="pseudo-inverse by eigh", floor=cutoff)
         return replace(whole, eigenvalues=m.masked_fill(m < cutoff, math.inf), report=report)
 

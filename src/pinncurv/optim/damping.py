@@ -22,6 +22,9 @@ class DampingRule(ABC):
     adapts: ClassVar[bool] = True
     """Whether λ changes at all; else it stays what was asked for, though an inverse takes more."""
 
+    needs_descent: ClassVar[bool] = False
+    """Whether λ grows only where updates that raise the loss are shortened or rejected."""
+
     @property
     def retries(self) -> int:
         """How often a rejected step is tried again with the damping that ``rejected`` returns.
@@ -141,6 +144,7 @@ class ShortStepDamping(DampingRule):
     """
 
     needs_ratio = False
+    needs_descent = True
     factor: float = 10.0
     short: float = 2.0**-10
     long: float = 2.0**-3
@@ -228,7 +232,7 @@ def check_adaption(
     Raises:
         TypeError: If the damping is to adapt but cannot be set.
         ValueError: If two parts set it, ``max_halvings`` is negative or would not act, or the rule
-            acts on rejections and there are none.
+            acts on updates that are shortened or rejected and none is.
     """
     if max_halvings is not None and max_halvings < 0:
         raise ValueError(f"max_halvings must be at least 0, got {max_halvings}.")
@@ -238,11 +242,15 @@ def check_adaption(
             f"again with more damping instead, got {max_halvings} and {rule}. Give "
             "the rule no retries, for instance LevenbergMarquardt(max_retries=0)."
         )
-    if not monotone and rule is not None and rule.retries:
+    if (
+        not monotone
+        and rule is not None
+        and (rule.retries or getattr(rule, "needs_descent", False))
+    ):
         raise ValueError(
-            "monotone must be True with a damping rule that tries a rejected step again with more "
-            f"damping, as none that raises the loss would be rejected, got {rule}. Give the rule "
-            "no retries, for instance LevenbergMarquardt(max_retries=0)."
+            "monotone must be True with a damping rule that acts where updates that raise the loss "
+            f"are shortened or rejected, got {rule}. Take one that looks at the decrease, and does "
+            "not retry, such as LevenbergMarquardt(max_retries=0)."
         )
     adapts, sets = rule is not None and rule.adapts, getattr(step_size, "sets_damping", False)
     if adapts and sets:

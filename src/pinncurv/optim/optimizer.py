@@ -81,8 +81,8 @@ class CurvatureOptimizer(Optimizer):
 
     Raises:
         TypeError: If the damping is to adapt but cannot be set, or a part is none.
-        ValueError: If a setting is out of range, or ``max_halvings`` or a damping rule's retries
-            would not act.
+        ValueError: If a setting is out of range, or ``max_halvings`` or a damping rule would not
+            act.
     """
 
     monotone = True  # of one that was pickled without it

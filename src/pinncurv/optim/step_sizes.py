@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pinncurv.linops import read
 from pinncurv.optim.protocols import offers
-from pinncurv.optim.situation import Situation, dot
+from pinncurv.optim.situation import Situation, dot, share_of
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class NormConstrained(StepSize):
 class GridLineSearch(StepSize):
     """The best step size of a grid, by evaluating the loss without a graph.
 
-    α = argmin_{k = first, ..., last} L(θ + 2^k Δ)
+    α = argmin_{k = first, ..., last} L(θ + 2^k Δ),  Δ times the groups' ``lr``
 
     Args:
         first: Smallest exponent.
@@ -122,8 +122,9 @@ class GridLineSearch(StepSize):
             raise ValueError(f"first must be at most last, got {self.first} and {self.last}.")
 
     def propose(self, situation: Situation) -> Proposal:
+        direction = situation.rated(situation.direction)
         losses = {
-            2.0**k: situation.try_update(situation.direction, 2.0**k)
+            2.0**k: situation.try_update(direction, 2.0**k)
             for k in range(self.last, self.first - 1, -1)
         }
         finite = {step: loss for step, loss in losses.items() if math.isfinite(loss)}
@@ -137,7 +138,7 @@ class GridLineSearch(StepSize):
 class ArmijoLineSearch(StepSize):
     """The longest of ever shorter steps that falls by a share of what the slope promises.
 
-    α = βᵏ for the least k with L(θ + βᵏ Δ) <= L(θ) + c βᵏ ∇LᵀΔ
+    α = βᵏ for the least k with L(θ + βᵏ Δ) <= L(θ) + c βᵏ ∇LᵀΔ,  Δ times the groups' ``lr``
 
     If none of the trials does, the last one is proposed.
 
@@ -158,16 +159,22 @@ class ArmijoLineSearch(StepSize):
             raise ValueError(f"factor must be in (0, 1), got {self.factor}.")
         if not 0 <= self.decrease < 1:
             raise ValueError(f"decrease must be in [0, 1), got {self.decrease}.")
-        if not self.trials >= 1:
-            raise ValueError(f"trials must be at least 1, got {self.trials}.")
+        if not (isinstance(self.trials, int) and self.trials >= 1):
+            raise ValueError(f"trials must be a whole number >= 1, got {self.trials}.")
+        if not self.factor ** (self.trials - 1) > 0:
+            raise ValueError(
+                "factor must not vanish in as many powers as there are trials, got "
+                f"{self.factor} and {self.trials}."
+            )
 
     def propose(self, situation: Situation) -> Proposal:
-        slope = min(0.0, dot(situation.gradient, situation.direction))
+        direction = situation.rated(situation.direction)
+        promised = max(0.0, -dot(situation.gradient, direction) * share_of(situation.linearized))
         step, loss = 1.0, math.nan
         for k in range(self.trials):
             step = self.factor**k
-            loss = situation.try_update(situation.direction, step)
-            if loss <= situation.loss + self.decrease * step * slope:  # False for NaN
+            loss = situation.try_update(direction, step)
+            if math.isfinite(loss) and loss <= situation.loss - self.decrease * step * promised:
                 break
         return Proposal(step, new_loss=loss, scale=step)
 

@@ -46,7 +46,7 @@ def _engd(
     return CurvatureOptimizer(
         groups,
         curvature=curvature,
-        inverse=Damped(number) if number or rule is not None else PseudoInverse(),
+        inverse=Damped(number) if number or (rule and rule.adapts) else PseudoInverse(),
         step_size=step_size or GridLineSearch(),
         average=ExponentialAverage(decay, start) if decay else None,
         damping_rule=rule,

@@ -75,8 +75,8 @@ def hessian_free(
     """Return the Hessian-free method with Gauss-Newton products.
 
     Conjugate gradients start from the last solution, stop when the quadratic model falls by less
-    than 0.05 % per iteration, and are gone back over while the loss falls. Rejected steps are
-    solved again with more damping instead of shortened.
+    than 0.05 % per iteration, and are gone back over while the loss falls, unless another step size
+    is chosen. Rejected steps are solved again with more damping instead of shortened.
 
     Args:
         params: Parameters or parameter groups.
@@ -85,11 +85,12 @@ def hessian_free(
         max_iterations: Most products with JᵀJ per solve.
         curvature: What preconditions; None for nothing.
         inverse: Its inverse; by default factor damping ``trace_norm``, for KFAC.
-        step_size: How far to go; by default back over the iterates while the loss falls. Martens
-            shortens what comes out by ``ArmijoLineSearch()``.
+        step_size: How far to go along the last iterate, in place of going back over them:
+            ``ArmijoLineSearch()``, for instance, as the published runs of arXiv 2405.15603 did.
 
     Source: Martens 2010.
     """
+    step_size = CGBacktracking() if step_size is None else step_size
     return CurvatureOptimizer(
         params,
         curvature=MatrixFreeGaussNewton(),
@@ -100,9 +101,9 @@ def hessian_free(
             tolerance=1e-10,
             max_iterations=max_iterations,
             stop=RelativeProgress(5e-4),
-            spacing=1.3,
+            spacing=1.3 if isinstance(step_size, CGBacktracking) else None,
         ),
-        step_size=CGBacktracking() if step_size is None else step_size,
+        step_size=step_size,
         momentum=WarmStart(decay),
         damping_rule=LevenbergMarquardt(shrink=1.5, grow=1.5, reject=1.5, minimum=1e-12),
     )
