@@ -43,12 +43,15 @@ from experiments.reporting.tables import (
     ROW,
     SUMMARY,
     ablation_tables,
+    cost_table,
     made_with,
     other_tables,
     row_table,
+    short_trainings,
     summary_table,
     time_budgets,
     title_of,
+    what_made,
     with_published_at_equal,
 )
 from experiments.reporting.typeset import Table, latex
@@ -75,6 +78,11 @@ here withholds its first update and takes all later ones, as its published runs 
 they differ in the end; there the ratio of our error to the published one, at the last step, is
 {left_ratio} in the median, and at most one in {left_met}.
 """
+_COSTS = {
+    "ms_per_step": "Milliseconds per step on the other rows",
+    "memory_mb": "Peak memory in MB on the other rows",
+}
+_SHORT = "Trainings of a few seconds, a step at least; they say nothing about errors."
 _PAGE = f"""# The experiments of the paper, ours beside the published ones
 
 Made by `tox run -e report` from `paper/results`, and as CSV, with hardware and source, in
@@ -204,6 +212,12 @@ def _rows(
         table.write(generated)
         parts.append(f"## {table.title}\n\n{table.markdown()}\n{_ended(data)}")
         floats.append(_table(table, f"Trained for numbers of steps, and for other times. {_FAIR}"))
+    short = short_trainings(store)
+    for key, title in _COSTS.items() if len(short) else ():
+        table = Table(key, title, *cost_table(short, key))
+        table.write(generated)
+        parts.append(f"## {title}\n\n{_SHORT}\n\n{table.markdown()}\n{what_made(short)}.\n")
+        floats.append(_table(table, f"{title}: {what_made(short)}. {_SHORT}"))
     if panels:
         draw_page(generated / "rows_time.png", panels, one_legend=True)
     missing = [row for row in ROWS if row not in {t["row"].iloc[0] for t in tables}]

@@ -37,6 +37,8 @@ FIRST_ORDER = ("sgd", "adam", "lbfgs")
 
 NOT_TRAINED = "not trained"
 
+_LEAST = 30.0  # seconds of a training that is one
+
 _OURS = (
     Column("rmse", "RMSE", group="ours"),
     Column("rmse_min", "min", group="ours"),
@@ -87,17 +89,30 @@ ABLATION = (
 )
 
 
+def split_title(row: str) -> tuple[str, str]:
+    """Return problem and number of parameters of a row of the paper."""
+    problem, _, parameters = row.removesuffix("_bayes").rpartition("_")
+    return problem, f"{int(parameters):,}"
+
+
 def title_of(row: str) -> str:
     """Return the words for a row of the paper."""
-    problem, _, parameters = row.removesuffix("_bayes").rpartition("_")
-    return f"{problem}, {int(parameters):,}"
+    return ", ".join(split_title(row))
 
 
 def time_budgets(store: Store, study: str) -> list[str]:
-    """Return the budgets in seconds that a study was trained for, the most frequent one first."""
+    """Return the times that a study was trained for, the most frequent one first.
+
+    A few seconds say what a step takes, see ``cost_tables``, not what a method reaches.
+    """
     rows = store.trainings[store.trainings["study"] == study]
-    budgets = rows.loc[rows["budget"].str.endswith(" s"), "budget"]
-    return list(budgets.value_counts().index)
+    return [budget for budget in rows["budget"].value_counts().index if _seconds(budget) >= _LEAST]
+
+
+def _seconds(budget: str) -> float:
+    """Return the time of a budget, NaN of one in steps."""
+    number, _, unit = budget.partition(" ")
+    return float(number) if unit == "s" else np.nan
 
 
 def medians(trainings: pd.DataFrame) -> dict[str, Any]:
@@ -131,7 +146,11 @@ def _short(outcome: str) -> str:
 def made_with(store: Store, study: str, budget: str) -> str:
     """Return what the trainings of a study were made with, in words."""
     rows = store.trainings
-    rows = rows[(rows["study"] == study) & (rows["budget"] == budget)]
+    return what_made(rows[(rows["study"] == study) & (rows["budget"] == budget)])
+
+
+def what_made(rows: pd.DataFrame) -> str:
+    """Return what trainings were made with, in words."""
     words = []
     for column, form in (
         ("device", "{}"),
@@ -207,10 +226,39 @@ def other_tables(store: Store) -> list[pd.DataFrame]:
     tables = []
     for row in ROWS:
         budgets = store.trainings.loc[store.trainings["study"] == row, "budget"].unique()
-        for budget in sorted(set(budgets) - set(time_budgets(store, row)[:1])):
+        long = {budget for budget in budgets if not _seconds(budget) < _LEAST}
+        for budget in sorted(long - set(time_budgets(store, row)[:1])):
             table = row_table(store, row, budget)
             tables.append(table[table["outcome"] != NOT_TRAINED])
     return tables
+
+
+def short_trainings(store: Store) -> pd.DataFrame:
+    """Return the trainings of a few seconds, of rows that have no others."""
+    rows = [row for row in ROWS if not time_budgets(store, row)]
+    short = store.trainings["budget"].map(_seconds) < _LEAST
+    return store.trainings[short & store.trainings["study"].isin(rows)]
+
+
+def cost_table(short: pd.DataFrame, key: str) -> tuple[pd.DataFrame, list[Column]]:
+    """Return what a step takes, by optimizer and row; in place of a number why there is none.
+
+    Args:
+        short: See ``short_trainings``.
+        key: ms_per_step or memory_mb.
+
+    Returns:
+        A line for each optimizer, and its columns.
+    """
+    table = pd.DataFrame({"optimizer": list(NAMES), "name": list(NAMES.values())})
+    columns = [Column("name", "optimizer", text)]
+    for row, of_row in ((row, short[short["study"] == row]) for row in ROWS):
+        if len(of_row):
+            reached = [medians(of_row[of_row["optimizer"] == label]) for label in NAMES]
+            table[row] = [amount(line[key]) or line["short_outcome"] for line in reached]
+            problem, parameters = split_title(row)
+            columns.append(Column(row, parameters, text, problem))
+    return table, columns
 
 
 def summary_table(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:

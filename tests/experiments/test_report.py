@@ -17,9 +17,11 @@ from experiments.reporting.quotes import QUOTES, Quote
 from experiments.reporting.tables import (
     NAMES,
     ablation_tables,
+    cost_table,
     medians,
     other_tables,
     row_table,
+    short_trainings,
     summary_table,
     time_budgets,
     with_published_at_equal,
@@ -153,6 +155,27 @@ def test_budgets_other_than_the_one_of_equal_time_have_a_table_of_their_own(stor
     (line,) = first.to_dict("records")
     assert (line["row"], line["optimizer"], line["steps"]) == ("poisson2d_257", "kfac_star", 34945)
     assert (line["rmse"], line["published_rmse"]) == (2e-7, 1.99e-7)
+
+
+def test_a_few_seconds_say_what_a_step_takes_and_nothing_else(store):
+    large = "poisson10d_118145"
+    parts = [
+        trained(large, "kfac_star", [0.5], steps=2, budget="5 s"),
+        trained(large, "engd", [0.5], steps=0, budget="5 s", outcome=REFUSED),
+        trained(ROW, "kfac_star", [0.5], steps=2, budget="5 s"),  # which has others
+    ]
+    for part in parts:
+        store = store.merged(part)
+    assert time_budgets(store, large) == []
+    assert {table["row"].iloc[0] for table in other_tables(store)} == {"poisson2d_257"}
+    short = short_trainings(store)
+    assert set(short["study"]) == {large}
+    table, columns = cost_table(short, "ms_per_step")
+    assert [(column.key, column.title, column.group) for column in columns[1:]] == [
+        (large, "118,145", "poisson10d")
+    ]
+    cells = dict(zip(table["optimizer"], table[large], strict=True))
+    assert (cells["kfac_star"], cells["engd"], cells["sgd"]) == ("600", "memory", "not run")
 
 
 def test_only_runs_of_the_published_steps_are_compared_with_published_ends(store):
