@@ -1,5 +1,6 @@
 """The paper's program: what it trains, goes on with and refuses, and what the store keeps."""
 
+import argparse
 import json
 import os
 import re
@@ -13,9 +14,9 @@ import pandas as pd
 import pytest
 import torch
 
-from experiments import paper
+from experiments import paper, smoke
 from experiments.ablations import ABLATIONS, DEFAULT
-from experiments.command import Interruption, run_program
+from experiments.command import ExitCode, Interruption, run_program
 from experiments.folder import RunFolder, read_json, write_json
 from experiments.objects import UserError
 from experiments.presets import PRESETS, ROWS
@@ -245,6 +246,23 @@ def test_what_a_process_needed(system, tmp_path, monkeypatch):
 def test_published_steps():
     assert paper.published_steps("heat1d_257", "kfac_star") == 33985
     assert paper.published_steps("heat1d_257", "auto") is None
+
+
+def test_published_numbers_of_steps_are_compiled(tmp_path):
+    asked = {"studies": ["heat1d_257"], "optimizers": ["kfac_star"], "seeds": [1], "runs": tmp_path}
+    options = argparse.Namespace(**asked, seconds=60.0, steps=None, published_steps=True)
+    (job,) = paper.jobs(options)
+    assert (job.steps, job.compiled) == (33985, True)
+    options.steps, options.published_steps = 7, False
+    (job,) = paper.jobs(options)
+    assert (job.steps, job.compiled) == (7, False)
+
+
+def test_smoke_runs_stop_when_one_is_interrupted(monkeypatch):
+    codes = iter([ExitCode.FAILURE, ExitCode.INTERRUPTED])
+    monkeypatch.setattr(smoke, "train", lambda options: next(codes))
+    assert smoke.main(["quick", "ablations", "adaptive"]) == ExitCode.INTERRUPTED
+    assert not list(codes)
 
 
 @pytest.mark.parametrize(
