@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -158,8 +158,8 @@ def make(store: Store, runs: pd.DataFrame, folder: Path, output: Path, main_row:
     text = _PAGE + _rows(store, tables, others, generated)
     found = {}
     if len(runs):
-        followed_runs = followed.summary(runs)
-        found, text = followed.tallies(followed_runs), text + _followed(followed_runs, generated)
+        found = followed.tallies(followed.summary(runs))
+        text += _followed(runs, found, generated)
     text += _ablations(store, ablations, generated)
     for quote in QUOTES:
         _write(generated / f"{quote.name}.tex", quote.table().latex())
@@ -227,14 +227,13 @@ def _rows(
     return "\n".join(parts) + "\n"
 
 
-def _followed(runs: pd.DataFrame, generated: Path) -> str:
+def _followed(runs: pd.DataFrame, tallies: Mapping[str, str], generated: Path) -> str:
     """Write the table of published runs that were followed, and return its part of the page."""
-    table = followed.table(runs)
+    table = followed.table(followed.summary(runs))
     table.write(generated)
-    tallies = followed.tallies(runs)
     tallied = {key.partition("-")[2].replace("-", "_"): n for key, n in tallies.items()}
     words = _FOLLOWED.format(**tallied)
-    return f"## {table.title}\n\n{words}\n{table.markdown()}\n"
+    return f"## {table.title}\n\n{words}\n{table.markdown()}\n{what_made(runs)}.\n\n"
 
 
 def _ablations(store: Store, ablations: Sequence[pd.DataFrame], generated: Path) -> str:
