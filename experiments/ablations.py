@@ -138,10 +138,7 @@ ABLATIONS: dict[str, Ablation] = {
     "pairs": Ablation(
         "What is lost by one Kronecker product for all channels?",
         {
-            "channels": {
-                "curvature": "ChannelKronecker(pairs=False)",
-                "inverse": "Damped(1e-4)",
-            },
+            "channels": {"curvature": "ChannelKronecker(pairs=False)", "inverse": "Damped(1e-4)"},
             "channel_pairs": {"curvature": "ChannelKronecker()", "inverse": "Damped(1e-4)"},
             "one_product": {"inverse": "Damped(1e-4)"},
             "exact": {"curvature": "GaussNewton()", "inverse": "Damped(1e-4)"},

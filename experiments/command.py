@@ -203,6 +203,17 @@ def own_names(experiment: Experiment) -> dict[str, list[str]]:
     return {n: [f"--{n}", *v] for n, v in words.items() if any(map(is_own, v))}
 
 
+def check_positive(options: argparse.Namespace, *names: str) -> None:
+    """Check that options are positive where they are given.
+
+    Raises:
+        UserError: If one is not.
+    """
+    for name in names:
+        if (value := getattr(options, name)) is not None and not value > 0:
+            raise UserError(f"--{name} must be positive, got {value}.")
+
+
 def again(option: str, path: Path, experiment: Experiment) -> str:
     """Return the options that go on with what is in a folder or file."""
     return " ".join([f"--{option} {path}", *chain(*own_names(experiment).values())])

@@ -21,7 +21,7 @@ from pathlib import Path
 if __name__ == "__main__":  # `experiments` is not installed: the script sees the repository instead
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from experiments.command import ExitCode, Interruption, files_told, main_of
+from experiments.command import ExitCode, Interruption, check_positive, files_told, main_of
 from experiments.folder import CONFIG, read_json, write_json
 from experiments.objects import UserError, is_own, near_misses, short
 from experiments.presets import PRESETS, ROWS
@@ -223,8 +223,7 @@ def main(arguments: Sequence[str]) -> ExitCode:
     options = parser.parse_args(arguments)
     if not options.studies and not options.collect:
         raise UserError("Name a study, or give --collect. See --help.")
-    if options.workers <= 0:
-        raise UserError(f"--workers must be positive, got {options.workers}.")
+    check_positive(options, "workers")
     if options.steps and options.published_steps:
         raise UserError("--steps and --published-steps are two numbers of steps; drop one.")
     by_steps = options.published_steps or options.steps

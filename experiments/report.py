@@ -158,8 +158,9 @@ def make(store: Store, runs: pd.DataFrame, folder: Path, output: Path, main_row:
     text = _PAGE + _rows(store, tables, others, generated)
     found = {}
     if len(runs):
-        found = followed.tallies(followed.summary(runs))
-        text += _followed(runs, found, generated)
+        lines = followed.summary(runs)
+        found = followed.tallies(lines)
+        text += _followed(lines, found, what_made(runs), generated)
     text += _ablations(store, ablations, generated)
     for quote in QUOTES:
         _write(generated / f"{quote.name}.tex", quote.table().latex())
@@ -227,13 +228,13 @@ def _rows(
     return "\n".join(parts) + "\n"
 
 
-def _followed(runs: pd.DataFrame, tallies: Mapping[str, str], generated: Path) -> str:
+def _followed(lines: pd.DataFrame, tallies: Mapping[str, str], made: str, generated: Path) -> str:
     """Write the table of published runs that were followed, and return its part of the page."""
-    table = followed.table(followed.summary(runs))
+    table = followed.table(lines)
     table.write(generated)
     tallied = {key.partition("-")[2].replace("-", "_"): n for key, n in tallies.items()}
     words = _FOLLOWED.format(**tallied)
-    return f"## {table.title}\n\n{words}\n{table.markdown()}\n{what_made(runs)}.\n\n"
+    return f"## {table.title}\n\n{words}\n{table.markdown()}\n{made}.\n\n"
 
 
 def _ablations(store: Store, ablations: Sequence[pd.DataFrame], generated: Path) -> str:

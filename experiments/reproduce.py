@@ -12,7 +12,7 @@ import argparse
 import dataclasses
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from torch import Generator, Tensor, nn
 if __name__ == "__main__":  # `experiments` is not installed: the script sees the repository instead
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from experiments.command import ExitCode, Interruption, files_told, main_of
+from experiments.command import ExitCode, Interruption, check_positive, files_told, main_of
 from experiments.experiment import Experiment
 from experiments.folder import LOCK, describe_environment
 from experiments.objects import UserError, first_line, near_misses
@@ -138,7 +138,12 @@ def drawn(sampler: object, stream: Generator) -> Tensor:
 
 
 def follow(
-    row: str, label: str, published: pd.DataFrame, steps: int, seconds: float
+    row: str,
+    label: str,
+    published: pd.DataFrame,
+    steps: int,
+    seconds: float,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[dict[str, Any]]:
     """Take the first steps of a published run.
 
@@ -148,6 +153,7 @@ def follow(
         published: Its published curve: step, loss before and rmse after it.
         steps: How many at most.
         seconds: For how long at most.
+        stopped: Whether no further step is to be taken.
 
     Yields:
         A line for every step that is on the curve: ``KEY``, loss, rmse, and by which share both
@@ -158,7 +164,7 @@ def follow(
         trainer.optimizer.step_size = FirstWithheld()
         trainer.optimizer.monotone = False
     known = published.set_index("step")
-    while trainer.step < steps and trainer.seconds < seconds:
+    while trainer.step < steps and trainer.seconds < seconds and not stopped():
         loss = trainer.advance().loss
         if trainer.step in known.index:
             there = known.loc[trainer.step]
@@ -203,9 +209,7 @@ def main(arguments: Sequence[str]) -> ExitCode:
         raise UserError(
             f"rows must be some of {', '.join(ROWS)}, got {', '.join(sorted(unknown))}."
         )
-    for name in ("steps", "seconds"):
-        if not getattr(options, name) > 0:
-            raise UserError(f"--{name} must be positive, got {getattr(options, name)}.")
+    check_positive(options, "steps", "seconds")
     rows = options.rows or list(ROWS)
     known = sorted({label for row in rows for label in PRESETS[row].labels})
     for label in set(options.optimizers or ()) - set(known):
@@ -241,19 +245,20 @@ def _follow_all(
         "commit": str(made["commit"])[:8],
         "changed": made["uncommitted_changes"],
     }
-    failed = interrupted = False
+    failed = False
     with Interruption() as interruption, progress(total=len(jobs)) as bar:
+
+        def stopped() -> bool:
+            return interruption.requested
+
         for row, label, curve in jobs:
-            if interruption.requested:
-                interrupted = True
+            if stopped():
                 break
             bar.set_description(f"{row}, {label}")
             lines = []
             try:
-                for line in follow(row, label, curve, options.steps, options.seconds):
+                for line in follow(row, label, curve, options.steps, options.seconds, stopped):
                     lines.append({**line, **origin})
-                    if interruption.requested:
-                        break
             except (ArithmeticError, ValueError, RuntimeError, MemoryError, UserError) as error:
                 bar.write(f"{row}, {label}: stopped: {first_line(error)}")
                 failed = True
@@ -262,12 +267,12 @@ def _follow_all(
                 continue
             with files_told():
                 keep(pd.DataFrame(lines), options.store)
-            (run,) = summary(pd.DataFrame(lines)).itertuples()
-            bar.write(
-                f"{row}, {label}: agrees with the published run up to step {run.agrees} of "
-                f"{run.steps}, and to {run.differs:.1%} up to step {min(run.steps, FIRST)}"
-            )
-    if interrupted:
+            for run in summary(pd.DataFrame(lines)).itertuples():
+                bar.write(
+                    f"{row}, {label}: agrees with the published run up to step {run.agrees} of "
+                    f"{run.steps}, and to {run.differs:.1%} up to step {min(run.steps, FIRST)}"
+                )
+    if stopped():
         return ExitCode.INTERRUPTED
     return ExitCode.FAILURE if failed else ExitCode.SUCCESS
 

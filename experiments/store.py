@@ -107,9 +107,10 @@ class Store:
         if "settings" not in self.trainings:
             return self, []
         wanted = {
-            (study, label): identity(PRESETS[study].checked(), label)
+            (study, label): identity(experiment, label)
             for study in set(self.trainings["study"]) & set(PRESETS)
-            for label in PRESETS[study].labels
+            for experiment in [PRESETS[study].checked()]
+            for label in experiment.labels
         }
         had = self.trainings[[*KEY[:2], "settings"]].itertuples(index=False)
         stale = np.array([wanted.get((study, label)) != text for study, label, text in had], bool)

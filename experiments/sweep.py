@@ -41,6 +41,7 @@ from experiments.command import (
     Interruption,
     Parser,
     again,
+    check_positive,
     experiment_of,
     list_names,
     main_of,
@@ -579,9 +580,7 @@ def set_up(parser: Parser, options: argparse.Namespace) -> Study:
     Raises:
         UserError: If it is not possible, or the folder or the study is of another one.
     """
-    for name in ("trials", "workers"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise UserError(f"--{name} must be positive, got {getattr(options, name)}.")
+    check_positive(options, "trials", "workers")
     stored = None
     if options.resume:
         stored = stored_in(options.resume, options.storage)

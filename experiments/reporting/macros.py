@@ -76,8 +76,8 @@ def numbers(
     for table in ablations:
         for _, line in table.dropna(subset="rmse").iterrows():
             found[f"ablation/{line['optimizer']}"] = f"${in_formula(line['rmse'])}$"
-            factor = line["rmse_at_equal"] / line["default_at_equal"]
-            found[f"ablation-factor/{line['optimizer']}"] = f"${in_formula(factor)}$"
+            if pd.notna(factor := line["rmse_at_equal"] / line["default_at_equal"]):
+                found[f"ablation-factor/{line['optimizer']}"] = f"${in_formula(factor)}$"
     for quote in QUOTES:
         shown = quote.table().data
         for line, row in shown.iterrows():

@@ -103,16 +103,16 @@ def title_of(row: str) -> str:
 def time_budgets(store: Store, study: str) -> list[str]:
     """Return the times that a study was trained for, the most frequent one first.
 
-    A few seconds say what a step takes, see ``cost_tables``, not what a method reaches.
+    A few seconds say what a step takes, see ``cost_table``, not what a method reaches.
     """
-    rows = store.trainings[store.trainings["study"] == study]
-    return [budget for budget in rows["budget"].value_counts().index if _seconds(budget) >= _LEAST]
+    budgets = store.trainings.loc[store.trainings["study"] == study, "budget"].value_counts().index
+    return [budget for budget in budgets if budget.endswith(" s") and not _is_short(budget)]
 
 
-def _seconds(budget: str) -> float:
-    """Return the time of a budget, NaN of one in steps."""
+def _is_short(budget: str) -> bool:
+    """Whether a budget is one of a few seconds."""
     number, _, unit = budget.partition(" ")
-    return float(number) if unit == "s" else np.nan
+    return unit == "s" and float(number) < _LEAST
 
 
 def medians(trainings: pd.DataFrame) -> dict[str, Any]:
@@ -226,7 +226,7 @@ def other_tables(store: Store) -> list[pd.DataFrame]:
     tables = []
     for row in ROWS:
         budgets = store.trainings.loc[store.trainings["study"] == row, "budget"].unique()
-        long = {budget for budget in budgets if not _seconds(budget) < _LEAST}
+        long = {budget for budget in budgets if not _is_short(budget)}
         for budget in sorted(long - set(time_budgets(store, row)[:1])):
             table = row_table(store, row, budget)
             tables.append(table[table["outcome"] != NOT_TRAINED])
@@ -236,7 +236,7 @@ def other_tables(store: Store) -> list[pd.DataFrame]:
 def short_trainings(store: Store) -> pd.DataFrame:
     """Return the trainings of a few seconds, of rows that have no others."""
     rows = [row for row in ROWS if not time_budgets(store, row)]
-    short = store.trainings["budget"].map(_seconds) < _LEAST
+    short = store.trainings["budget"].map(_is_short).astype(bool)
     return store.trainings[short & store.trainings["study"].isin(rows)]
 
 

@@ -34,6 +34,14 @@ def published(*lines):
     return pd.DataFrame(lines, columns=["step", "loss", "rmse"])
 
 
+def publish(monkeypatch, *optimizers):
+    """Have the same published curve of some optimizers on every row."""
+    curve = published((1, 48.9, 0.376), (3, 48.5, 0.333))
+    table = pd.concat(curve.assign(optimizer=name) for name in optimizers)
+    monkeypatch.setattr(reproduce, "PUBLISHED", FILE)
+    monkeypatch.setattr(reproduce, "curves", lambda row: table)
+
+
 def test_network_and_points_are_those_of_torch_s_own_stream():
     trainer = PublishedStart(PRESETS[ROW], "adam")
     with torch.random.fork_rng(devices=[]):
@@ -150,9 +158,7 @@ def test_fewer_steps_leave_the_later_ones_as_they_were(tmp_path):
 
 
 def test_the_program(tmp_path, monkeypatch, capsys):
-    curve = published((1, 48.9, 0.376), (3, 48.5, 0.333)).assign(optimizer="adam")
-    monkeypatch.setattr(reproduce, "PUBLISHED", FILE)
-    monkeypatch.setattr(reproduce, "curves", lambda row: curve)
+    publish(monkeypatch, "adam")
     assert program(ROW, "--steps", 3, "--store", tmp_path) == 0
     words = capsys.readouterr().out
     assert (
@@ -164,10 +170,7 @@ def test_the_program(tmp_path, monkeypatch, capsys):
 
 
 def test_what_was_followed_up_to_a_failure_is_kept(tmp_path, monkeypatch, capsys):
-    curve = published((1, 48.9, 0.376), (3, 48.5, 0.333))
-    both = pd.concat(curve.assign(optimizer=name) for name in ("adam", "sgd"))
-    monkeypatch.setattr(reproduce, "PUBLISHED", FILE)
-    monkeypatch.setattr(reproduce, "curves", lambda row: both)
+    publish(monkeypatch, "adam", "sgd")
 
     def failing(row, label, *_):
         yield {**dict(zip(KEY, (row, label, 1), strict=True)), "loss": 1.0, "rmse": 1.0} | DIFFERS
@@ -180,22 +183,31 @@ def test_what_was_followed_up_to_a_failure_is_kept(tmp_path, monkeypatch, capsys
     assert pd.read_csv(tmp_path / FOLLOWED)["optimizer"].tolist() == ["adam", "sgd"]
 
 
-def test_what_was_followed_up_to_an_interruption_is_kept(tmp_path, monkeypatch):
-    curve = published((1, 48.9, 0.376), (3, 48.5, 0.333))
-    both = pd.concat(curve.assign(optimizer=name) for name in ("adam", "sgd"))
-    monkeypatch.setattr(reproduce, "PUBLISHED", FILE)
-    monkeypatch.setattr(reproduce, "curves", lambda row: both)
+@pytest.mark.parametrize("optimizers", [("adam", "sgd"), ("adam",)])
+def test_what_was_followed_up_to_an_interruption_is_kept(optimizers, tmp_path, monkeypatch):
+    """Also if no other run would have come."""
+    publish(monkeypatch, *optimizers)
 
-    def interrupted(row, label, *_):
-        for step in (1, 3):
+    def interrupted(row, label, published, steps, seconds, stopped):
+        for step in (1, 3, 5):
+            if stopped():
+                return
             key = dict(zip(KEY, (row, label, step), strict=True))
             yield {**key, "loss": 1.0, "rmse": 1.0} | DIFFERS
-            signal.raise_signal(signal.SIGTERM)
+            if step == 3:
+                signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(reproduce, "follow", interrupted)
     assert program(ROW, "--store", tmp_path) == 130
     kept = pd.read_csv(tmp_path / FOLLOWED)
     assert kept[["optimizer", "step"]].to_numpy().tolist() == [["adam", 1], ["adam", 3]]
+
+
+def test_no_step_is_taken_after_a_stop():
+    asked = iter([False, False, True])
+    curve = published((1, 48.9, 0.376), (3, 48.5, 0.333))
+    found = list(follow(ROW, "adam", curve, 9, 60, lambda: next(asked)))
+    assert [line["step"] for line in found] == [1]
 
 
 @pytest.mark.parametrize("content", ["", "row,optimizer\n", "a,b\nc\n", "row,optimizer,step"])

@@ -218,7 +218,7 @@ def check_adaption(
     step_size: Any,
     inverse: Any,
     max_halvings: int | None,
-    monotone: bool = True,
+    monotone: bool,
 ) -> None:
     """Check that at most one part of an optimizer sets the damping, and that it can be set.
 
